@@ -1,0 +1,29 @@
+"""tpuvid: text-to-video inference on Google TPUs.
+
+    import tpuvid
+
+    pipe = tpuvid.load("wan-tiny")
+    pipe.generate(prompt="a red circle moving right on a black background").save("circle.mp4")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tpuvid.errors import InputError, TpuvidError
+
+if TYPE_CHECKING:
+    from tpuvid.pipeline import Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "TpuvidError", "load"]
+
+
+def load(model: str, **options: Any) -> Pipeline:
+    """A pipeline for a registered model id, a local diffusers folder or a Hub id; see `tpuvid.pipeline.load` for options.
+
+    jax and torch are imported here, not with the package.
+    """
+    from tpuvid.pipeline import load as load_pipeline
+
+    return load_pipeline(model, **options)

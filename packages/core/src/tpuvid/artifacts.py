@@ -1,0 +1,236 @@
+"""Stage files: what one stage leaves for the next, on any machine, in any later process.
+
+    stage1_embeddings.safetensors   Conditioning.tensors
+    stage2_latents.safetensors      key "latents"  [B, C, f, h, w]
+    stage3_frames.safetensors       key "frames"   [B, F, H, W, C] in [0, 1]   (--save-frames)
+    generation_config.json          the settings so far
+
+Files of earlier tools are read too: bfloat16 payloads stored as float32 or natively (metadata key ``dtype_info``),
+``frames`` or ``video_length`` for ``num_frames``, and missing keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpuvid.checkpoint import readable_safetensors
+from tpuvid.errors import InputError, TpuvidError
+from tpuvid.stages import Conditioning, Latents
+
+EMBEDDINGS = "stage1_embeddings.safetensors"
+LATENTS = "stage2_latents.safetensors"
+FRAMES = "stage3_frames.safetensors"
+CONFIG = "generation_config.json"
+
+_OLD_NAMES = {"frames": "num_frames", "video_length": "num_frames", "steps": "num_inference_steps", "shift": "flow_shift"}
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "height": int, "width": int, "num_frames": int, "fps": int, "num_inference_steps": int, "seed": int,
+    "max_sequence_length": int, "guidance_scale": float, "flow_shift": float,
+    "prompt": str, "negative_prompt": str,
+}  # fmt: skip
+
+
+@contextmanager
+def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place once it is complete; a killed run leaves no half-written file.
+
+    Raises `InputError` if `path` exists and `overwrite` is false, `TpuvidError` if the disk refuses the write.
+    """
+    check_output(path, overwrite=overwrite)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        _publish(temporary, path, overwrite=overwrite)
+    except FileExistsError:
+        raise InputError(f"{path}: already exists; choose another name or pass --overwrite") from None
+    except OSError as error:
+        raise TpuvidError(f"{path}: can't be written ({error.strerror or error}); free space or choose another place") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
+    if not overwrite:
+        try:
+            os.link(temporary, path)  # unlike rename, fails if another process made `path` meanwhile
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            pass
+    temporary.replace(path)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise `InputError` if `path` can't be written as asked: to be called before the work whose result goes there."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give a file name")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: already exists; choose another name or pass --overwrite")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"{path}: {parent} is a file, not a folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {parent} is not writable; choose another place")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, overwrite: bool) -> None:
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Write a stage file. bfloat16 is stored natively; metadata values become strings, as safetensors wants."""
+    from safetensors.numpy import save
+
+    dtypes = {name: f"torch.{value.dtype.name}" for name, value in tensors.items()}
+    strings = {key: str(value) for key, value in metadata.items() if value is not None}
+    payload = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, strings | {"dtype_info": json.dumps(dtypes)})
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        temporary.write_bytes(payload)
+
+
+@dataclass(frozen=True, slots=True)
+class StageFile:
+    """The tensors of one stage file and its settings, under today's names."""
+
+    path: Path
+    tensors: Mapping[str, np.ndarray]
+    settings: Mapping[str, Any]
+    model_id: str | None
+
+
+def read_stage_file(path: Path) -> StageFile:
+    """Read a stage file of this or an earlier tool; raises `InputError` if it is missing, truncated or foreign."""
+    from safetensors import safe_open
+
+    path = Path(path)
+    with readable_safetensors(path), safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    stored = _parse_dtypes(path, metadata.get("dtype_info"))
+    tensors = {name: _restore_dtype(value, stored.get(name)) for name, value in tensors.items()}
+    return StageFile(path, tensors, parse_settings(metadata, path), metadata.get("model_id"))
+
+
+def _parse_dtypes(path: Path, text: str | None) -> dict[str, str]:
+    try:
+        dtypes = json.loads(text or "{}")
+        return {str(name): str(dtype) for name, dtype in dtypes.items()}
+    except (ValueError, AttributeError):
+        raise InputError(f"{path}: metadata dtype_info={text!r} is no JSON object; make the file again") from None
+
+
+def _restore_dtype(value: np.ndarray, stored: str | None) -> np.ndarray:
+    """Older tools store bfloat16 as float32 and record "bfloat16"; the values are exact, so this is a plain cast."""
+    if stored in ("bfloat16", "torch.bfloat16") and value.dtype == np.float32:
+        import ml_dtypes
+
+        return value.astype(ml_dtypes.bfloat16)
+    return value
+
+
+def parse_settings(raw: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Settings with today's names and types out of metadata strings or JSON; unknown keys are left out."""
+    settings = {}
+    for key, value in raw.items():
+        name = _OLD_NAMES.get(key, key)
+        if name not in _TYPES or value is None or value == "None" or (name != key and name in raw):
+            continue
+        try:
+            settings[name] = _TYPES[name](value)
+        except (TypeError, ValueError):
+            raise InputError(f"{source}: {key}={value!r} is no {_TYPES[name].__name__}; make the file again") from None
+    return settings
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings and model id of a generation_config.json; empty where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is no readable JSON ({error}); remove it or make it again") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: holds a {type(raw).__name__}, not a JSON object; remove it or make it again")
+    model = {"model_id": str(raw["model_id"])} if raw.get("model_id") else {}
+    return parse_settings(raw, path) | model
+
+
+def save_conditioning(folder: Path, conditioning: Conditioning, *, overwrite: bool) -> Path:
+    path = folder / EMBEDDINGS
+    about = {
+        "prompt": conditioning.prompt,
+        "negative_prompt": conditioning.negative_prompt,
+        "model_id": conditioning.model_id,
+    }
+    write_tensors(path, conditioning.tensors, about, overwrite=overwrite)
+    write_json(folder / CONFIG, about, overwrite=True)
+    return path
+
+
+def load_conditioning(path: Path) -> Conditioning:
+    """Raises `InputError` if `path` holds no prompt embeddings."""
+    file = read_stage_file(path)
+    if "prompt_embeds" not in file.tensors:
+        raise InputError(f"{path}: holds {_names(file)}, not prompt_embeds; run tpuvid encode first")
+    return Conditioning(
+        model_id=file.model_id or "",
+        prompt=file.settings.get("prompt", ""),
+        negative_prompt=file.settings.get("negative_prompt", ""),
+        tensors=file.tensors,
+    )
+
+
+def save_latents(folder: Path, latents: Latents, *, overwrite: bool) -> Path:
+    path = folder / LATENTS
+    about = latents.config.to_dict() | {"model_id": latents.model_id}
+    write_tensors(path, {"latents": latents.latents}, about, overwrite=overwrite)
+    write_json(folder / CONFIG, about, overwrite=True)
+    return path
+
+
+def load_latents(path: Path) -> tuple[np.ndarray, StageFile]:
+    """Latents [B, C, f, h, w] and their file; raises `InputError` if `path` holds none."""
+    file = read_stage_file(path)
+    latents = file.tensors.get("latents")
+    if latents is None:
+        raise InputError(f"{path}: holds {_names(file)}, not latents; run tpuvid denoise first")
+    if latents.ndim != 5:
+        raise InputError(f"{path}: latents have shape {list(latents.shape)}, not [B, C, f, h, w]; run tpuvid denoise again")
+    return latents, file
+
+
+def save_frames(folder: Path, frames: np.ndarray, settings: Mapping[str, Any], *, overwrite: bool) -> Path:
+    path = folder / FRAMES
+    write_tensors(path, {"frames": frames}, settings, overwrite=overwrite)
+    return path
+
+
+def _names(file: StageFile) -> str:
+    names = ", ".join(sorted(file.tensors)[:3])
+    return f"the tensors {names}" if names else "no tensors"

@@ -1,0 +1,210 @@
+"""Stock torch modules as pure JAX functions. The only module of tpuvid that touches torchax.
+
+`TracedModule` turns ``module.method`` into ``f(params, *args)`` for `jax.jit`; nothing is enabled globally and no torch
+tensor is computed with. A stack of identical blocks runs as one `jax.lax.scan` over their stacked weights, so that the
+compiler sees one block: Wan 2.1 14B at 720p compiles for a v6e-8 in 23 s instead of 184 s, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import nn
+from torch._ops import OpOverloadPacket
+from torch.nn.utils import stateless
+from torch.utils import _pytree as pytree
+
+from tpuvid.kernels import attention
+
+Params = dict[str, jax.Array]
+
+
+@contextmanager
+def _missing_overloads_aliased() -> Iterator[None]:
+    """torchax 0.0.13 names the named-tensor overloads that torch 2.13 removed; while it is imported they alias the first one."""
+    original = OpOverloadPacket.__getattr__
+
+    def lookup(packet: OpOverloadPacket, key: str) -> Any:
+        try:
+            return original(packet, key)
+        except AttributeError:
+            if "imname" in key or "names" in key:
+                return getattr(packet, packet.overloads()[0])
+            raise
+
+    OpOverloadPacket.__getattr__ = lookup
+    try:
+        yield
+    finally:
+        OpOverloadPacket.__getattr__ = original
+
+
+@cache
+def environment() -> Any:
+    """Our own torchax environment, with our attention and the few operators that torchax gets wrong or slow."""
+    with _missing_overloads_aliased():
+        import torchax
+        from torchax.tensor import Environment
+
+        env = Environment()
+    del torchax  # imported for its registration of the "jax" device
+
+    def on_arrays(function: Callable) -> Callable:
+        def operator(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = env.t2j_iso((args, kwargs))
+            return env.j2t_iso(function(*args, **kwargs))
+
+        return operator
+
+    env.override_op_definition(nn.functional.scaled_dot_product_attention, on_arrays(_sdpa))
+    env.override_op_definition(nn.functional.interpolate, on_arrays(_interpolate_nearest))
+    # torchax's type_as casts in place and leaves a stale dtype behind, which convolutions then refuse
+    env.override_op_definition(torch.Tensor.type_as, lambda tensor, other: tensor.to(other.dtype))
+    return env
+
+
+def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """`F.scaled_dot_product_attention` ([B, N, T, D]) on our kernels."""
+    if dropout_p or is_causal or enable_gqa:
+        raise ValueError(f"attention with {dropout_p=}, {is_causal=}, {enable_gqa=} is not supported")
+    return attention(query, key, value, mask=attn_mask, scale=scale)
+
+
+def _interpolate_nearest(x, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False):
+    """Nearest upsampling of [B, C, *spatial] by whole factors, as broadcast + reshape: no gathers."""
+    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * (x.ndim - 2)
+    if size is not None or mode not in ("nearest", "nearest-exact") or any(f is None or f != int(f) for f in factors):
+        raise ValueError(f"interpolation with {size=}, {scale_factor=}, {mode=} is not supported")
+    for axis, factor in enumerate(map(int, factors), start=2):
+        x = jnp.repeat(x, factor, axis=axis) if factor > 1 else x
+    return x
+
+
+class ScannedBlocks(nn.Module):
+    """A list of identical blocks that runs as one `jax.lax.scan`; a model's own ``for block in self.blocks`` sees one block.
+
+    The first `carries` arguments of a block's forward are what it returns, and pass from block to block; the others are
+    the same for every block. Parameters are named like one block's and have a leading block axis.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, carries: int):
+        super().__init__()
+        self.carries = carries
+        self.depth = len(blocks)
+        self.layer = blocks[0]
+        self._names = list(inspect.signature(type(self.layer).forward).parameters)[1:]
+        for name, parameter in list(self.layer.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            stacked = torch.empty((self.depth, *parameter.shape), dtype=parameter.dtype, device="meta")
+            setattr(self.layer.get_submodule(owner), leaf, nn.Parameter(stacked, requires_grad=False))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield self
+
+    def __len__(self) -> int:
+        return 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        env = environment()
+        inputs = dict(zip(self._names, args)) | kwargs
+        carry_names, shared = self._names[: self.carries], dict(inputs)
+        carry = tuple(shared.pop(name).jax() for name in carry_names)
+        stacked = {name: p.jax() for name, p in self.layer.named_parameters()}
+
+        def one_block(carry, weights):
+            with stateless._reparametrize_module(self.layer, env.j2t_iso(weights)):
+                out = self.layer(**dict(zip(carry_names, env.j2t_iso(carry))), **shared)
+            out = out if isinstance(out, tuple) else (out,)
+            return tuple(o.jax().astype(c.dtype) for o, c in zip(out, carry, strict=True)), None
+
+        carry, _ = jax.lax.scan(one_block, carry, stacked)
+        out = env.j2t_iso(carry)
+        return out if self.carries > 1 else out[0]
+
+
+def build(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `make` gives, in eval mode: parameters on the meta device (no memory), buffers real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        module = make()
+    if hasattr(module, "tie_weights"):  # moving each parameter has undone transformers' own ties
+        module.tie_weights()
+    return module.eval().requires_grad_(False)
+
+
+class TracedModule:
+    """A stock module, its parameter names as a checkpoint has them, and its methods as pure functions.
+
+    Parameter names have ``*`` for the block number of a scanned stack: ``blocks.*.attn1.to_q.weight`` [depth, out, in].
+    """
+
+    def __init__(self, module: nn.Module, *, scan: Mapping[str, int] | None = None, keep_in_fp32: tuple[str, ...] = ()):
+        """`scan` maps the name of a block list to its number of carries. `keep_in_fp32`: parts of parameter names
+        that stay float32 whatever the dtype of the others."""
+        self.module = module
+        self.keep_in_fp32 = keep_in_fp32
+        self._depth: dict[str, int] = {}
+        for name, carries in (scan or {}).items():
+            blocks = ScannedBlocks(getattr(module, name), carries)
+            setattr(module, name, blocks)
+            self._depth[f"{name}.layer."] = blocks.depth
+
+    def parameters(self, dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter, by checkpoint name; tied parameters once."""
+        structs = {}
+        for name, parameter in self.module.named_parameters():
+            fp32 = any(part in name.split(".") for part in self.keep_in_fp32)
+            structs[self._public(name)] = jax.ShapeDtypeStruct(tuple(parameter.shape), np.float32 if fp32 else dtype)
+        return structs
+
+    def sources(self) -> dict[str, list[str]]:
+        """For every parameter, the checkpoint names it may have: tied ones have several."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(self._public(name))
+        return {group[0]: group for group in names.values()}
+
+    def depth(self, name: str) -> int:
+        """How many blocks the stacked parameter `name` has."""
+        return next(depth for prefix, depth in self._depth.items() if name.startswith(prefix.replace(".layer.", ".*.")))
+
+    def buffers(self) -> Params:
+        """The module's buffers (RoPE tables and the like), computed by its own constructor."""
+        return {name: np.asarray(buffer.numpy()) for name, buffer in self.module.named_buffers()}
+
+    def function(self, method: str = "forward", **static: Any) -> Callable[..., Any]:
+        """``f(params, *args, **kwargs)`` over jax arrays; `method` may be dotted ("decoder.forward"). `static` are fixed arguments.
+
+        Results are trees of arrays; strings and None in them pass through.
+        """
+        owner_name, _, name = method.rpartition(".")
+        owner = self.module.get_submodule(owner_name)
+        call = getattr(type(owner), name)
+        env = environment()
+
+        def pure(params: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
+            swapped = {self._private(k): v for k, v in params.items()}
+            swapped, args, kwargs = env.j2t_iso((swapped, args, kwargs))
+            with env, torch.no_grad(), stateless._reparametrize_module(self.module, swapped, tie_weights=True):
+                out = call(owner, *args, **kwargs, **static)
+            return pytree.tree_map_only(torch.Tensor, lambda t: t.jax(), out)
+
+        return pure
+
+    def _public(self, name: str) -> str:
+        for prefix in self._depth:
+            if name.startswith(prefix):
+                return prefix.replace(".layer.", ".*.") + name.removeprefix(prefix)
+        return name
+
+    def _private(self, name: str) -> str:
+        return name.replace(".*.", ".layer.")

@@ -1,0 +1,190 @@
+"""A diffusers checkpoint, in a local folder or on the Hub: which model it is, and its parts, read one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpuvid.errors import InputError, TpuvidError
+from tpuvid.registry import registry
+from tpuvid.stages import ModelSpec
+
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where one model's weights are. A Hub repository is fetched one component at a time, when it is first asked for."""
+
+    model_id: str
+    folder: Path | None = None
+    repo_id: str | None = None
+
+    def component(self, name: str) -> Path:
+        """The folder of component `name` ("vae", "scheduler", …); raises `InputError` where it is missing."""
+        path = (self.folder or _download(self.repo_id, f"{name}/*")) / name
+        if not path.is_dir():
+            raise InputError(f"{path}: the checkpoint has no {name!r} folder; download the checkpoint again")
+        return path
+
+    def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
+        return read_json(self.component(component) / file)
+
+    def require(self, components: tuple[str, ...]) -> None:
+        """Raise `InputError` unless each component is there, with its config (and weights, where it has any)."""
+        for name in components:
+            path = self.component(name)
+            if name == "tokenizer":
+                read_json(path / "tokenizer_config.json")
+            elif name == "scheduler":
+                read_json(path / "scheduler_config.json")
+            else:
+                read_json(path / "config.json")
+                weight_files(path)
+
+    def weights(self, component: str) -> Weights:
+        return Weights(weight_files(self.component(component)))
+
+
+def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
+    """What `model` means: a registered id, a local diffusers folder, or a Hub id ("owner/name").
+
+    Raises `InputError` where it is none of them, or its family has no plugin.
+    """
+    known = registry()
+    if model in known.models:
+        spec = known.models[model]
+        return spec, _registered_checkpoint(spec)
+    path = Path(model).expanduser()
+    if path.exists() or model.startswith((".", "/", "~")):
+        if not path.is_dir():
+            problem = "is a file" if path.exists() else "does not exist"
+            raise InputError(f"model {model!r} {problem}; give a diffusers folder (with {INDEX}) or a model id")
+        return _identify(Checkpoint(path.resolve().name, folder=path))
+    if HUB_ID.fullmatch(model):
+        for spec in known.models.values():
+            if spec.checkpoint == model:
+                return spec, _registered_checkpoint(spec)
+        return _identify(Checkpoint(model, repo_id=model))
+    return known.get(model), Checkpoint(model)  # raises: nothing is registered by that name
+
+
+def _registered_checkpoint(spec: ModelSpec) -> Checkpoint:
+    package, colon, folder = spec.checkpoint.partition(":")
+    if colon:
+        return Checkpoint(spec.model_id, folder=Path(str(files(package))) / folder)
+    return Checkpoint(spec.model_id, repo_id=spec.checkpoint)
+
+
+def _identify(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
+    root = checkpoint.folder or _download(checkpoint.repo_id, INDEX)
+    index = read_json(root / INDEX)
+    pipeline_class = index.get("_class_name")
+    if not isinstance(pipeline_class, str):
+        raise InputError(f"{root / INDEX}: names no _class_name; it is no diffusers pipeline")
+    spec, exact = registry().match(pipeline_class, checkpoint.config("transformer"))
+    if exact:
+        return spec, replace(checkpoint, model_id=spec.model_id)
+    return replace(spec, model_id=checkpoint.model_id), checkpoint
+
+
+def _download(repo_id: str, pattern: str) -> Path:
+    """The local snapshot of a Hub repository, holding at least the files of `pattern`; safetensors only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[pattern], ignore_patterns=["*.bin", "*.pt", "*.pth", "*.msgpack"]))
+    except GatedRepoError:
+        raise InputError(f"{repo_id}: is gated; accept its terms on the Hub and set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{repo_id}: is no repository on the Hub (or a private one: set HF_TOKEN)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TpuvidError(
+            f"{repo_id}: could not be fetched from the Hub ({reason}); check the network, or give a local folder as --model"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint folder; raises `InputError` for anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: is missing; the folder is no complete diffusers checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is no readable JSON ({error}); download the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, not a JSON object; download the checkpoint again")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of one component, by its index where it has one; raises `InputError` if any is missing."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        names = set(read_json(indexes[0]).get("weight_map", {}).values())
+        if any(os.path.basename(str(name)) != name for name in names):
+            raise InputError(f"{indexes[0]}: names files outside its folder; download the checkpoint again")
+        shards = [folder / name for name in sorted(names)]
+    else:
+        variants = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+        shards = [folder / name for name in variants if (folder / name).exists()][:1] or sorted(folder.glob("*.safetensors"))
+    if missing := [shard.name for shard in shards if not shard.exists()]:
+        raise InputError(f"{folder}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); download it again")
+    if not shards:
+        other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}), None)
+        remedy = f"{other} is a pickle and is not read; convert it with save_pretrained(safe_serialization=True)" if other else "download it again"
+        raise InputError(f"{folder}: holds no .safetensors weights; {remedy}")
+    return shards
+
+
+class Weights(Mapping[str, tuple[int, ...]]):
+    """The tensors of one component: a mapping of name → shape, whose values are read piece by piece from memory-mapped files."""
+
+    def __init__(self, shards: list[Path]):
+        from safetensors import safe_open
+
+        self._slices = {}
+        for shard in shards:
+            with readable_safetensors(shard):
+                handle = safe_open(shard, framework="numpy")
+                self._slices.update((name, handle.get_slice(name)) for name in handle.keys())
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices[name].get_shape())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The part `index` of one tensor (all of it by default); only that part enters memory."""
+        return self._slices[name][index or ...]
+
+
+@contextmanager
+def readable_safetensors(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in opening `path` as safetensors into an `InputError` with a remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: does not exist") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: is no complete safetensors file ({error}); it is truncated or foreign: make or fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror or error})") from None

@@ -1,0 +1,75 @@
+"""Devices as a mesh, and parameters laid out on it by rules over their names.
+
+Axes: ``dp`` splits the batch (the two halves of classifier-free guidance), ``tp`` splits heads and widths.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tpuvid.errors import InputError
+
+Rule = tuple[str, tuple[str | None, ...]]
+"""(pattern, axes): a parameter whose whole name matches the regular expression has its last dimensions split over `axes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeshConfig:
+    dp: int = 1
+    tp: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> MeshConfig:
+        """From "dp=2,tp=4"; raises `InputError`."""
+        sizes = re.fullmatch(r"(?:dp=(\d+))?,?(?:tp=(\d+))?", text.replace(" ", ""))
+        config = cls(*(int(size or 1) for size in sizes.groups())) if sizes and text else None
+        if config is None or config.dp < 1 or config.tp < 1:
+            raise InputError(f"mesh={text!r}: needs the form dp=2,tp=4 with whole numbers ≥ 1")
+        return config
+
+
+def default_mesh_config(devices: int, *, num_heads: int, guidance: bool) -> MeshConfig:
+    """Guidance's two halves over dp where the devices are even; the largest tp that divides both devices and heads."""
+    dp = 2 if guidance and devices % 2 == 0 else 1
+    return MeshConfig(dp=dp, tp=math.gcd(devices // dp, num_heads))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A ("dp", "tp") mesh over the first dp · tp devices; raises `InputError` where there are fewer."""
+    devices = jax.devices() if devices is None else devices
+    wanted = config.dp * config.tp
+    if wanted > len(devices):
+        raise InputError(f"mesh dp={config.dp},tp={config.tp} needs {wanted} devices; this machine has {len(devices)}")
+    return Mesh(np.array(devices[:wanted]).reshape(config.dp, config.tp), ("dp", "tp"))
+
+
+def shard_parameters(
+    parameters: Mapping[str, jax.ShapeDtypeStruct], rules: Sequence[Rule], mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """The sharding of each parameter: the first rule that matches its name, else replicated.
+
+    Raises `ValueError` for a rule that matches nothing (a misspelt name would silently replicate), and `InputError`
+    where the mesh does not divide a dimension.
+    """
+    shardings, used = {}, set()
+    for name, struct in parameters.items():
+        spec: tuple[str | None, ...] = ()
+        for pattern, axes in rules:
+            if re.fullmatch(pattern, name):
+                used.add(pattern)
+                spec = (None,) * (len(struct.shape) - len(axes)) + axes
+                break
+        for size, axis in zip(struct.shape, spec):
+            if axis is not None and size % mesh.shape[axis]:
+                raise InputError(f"mesh {axis}={mesh.shape[axis]} does not divide {name} {struct.shape}; choose another --mesh")
+        shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
+    if unused := [pattern for pattern, _ in rules if pattern not in used]:
+        raise ValueError(f"sharding rules that match no parameter: {unused}")
+    return shardings

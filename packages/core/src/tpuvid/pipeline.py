@@ -1,0 +1,139 @@
+"""encode → denoise → decode over one model: each stage alone, or all in one."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from tpuvid.checkpoint import Checkpoint, resolve_model
+from tpuvid.errors import InputError
+from tpuvid.mesh import MeshConfig
+from tpuvid.progress import Progress
+from tpuvid.runtime import Runtime, enable_compilation_cache
+from tpuvid.stages import MAX_SEED, Conditioning, GenerationConfig, Latents, ModelSpec, StepCallback, Video
+
+LOADERS = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
+
+
+def load(
+    model: str,
+    *,
+    dtype: str | None = None,
+    mesh: str | MeshConfig | None = None,
+    attention_backend: str = "auto",
+    keep_loaded: bool = True,
+    progress: Progress | None = None,
+) -> Pipeline:
+    """A pipeline for `model`; a stage's weights are loaded when it first runs.
+
+    Args:
+        model: registered id, local diffusers folder, or Hub id.
+        dtype: "bfloat16" or "float32", of weights and activations; default bfloat16 on accelerators, float32 on CPU.
+        mesh: "dp=2,tp=4" or a `MeshConfig`; default by devices and heads.
+        attention_backend: "auto", "xla", "splash" (TPU) or "cudnn" (GPU).
+        keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
+            next one loads, for models whose stages don't fit in memory together.
+        progress: where phases and steps are reported; default: recorded, not shown.
+
+    Raises:
+        InputError: unknown model, incomplete checkpoint, or options that this machine can't run.
+    """
+    spec, checkpoint = resolve_model(model)
+    enable_compilation_cache()
+    config = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
+    runtime = Runtime.create(dtype=dtype, mesh=config, attention_backend=attention_backend, progress=progress)
+    return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
+
+
+def with_seed(config: GenerationConfig) -> GenerationConfig:
+    """Seed −1 becomes a drawn one, so that what is stored can be run again."""
+    return config.override(seed=secrets.randbelow(2**31)) if config.seed == -1 else config
+
+
+class Pipeline:
+    """The three stages of one model. Made by `tpuvid.load`."""
+
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, runtime: Runtime, *, keep_loaded: bool = True):
+        self.spec, self.checkpoint, self.runtime, self.keep_loaded = spec, checkpoint, runtime, keep_loaded
+        self._stages: dict[str, Any] = {}
+
+    def generate(self, prompt: str, *, on_step: StepCallback | None = None, **settings: Any) -> Video:
+        """A video of `prompt`. `settings` are the fields of `GenerationConfig`; what is not given is the model's default.
+
+        Raises `InputError` for settings that break the model's rules, before anything is loaded.
+        """
+        config = with_seed(self.spec.configure(prompt=prompt, **settings))
+        for stage in LOADERS:
+            self.checkpoint.require(self.spec.components[stage])
+        conditioning = self._encode(config, negative=config.do_classifier_free_guidance)
+        return self.decode(self._denoise(conditioning, config, on_step))
+
+    def encode(self, prompt: str, negative_prompt: str = "", *, max_sequence_length: int | None = None) -> Conditioning:
+        """Stage 1: embed the prompt and the negative prompt."""
+        config = self.spec.configure(
+            prompt=prompt, negative_prompt=negative_prompt, max_sequence_length=max_sequence_length
+        )
+        return self._encode(config, negative=True)
+
+    def denoise(self, conditioning: Conditioning, *, on_step: StepCallback | None = None, **settings: Any) -> Latents:
+        """Stage 2: noise → latents. `settings` as in `generate`; raises `InputError` for another model's conditioning."""
+        self._check_origin("embeddings", conditioning.model_id)
+        settings |= {"prompt": conditioning.prompt, "negative_prompt": conditioning.negative_prompt}
+        return self._denoise(conditioning, with_seed(self.spec.configure(**settings)), on_step)
+
+    def decode(self, latents: Latents) -> Video:
+        """Stage 3: latents → frames."""
+        frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
+        return Video(
+            model_id=self.spec.model_id, frames=frames, config=latents.config, seconds=dict(self.runtime.progress.seconds)
+        )
+
+    def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:
+        """Stage 3, as chunks of frames [B, n, H, W, C] in [0, 1] that come while the next ones are computed."""
+        self._check_origin("latents", latents.model_id)
+        with self._stage("decode", lambda decoder: decoder.check(latents.latents)) as decoder:
+            yield from decoder.decode(latents.latents)
+
+    def _encode(self, config: GenerationConfig, *, negative: bool) -> Conditioning:
+        with self._stage("encode") as encoder:
+            tensors = encoder.encode(config, negative=negative)
+        return Conditioning(
+            model_id=self.spec.model_id, prompt=config.prompt, negative_prompt=config.negative_prompt, tensors=tensors
+        )
+
+    def _denoise(self, conditioning: Conditioning, config: GenerationConfig, on_step: StepCallback | None) -> Latents:
+        if config.do_classifier_free_guidance and "negative_prompt_embeds" not in conditioning.tensors:
+            raise InputError(
+                f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "
+                "encode again, or pass guidance_scale=1.0"
+            )
+        with self._stage("denoise", lambda denoiser: denoiser.check(conditioning.tensors)) as denoiser:
+            latents = denoiser.denoise(conditioning.tensors, config, on_step or (lambda done, total: None))
+        return Latents(model_id=self.spec.model_id, latents=latents, config=config)
+
+    def _check_origin(self, what: str, model_id: str) -> None:
+        # files of earlier tools carry the Hub id, or nothing
+        if model_id and model_id not in (self.spec.model_id, self.spec.checkpoint):
+            raise InputError(
+                f"these {what} were made by {model_id}, not {self.spec.model_id}; make them again, or pass --model {model_id}"
+            )
+
+    @contextmanager
+    def _stage(self, name: str, check: Callable[[Any], None] = lambda stage: None) -> Iterator[Any]:
+        """The stage `name`, its inputs checked and then its weights loaded; freed afterwards unless `keep_loaded`."""
+        stage = self._stages.get(name)
+        if stage is None:
+            self.checkpoint.require(self.spec.components[name])
+            stage = self.spec.load(LOADERS[name], self.checkpoint, self.runtime)
+            check(stage)
+            with self.runtime.progress.phase(f"load {LOADERS[name].replace('_', ' ')}"):
+                stage.load()
+            if self.keep_loaded:
+                self._stages[name] = stage
+        else:
+            check(stage)
+        yield stage

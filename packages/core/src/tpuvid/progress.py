@@ -1,0 +1,77 @@
+"""What is going on, and how long it took. Library code reports phases; only `ConsoleProgress` shows them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """Records the wall-clock seconds of every phase by name; shows nothing."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of the work with no known length: "load denoiser", "compile denoiser"."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def steps(self, name: str, total: int) -> Iterator[StepReport]:
+        """A part of the work in `total` steps; call the result after each."""
+        with self.phase(name):
+            yield StepReport(total)
+
+
+class StepReport:
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+
+    def __call__(self, done: int) -> None:
+        self.done = done
+
+
+class ConsoleProgress(Progress):
+    """Lines and a bar on stderr with s/step and ETA; silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._visible = sys.stderr.isatty()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        hint = " (can take minutes the first time; kept for later runs)" if name.startswith("compile") else ""
+        self._show(f"{name}{hint} …")
+        before = self.seconds.get(name, 0.0)
+        with super().phase(name):
+            yield
+        self._show(f"\r{name}: {self.seconds[name] - before:.1f} s\033[K\n")
+
+    @contextmanager
+    def steps(self, name: str, total: int) -> Iterator[StepReport]:
+        from tqdm import tqdm
+
+        with Progress.phase(self, name), tqdm(total=total, desc=name, unit="step", disable=not self._visible) as bar:
+            yield _Bar(total, bar)
+
+    def _show(self, text: str) -> None:
+        if self._visible:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+class _Bar(StepReport):
+    def __init__(self, total: int, bar):
+        super().__init__(total)
+        self.bar = bar
+
+    def __call__(self, done: int) -> None:
+        self.bar.update(done - self.done)
+        super().__call__(done)

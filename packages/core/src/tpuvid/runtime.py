@@ -1,0 +1,104 @@
+"""Where and how a stage runs: devices, dtype, attention backend, compilation cache, progress."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tpuvid.errors import InputError
+from tpuvid.kernels import attention_backend
+from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh
+from tpuvid.progress import Progress
+
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+CACHE_VARIABLE = "TPUVID_CACHE_DIR"
+
+
+def default_dtype() -> str:
+    """bfloat16 on accelerators; float32 on a CPU, which has no fast bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def enable_compilation_cache() -> Path:
+    """Keep compiled programs in TPUVID_CACHE_DIR (default: the user's cache folder) for later processes.
+
+    A cache that the user has configured in JAX stays as it is.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get(CACHE_VARIABLE) or home / "tpuvid") / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder
+
+
+@dataclass(frozen=True)
+class Runtime:
+    dtype: np.dtype
+    devices: Sequence[jax.Device] = field(default_factory=jax.devices)
+    mesh_config: MeshConfig | None = None
+    """None lets each stage choose by its number of heads."""
+    attention: str = "auto"
+    progress: Progress = field(default_factory=Progress)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        dtype: str | None = None,
+        mesh: MeshConfig | None = None,
+        attention_backend: str = "auto",
+        progress: Progress | None = None,
+    ) -> Runtime:
+        """A runtime on this machine's devices; raises `InputError` for what they can't do."""
+        name = dtype or default_dtype()
+        if name not in DTYPES:
+            raise InputError(f"dtype={name!r}: choose from {', '.join(DTYPES)}")
+        runtime = cls(DTYPES[name], mesh_config=mesh, attention=attention_backend, progress=progress or Progress())
+        with runtime.scope(runtime.mesh(num_heads=1, guidance=False)):
+            pass  # fails for a mesh or an attention backend that this machine can't run
+        return runtime
+
+    def mesh(self, *, num_heads: int, guidance: bool) -> Mesh:
+        config = self.mesh_config or default_mesh_config(len(self.devices), num_heads=num_heads, guidance=guidance)
+        return make_mesh(config, self.devices)
+
+    def single_device(self) -> Mesh:
+        """For a stage that has no split: the first device alone."""
+        return make_mesh(MeshConfig(), self.devices)
+
+    @contextmanager
+    def scope(self, mesh: Mesh) -> Iterator[None]:
+        """Within it, functions are traced for `mesh`, and float32 means float32 on every platform."""
+        precision = "highest" if self.dtype == np.float32 else None
+        try:
+            with attention_backend(mesh, self.attention), jax.default_matmul_precision(precision):
+                yield
+        except ValueError as error:
+            if "attention backend" in str(error):
+                raise InputError(str(error)) from None
+            raise
+
+    def compile(self, what: str, function: Callable, *args: Any, mesh: Mesh, donate: tuple[int, ...] = ()) -> Callable:
+        """`function` compiled ahead of time for arguments like `args` (arrays or shape structs), as its own phase."""
+        with self.progress.phase(f"compile {what}"), self.scope(mesh):
+            return jax.jit(function, donate_argnums=donate).lower(*args).compile()
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: Mesh, batch: int) -> NamedSharding:
+    """Split over dp along the first dimension, where dp divides the batch."""
+    return NamedSharding(mesh, PartitionSpec("dp") if batch % mesh.shape["dp"] == 0 else PartitionSpec())

@@ -1,0 +1,83 @@
+"""A stock diffusers scheduler as a table: one matrix per step, taken from the scheduler itself.
+
+The deterministic samplers in use (flow-match Euler, UniPC, DPM++, DDIM) are linear: the next sample, and whatever a
+multistep method remembers, are weighted sums of the sample, the model's output and what was remembered. So running
+``scheduler.step`` once on basis vectors yields the weights of every step, in float64, with nothing re-implemented; the
+denoising loop is then the same compiled step for all of them, with no host arithmetic on latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array
+from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    timesteps: Float[np.ndarray, "steps"]
+    """What the model is told at each step."""
+    weights: Float[np.ndarray, "steps K K+1"]
+    """Rows: next sample, then K−1 memories. Columns: sample, memories, model output."""
+
+    @property
+    def memories(self) -> int:
+        return self.weights.shape[1] - 1
+
+
+def advance(weights: Float[Array, "K K+1"], state: Float[Array, "K ..."], output: Float[Array, "..."]) -> Float[Array, "K ..."]:
+    """One scheduler step on ``state`` = [sample, memories…], all float32."""
+    known = jnp.concatenate([state, output.astype(jnp.float32)[None]])
+    return jnp.einsum("ij,j...->i...", weights, known, precision="highest")
+
+
+def tabulate(scheduler: Any, num_inference_steps: int) -> Schedule:
+    """The `Schedule` of a diffusers scheduler; raises `ValueError` if it is not linear and deterministic."""
+    scheduler.set_timesteps(num_inference_steps)
+    if len(scheduler.timesteps) != num_inference_steps:
+        raise ValueError(f"{type(scheduler).__name__} evaluates the model more than once per step; it is not supported")
+    slots = _count_memories(scheduler, num_inference_steps)
+    scheduler.set_timesteps(num_inference_steps)
+    size = slots + 2  # sample, memories, model output
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for timestep in scheduler.timesteps:
+        # one batch entry per basis vector, and a random mixture of all of them to prove that the step is linear
+        mixture = torch.randn(size, generator=generator, dtype=torch.float64)
+        inputs = torch.cat([torch.eye(size, dtype=torch.float64), mixture[None]]).reshape(size + 1, size, 1, 1, 1)
+        for slot, (owner, key) in enumerate(_memory_places(scheduler), start=1):
+            owner[key] = inputs[:, slot]
+        sample = scheduler.step(inputs[:, -1], timestep, inputs[:, 0], return_dict=False)[0]
+        kept = [owner[key] for owner, key in _memory_places(scheduler)]
+        kept += [torch.zeros_like(sample)] * (slots - len(kept))  # a multistep method fills its memories as it goes
+        outputs = torch.stack([sample, *kept], dim=1).reshape(size + 1, slots + 1)
+        matrix, mixed = outputs[:size].T, outputs[size]
+        if not torch.allclose(matrix @ mixture, mixed, rtol=1e-4, atol=1e-5):
+            raise ValueError(f"{type(scheduler).__name__} is not linear with this configuration; it is not supported")
+        rows.append(matrix.numpy())
+    return Schedule(scheduler.timesteps.double().numpy().astype(np.float32), np.stack(rows).astype(np.float32))
+
+
+def _memory_places(scheduler: Any) -> list[tuple[Any, Any]]:
+    """Where a scheduler keeps tensors like the sample: attributes, and entries of lists, in a fixed order."""
+    places = []
+    for name, value in sorted(vars(scheduler).items()):
+        if isinstance(value, torch.Tensor) and value.ndim == 4:
+            places.append((vars(scheduler), name))
+        elif isinstance(value, list):
+            places += [(value, i) for i, item in enumerate(value) if isinstance(item, torch.Tensor) and item.ndim == 4]
+    return places
+
+
+def _count_memories(scheduler: Any, steps: int) -> int:
+    """The most tensors that it remembers at any time."""
+    sample, most = torch.zeros(1, 1, 1, 1, dtype=torch.float64), 0
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(sample, timestep, sample, return_dict=False)[0]
+        most = max(most, len(_memory_places(scheduler)))
+    return most

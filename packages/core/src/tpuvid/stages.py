@@ -1,0 +1,220 @@
+"""The values that pass between the three stages, and what a model says about itself. Imports neither jax nor torch.
+
+A video is made by ``encode`` (prompt → `Conditioning`), ``denoise`` (→ `Latents`) and ``decode`` (→ `Video`).
+Shapes use B batch, F/H/W pixel frames/height/width, f/h/w latent grid, C channels, L text tokens, E width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tpuvid.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tpuvid.checkpoint import Checkpoint
+    from tpuvid.runtime import Runtime
+
+API_VERSION = 1
+MAX_SEED = 2**63 - 1  # torch.Generator.manual_seed takes an int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """Everything that decides what a video looks like, under diffusers' argument names."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    flow_shift: float | None = None
+    """Timestep shift of a flow-matching schedule; None takes the checkpoint's own."""
+    seed: int = 42
+    max_sequence_length: int = 512
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    def override(self, **changes: Any) -> GenerationConfig:
+        """A copy with every change that is not None; unknown names raise `InputError`."""
+        known = {f.name for f in fields(self)}
+        if unknown := sorted(set(changes) - known):
+            raise InputError(f"{', '.join(unknown)}: no such setting; the settings are {', '.join(sorted(known))}")
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeRules:
+    """Which sizes a model accepts. Frames are ``frame_step · n + 1``."""
+
+    frame_step: int
+    size_multiple: int
+    max_frames: int
+    max_size: int
+
+    def check(self, *, height: int, width: int, num_frames: int) -> None:
+        """Raise `InputError` naming the nearest valid value of the first size that breaks a rule."""
+        for name, size in (("height", height), ("width", width)):
+            multiple = self.size_multiple
+            if not (multiple <= size <= self.max_size and size % multiple == 0):
+                nearest = _nearest(size, multiple, 0, multiple, self.max_size)
+                raise InputError(f"{name}={size}: needs a multiple of {multiple} up to {self.max_size}; nearest: {nearest}")
+        if not (1 <= num_frames <= self.max_frames and num_frames % self.frame_step == 1 % self.frame_step):
+            nearest = _nearest(num_frames, self.frame_step, 1, 1, self.max_frames)
+            raise InputError(
+                f"num_frames={num_frames}: needs {self.frame_step}n+1 frames up to {self.max_frames}; nearest: {nearest}"
+            )
+
+
+def _nearest(value: int, step: int, offset: int, low: int, high: int) -> str:
+    """The valid values around `value` among ``step · n + offset`` within [low, high], for an error message."""
+    below = (value - offset) // step * step + offset
+    top = (high - offset) // step * step + offset
+    return " and ".join(str(v) for v in sorted({min(max(v, low), top) for v in (below, below + step)}))
+
+
+def check_sampling(config: GenerationConfig) -> None:
+    """Raise `InputError` for a setting that no model could run with."""
+    positive = {"num_inference_steps": 1000, "fps": 240, "max_sequence_length": 4096}
+    for name, most in positive.items():
+        if not 1 <= getattr(config, name) <= most:
+            raise InputError(f"{name}={getattr(config, name)}: needs a whole number from 1 to {most}")
+    if not (math.isfinite(config.guidance_scale) and config.guidance_scale >= 0):
+        raise InputError(f"guidance_scale={config.guidance_scale}: needs a finite number ≥ 0; 1.0 switches guidance off")
+    shift = config.flow_shift
+    if shift is not None and not (math.isfinite(shift) and shift > 0):
+        raise InputError(f"flow_shift={shift}: needs a finite number > 0; leave it out for the model's own")
+    if not -1 <= config.seed <= MAX_SEED:
+        raise InputError(f"seed={config.seed}: needs a whole number from 0 to {MAX_SEED}, or -1 to draw one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What the text encoder makes of a prompt.
+
+    `tensors` holds numpy arrays under the names of the diffusers pipeline's arguments, for example
+    ``prompt_embeds`` [B, L, E] and ``negative_prompt_embeds`` [B, L, E] (absent where guidance is off).
+    """
+
+    model_id: str
+    prompt: str
+    negative_prompt: str
+    tensors: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """Denoised latents [B, C, f, h, w], float32, as the diffusion model leaves them (normalised)."""
+
+    model_id: str
+    latents: np.ndarray
+    config: GenerationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """Frames [B, F, H, W, C], float32 in [0, 1], with the settings that made them."""
+
+    model_id: str
+    frames: np.ndarray
+    config: GenerationConfig
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall-clock time by part: what was loaded, compiled and run."""
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write an H.264 mp4; raise `InputError` where `path` exists and `overwrite` is false."""
+        from tpuvid.video import save_mp4
+
+        return save_mp4(self.frames[0], path, fps=self.config.fps, overwrite=overwrite)
+
+
+StepCallback = Callable[[int, int], None]
+"""Called after each denoising step with (steps done, steps in all); an exception raised in it stops the run."""
+
+
+class Stage(Protocol):
+    """One loaded part of a model. Making it reads configs only, so that inputs are checked before any weight is loaded."""
+
+    def load(self) -> None:
+        """Put the weights on the devices."""
+
+
+class TextEncoder(Stage, Protocol):
+    def encode(self, config: GenerationConfig, *, negative: bool) -> Mapping[str, np.ndarray]:
+        """Embed ``config.prompt``, and the negative prompt where `negative`, as `Conditioning.tensors`."""
+
+
+class Denoiser(Stage, Protocol):
+    def check(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Raise `InputError` if these conditioning tensors do not fit this model."""
+
+    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback) -> np.ndarray:
+        """Noise of ``config.seed`` → latents [1, C, f, h, w], float32."""
+
+
+class Decoder(Stage, Protocol):
+    def check(self, latents: np.ndarray) -> None:
+        """Raise `InputError` if latents of this shape do not fit this model."""
+
+    def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """Latents [B, C, f, h, w] → chunks of frames [B, n, H, W, C], float32 in [0, 1], first to last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One model, described without importing anything heavy."""
+
+    model_id: str
+    family: str
+    pipeline_class: str
+    """``_class_name`` in a checkpoint's model_index.json."""
+    checkpoint: str
+    """A Hub repository ("owner/name") or a folder inside a Python package ("package:folder")."""
+    parameters: str
+    """Size of the diffusion model as published, for people: "14.3B"."""
+    signature: Mapping[str, Any]
+    """Values of transformer/config.json that tell this model from its siblings."""
+    defaults: GenerationConfig
+    rules: SizeRules
+    flow_shifts: tuple[tuple[int, float], ...] = ()
+    """(least pixels per frame, flow_shift), largest first; below the last, the checkpoint's own shift holds."""
+    components: Mapping[str, tuple[str, ...]]
+    """The checkpoint's subfolders that each of the stages "encode", "denoise" and "decode" needs."""
+    load_text_encoder: str
+    load_denoiser: str
+    load_decoder: str
+    """Each "module:callable", called with (Checkpoint, Runtime) when its stage first runs; gives a `Stage`."""
+    api_version: int = API_VERSION
+
+    def configure(self, **settings: Any) -> GenerationConfig:
+        """The model's defaults with `settings` (None: not given), checked; raises `InputError`."""
+        config = self.defaults.override(**settings)
+        if config.flow_shift is None:
+            pixels = config.height * config.width
+            shift = next((shift for least, shift in self.flow_shifts if pixels >= least), None)
+            config = replace(config, flow_shift=shift)
+        check_sampling(config)
+        try:
+            self.rules.check(height=config.height, width=config.width, num_frames=config.num_frames)
+        except InputError as error:
+            raise InputError(f"{error} ({self.model_id})") from None
+        return config
+
+    def load(self, stage: str, checkpoint: Checkpoint, runtime: Runtime) -> Any:
+        """Import and call the loader of `stage` ("text_encoder", "denoiser" or "decoder")."""
+        module, _, name = getattr(self, f"load_{stage}").partition(":")
+        return getattr(importlib.import_module(module), name)(checkpoint, runtime)

@@ -1,0 +1,72 @@
+"""Checkpoint tensors → device arrays, shard by shard: host memory never holds a second full copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tpuvid.bridge import Params, TracedModule
+from tpuvid.checkpoint import Weights
+from tpuvid.errors import InputError
+from tpuvid.mesh import Rule, shard_parameters
+
+
+def load_parameters(
+    traced: TracedModule,
+    weights: Weights,
+    *,
+    mesh: Mesh,
+    rules: Sequence[Rule] = (),
+    dtype: np.dtype,
+    ignore: Sequence[str] = (),
+) -> Params:
+    """Every parameter of `traced`, laid out on `mesh` by `rules` and cast to `dtype` (or float32 where it keeps that).
+
+    `ignore` are prefixes of checkpoint names that this stage has no use for. Raises `InputError` naming the tensors
+    where the checkpoint and the module don't match: all must be found, none may be left over.
+    """
+    structs = traced.parameters(dtype)
+    shardings = shard_parameters(structs, rules, mesh)
+    sources, missing = {}, []
+    for name, aliases in traced.sources().items():
+        candidates = [_members(traced, alias) for alias in aliases]
+        found = next((members for members in candidates if all(m in weights for m in members)), None)
+        if found is None:
+            missing += [m for m in candidates[0] if m not in weights]
+            continue
+        sources[name] = found
+        shape = structs[name].shape[1:] if "*" in name else structs[name].shape
+        if wrong := next((m for m in found if weights[m] != shape), None):
+            raise InputError(f"weight {wrong} has shape {weights[wrong]}, the config asks for {shape}; config and weights differ")
+    known = {m for aliases in traced.sources().values() for alias in aliases for m in _members(traced, alias)}
+    unexpected = [name for name in weights if name not in known and not name.startswith(tuple(ignore))]
+    if missing or unexpected:
+        raise InputError(f"weights don't match the model: {_list('missing', missing)}{_list('left over', unexpected)}".strip("; "))
+
+    def load(name: str) -> jax.Array:
+        struct, members = structs[name], sources[name]
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            if "*" not in name:
+                return weights.read(members[0], index).astype(struct.dtype)
+            layers, index = members[index[0]], index[1:]
+            return np.stack([weights.read(member, index).astype(struct.dtype) for member in layers])
+
+        return jax.make_array_from_callback(struct.shape, shardings[name], shard)
+
+    return {name: load(name) for name in structs}
+
+
+def _members(traced: TracedModule, name: str) -> list[str]:
+    """The checkpoint's names of one parameter: of each block, where it is stacked."""
+    return [name.replace("*", str(i)) for i in range(traced.depth(name))] if "*" in name else [name]
+
+
+def _list(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{len(names)} {what} ({', '.join(names[:4])}{more}); "

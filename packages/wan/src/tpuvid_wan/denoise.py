@@ -1,0 +1,126 @@
+"""Stage 2 of Wan: noise → latents by flow matching. Source: `WanPipeline.__call__` of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from diffusers import WanTransformer3DModel
+from jax import Array
+from jaxtyping import Float
+from tpuvid.bridge import TracedModule, build
+from tpuvid.checkpoint import Checkpoint
+from tpuvid.errors import InputError
+from tpuvid.runtime import Runtime, batch_sharded, replicated
+from tpuvid.schedule import Schedule, advance, tabulate
+from tpuvid.stages import GenerationConfig, StepCallback
+from tpuvid.weights import load_parameters
+
+from tpuvid_wan.sharding import TRANSFORMER
+
+SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
+VAE_TIME, VAE_SPACE = 4, 8  # pixels per latent of every Wan 2.1 VAE
+
+
+def make_schedule(config: Mapping, num_inference_steps: int, flow_shift: float | None) -> Schedule:
+    """The checkpoint's own scheduler, with another shift where one is given."""
+    name = config.get("_class_name")
+    if name not in SCHEDULERS:
+        raise InputError(f"scheduler {name!r}: Wan runs with {' or '.join(SCHEDULERS)}; change scheduler_config.json")
+    shift_name = "flow_shift" if name == "UniPCMultistepScheduler" else "shift"
+    changes = {} if flow_shift is None else {shift_name: flow_shift}
+    return tabulate(getattr(diffusers, name).from_config(config, **changes), num_inference_steps)
+
+
+def make_noise(shape: tuple[int, ...], seed: int) -> Float[np.ndarray, "B C f h w"]:
+    """Standard normal noise from a CPU torch generator: the noise that diffusers draws for this seed."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
+
+
+class WanDenoiser:
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
+        self.config = checkpoint.config("transformer")
+        self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
+        self.runtime = runtime
+        self.mesh = runtime.mesh(num_heads=self.config["num_attention_heads"], guidance=True)
+        module = build(lambda: WanTransformer3DModel.from_config(self.config))
+        keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+        self.traced = TracedModule(module, scan={"blocks": 1}, keep_in_fp32=keep)
+        self._weights = checkpoint.weights("transformer")
+        self._compiled = {}
+
+    def load(self) -> None:
+        self.params = load_parameters(
+            self.traced, self._weights, mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
+        )
+        self.params |= jax.device_put(self.traced.buffers(), replicated(self.mesh))
+
+    def check(self, tensors: Mapping[str, np.ndarray]) -> None:
+        width = self.traced.module.config.text_dim
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            embeds = tensors.get(name)
+            if embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != width):
+                raise InputError(f"{name} has shape {list(embeds.shape)}, this model takes [B, L, {width}]; encode with this model")
+
+    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback) -> Float[np.ndarray, "1 C f h w"]:
+        schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
+        guided = config.do_classifier_free_guidance
+        embeds = tensors["prompt_embeds"]
+        if guided:
+            embeds = np.concatenate([embeds, tensors["negative_prompt_embeds"]])
+        text = jax.device_put(embeds.astype(self.runtime.dtype), batch_sharded(self.mesh, len(embeds)))
+        noise = make_noise((1, *self._latent_shape(config)), config.seed)
+        state = np.concatenate([noise[None], np.zeros((schedule.memories, *noise.shape), np.float32)])
+        state = jax.device_put(state, replicated(self.mesh))
+        guidance = np.float32(config.guidance_scale)
+
+        step = self._step(guided, state, text, schedule)
+        with self.runtime.progress.steps("denoise", config.num_inference_steps) as report:
+            for i, (timestep, weights) in enumerate(zip(schedule.timesteps, schedule.weights), start=1):
+                state = jax.block_until_ready(step(self.params, state, text, timestep, weights, guidance))
+                report(i)
+                on_step(i, config.num_inference_steps)
+        return np.asarray(state[0])
+
+    def _latent_shape(self, config: GenerationConfig) -> tuple[int, int, int, int]:
+        channels = self.traced.module.config.in_channels
+        frames = (config.num_frames - 1) // VAE_TIME + 1
+        return channels, frames, config.height // VAE_SPACE, config.width // VAE_SPACE
+
+    def _step(self, guided: bool, state: Array, text: Array, schedule: Schedule):
+        key = (guided, state.shape, text.shape)
+        if key not in self._compiled:
+            example = (schedule.timesteps[0], schedule.weights[0], np.float32(0))
+            self._compiled[key] = self.runtime.compile(
+                "denoiser", self._function(guided), self.params, state, text, *example, mesh=self.mesh, donate=(1,)
+            )
+        return self._compiled[key]
+
+    def _function(self, guided: bool):
+        forward = self.traced.function("forward", return_dict=False)
+        dtype = self.runtime.dtype
+
+        def step(
+            params,
+            state: Float[Array, "K B C f h w"],
+            text: Float[Array, "B2 L E"],
+            timestep: Float[Array, ""],
+            weights: Float[Array, "K K1"],
+            guidance: Float[Array, ""],
+        ) -> Float[Array, "K B C f h w"]:
+            latents = state[0].astype(dtype)
+            if guided:  # prompt and negative prompt in one batch
+                latents = jax.lax.with_sharding_constraint(jnp.concatenate([latents, latents]), batch_sharded(self.mesh, len(text)))
+            timesteps = jnp.broadcast_to(timestep, len(latents))
+            velocity = forward(params, latents, timesteps, text)[0].astype(jnp.float32)
+            if guided:
+                conditional, unconditional = jnp.split(velocity, 2)
+                velocity = unconditional + guidance * (conditional - unconditional)
+            return advance(weights, state, velocity)
+
+        return step

@@ -1,0 +1,47 @@
+"""The Wan 2.1 text-to-video models. Imports neither jax nor torch."""
+
+from tpuvid.hookspecs import hookimpl
+from tpuvid.stages import GenerationConfig, ModelSpec, SizeRules
+
+# 4n+1 frames and multiples of 16 pixels: 4× time and 8× space in the VAE, 2×2 patches in the transformer, whose rotary
+# table has 1024 positions along each axis (rope_max_seq_len).
+RULES = SizeRules(frame_step=4, size_multiple=16, max_frames=4 * 1023 + 1, max_size=1024 * 16)
+
+# Model cards of the Diffusers checkpoints: shift 5.0 at 720p, 3.0 at 480p. The limits lie between the published sizes;
+# smaller videos keep the checkpoint's own shift.
+FLOW_SHIFTS = ((600_000, 5.0), (300_000, 3.0))
+
+COMMON = dict(
+    family="wan",
+    pipeline_class="WanPipeline",
+    rules=RULES,
+    components={"encode": ("tokenizer", "text_encoder"), "denoise": ("transformer", "scheduler"), "decode": ("vae",)},
+    load_text_encoder="tpuvid_wan.encode:WanTextEncoder",
+    load_denoiser="tpuvid_wan.denoise:WanDenoiser",
+    load_decoder="tpuvid_wan.decode:WanDecoder",
+)
+SAMPLING = dict(num_frames=81, fps=16, num_inference_steps=50, guidance_scale=5.0)
+
+WAN_14B = ModelSpec(
+    model_id="wan2.1-t2v-14b",
+    checkpoint="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    parameters="14.3B",
+    signature={"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16},
+    defaults=GenerationConfig(height=720, width=1280, **SAMPLING),
+    flow_shifts=FLOW_SHIFTS,
+    **COMMON,
+)
+WAN_1_3B = ModelSpec(
+    model_id="wan2.1-t2v-1.3b",
+    checkpoint="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    parameters="1.4B",
+    signature={"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16},
+    defaults=GenerationConfig(height=480, width=832, **SAMPLING),
+    flow_shifts=FLOW_SHIFTS,
+    **COMMON,
+)
+
+
+@hookimpl
+def tpuvid_models():
+    return [WAN_14B, WAN_1_3B]

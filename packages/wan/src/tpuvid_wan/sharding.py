@@ -1,0 +1,21 @@
+"""Wan's parameters on a mesh: Megatron-style tensor parallelism. Torch weights are [out, in]; biases [out]."""
+
+TRANSFORMER = (
+    (r"blocks\.\*\.attn[12]\.to_[qkv]\.weight", ("tp", None)),
+    (r"blocks\.\*\.attn[12]\.to_[qkv]\.bias", ("tp",)),
+    (r"blocks\.\*\.attn[12]\.to_out\.0\.weight", (None, "tp")),
+    (r"blocks\.\*\.ffn\.net\.0\.proj\.weight", ("tp", None)),
+    (r"blocks\.\*\.ffn\.net\.0\.proj\.bias", ("tp",)),
+    (r"blocks\.\*\.ffn\.net\.2\.weight", (None, "tp")),
+    (r"condition_embedder\.(time|text)_embedder\.linear_1\.weight", ("tp", None)),
+    (r"condition_embedder\.(time|text)_embedder\.linear_1\.bias", ("tp",)),
+    (r"condition_embedder\.(time|text)_embedder\.linear_2\.weight", (None, "tp")),
+)
+
+TEXT_ENCODER = (
+    (r"shared\.weight", ("tp", None)),
+    (r".*\.SelfAttention\.[qkv]\.weight", ("tp", None)),
+    (r".*\.SelfAttention\.o\.weight", (None, "tp")),
+    (r".*\.DenseReluDense\.wi_[01]\.weight", ("tp", None)),
+    (r".*\.DenseReluDense\.wo\.weight", (None, "tp")),
+)

@@ -1,0 +1,78 @@
+"""Small random Wan checkpoints in the ordinary diffusers layout, for tests."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat", "dog", "runs", "sleeps", "on", "grass", "&", "the", "moon"]
+
+
+@dataclass(frozen=True)
+class RandomWan:
+    heads: int = 2
+    head_dim: int = 16
+    layers: int = 2
+    cross_attn_norm: bool = True
+    text_dim: int = 24
+    channels: int = 4
+    vae_dim: int = 6
+    dim_mult: tuple[int, ...] = (1, 2, 2, 2)
+    flow_shift: float = 3.0
+    euler: bool = False
+    seed: int = 0
+    extra: dict = field(default_factory=dict)
+
+    def save(self, folder: Path) -> Path:
+        torch.manual_seed(self.seed)
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(WORDS), d_model=self.text_dim, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
+                relative_attention_num_buckets=8, relative_attention_max_distance=20, pad_token_id=0, eos_token_id=1,
+            )
+        )  # fmt: skip
+        transformer = WanTransformer3DModel(
+            num_attention_heads=self.heads, attention_head_dim=self.head_dim, in_channels=self.channels,
+            out_channels=self.channels, text_dim=self.text_dim, freq_dim=32, ffn_dim=56, num_layers=self.layers,
+            cross_attn_norm=self.cross_attn_norm, rope_max_seq_len=64, **self.extra,
+        )  # fmt: skip
+        vae = AutoencoderKLWan(
+            base_dim=self.vae_dim, z_dim=self.channels, dim_mult=list(self.dim_mult), num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1 * i - 0.2 for i in range(self.channels)], latents_std=[1.0 + 0.3 * i for i in range(self.channels)],
+        )  # fmt: skip
+        for module in (text_encoder, transformer, vae):
+            _spread(module)
+        if self.euler:
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=self.flow_shift)
+        else:
+            scheduler = UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=self.flow_shift
+            )
+        WanPipeline(_tokenizer(), text_encoder, vae, scheduler, transformer).save_pretrained(folder)
+        return folder
+
+
+def _spread(module: torch.nn.Module) -> None:
+    """Random values in what initialises to zeros, ones or nearly nothing: a bug there must show in the output."""
+    for parameter in module.parameters():
+        if parameter.ndim == 1 or parameter.std() < 0.02:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )
