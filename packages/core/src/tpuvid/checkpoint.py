@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (lets numpy, and so safetensors, know bfloat16)
 import numpy as np
 
 from tpuvid.errors import InputError, TpuvidError

@@ -67,45 +67,36 @@ class Pipeline:
         Raises `InputError` for settings that break the model's rules, before anything is loaded.
         """
         config = with_seed(self.spec.configure(prompt=prompt, **settings))
-        for stage in LOADERS:
-            self.checkpoint.require(self.spec.components[stage])
-        conditioning = self._encode(config, negative=config.do_classifier_free_guidance)
-        return self.decode(self._denoise(conditioning, config, on_step))
+        for components in self.spec.components.values():
+            self.checkpoint.require(components)
+        return self.decode(self.denoise_config(self.encode_config(config), config, on_step=on_step))
 
     def encode(self, prompt: str, negative_prompt: str = "", *, max_sequence_length: int | None = None) -> Conditioning:
         """Stage 1: embed the prompt and the negative prompt."""
         config = self.spec.configure(
             prompt=prompt, negative_prompt=negative_prompt, max_sequence_length=max_sequence_length
         )
-        return self._encode(config, negative=True)
+        return self.encode_config(config, negative=True)
 
-    def denoise(self, conditioning: Conditioning, *, on_step: StepCallback | None = None, **settings: Any) -> Latents:
-        """Stage 2: noise → latents. `settings` as in `generate`; raises `InputError` for another model's conditioning."""
-        self._check_origin("embeddings", conditioning.model_id)
-        settings |= {"prompt": conditioning.prompt, "negative_prompt": conditioning.negative_prompt}
-        return self._denoise(conditioning, with_seed(self.spec.configure(**settings)), on_step)
-
-    def decode(self, latents: Latents) -> Video:
-        """Stage 3: latents → frames."""
-        frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
-        return Video(
-            model_id=self.spec.model_id, frames=frames, config=latents.config, seconds=dict(self.runtime.progress.seconds)
-        )
-
-    def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:
-        """Stage 3, as chunks of frames [B, n, H, W, C] in [0, 1] that come while the next ones are computed."""
-        self._check_origin("latents", latents.model_id)
-        with self._stage("decode", lambda decoder: decoder.check(latents.latents)) as decoder:
-            yield from decoder.decode(latents.latents)
-
-    def _encode(self, config: GenerationConfig, *, negative: bool) -> Conditioning:
+    def encode_config(self, config: GenerationConfig, *, negative: bool | None = None) -> Conditioning:
+        """Stage 1 for a checked config; the negative prompt is embedded where guidance needs it, or as `negative` says."""
+        negative = config.do_classifier_free_guidance if negative is None else negative
         with self._stage("encode") as encoder:
             tensors = encoder.encode(config, negative=negative)
         return Conditioning(
             model_id=self.spec.model_id, prompt=config.prompt, negative_prompt=config.negative_prompt, tensors=tensors
         )
 
-    def _denoise(self, conditioning: Conditioning, config: GenerationConfig, on_step: StepCallback | None) -> Latents:
+    def denoise(self, conditioning: Conditioning, *, on_step: StepCallback | None = None, **settings: Any) -> Latents:
+        """Stage 2: noise → latents. `settings` as in `generate`; raises `InputError` for another model's conditioning."""
+        settings |= {"prompt": conditioning.prompt, "negative_prompt": conditioning.negative_prompt}
+        return self.denoise_config(conditioning, with_seed(self.spec.configure(**settings)), on_step=on_step)
+
+    def denoise_config(
+        self, conditioning: Conditioning, config: GenerationConfig, *, on_step: StepCallback | None = None
+    ) -> Latents:
+        """Stage 2 for a checked config."""
+        self._check_origin("embeddings", conditioning.model_id)
         if config.do_classifier_free_guidance and "negative_prompt_embeds" not in conditioning.tensors:
             raise InputError(
                 f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "
@@ -114,6 +105,23 @@ class Pipeline:
         with self._stage("denoise", lambda denoiser: denoiser.check(conditioning.tensors)) as denoiser:
             latents = denoiser.denoise(conditioning.tensors, config, on_step or (lambda done, total: None))
         return Latents(model_id=self.spec.model_id, latents=latents, config=config)
+
+    def decode(self, latents: Latents) -> Video:
+        """Stage 3: latents → frames."""
+        frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
+        _, num_frames, height, width, _ = frames.shape  # what a foreign file says of them may be missing or wrong
+        config = latents.config.override(num_frames=num_frames, height=height, width=width)
+        return Video(model_id=self.spec.model_id, frames=frames, config=config, seconds=dict(self.runtime.progress.seconds))
+
+    def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:
+        """Stage 3, as chunks of frames [B, n, H, W, C] in [0, 1] that come while the next ones are computed."""
+        self._check_origin("latents", latents.model_id)
+        with self._stage("decode", lambda decoder: decoder.check(latents.latents)) as decoder:
+            yield from decoder.decode(latents.latents)
+
+    def free(self) -> None:
+        """Forget every stage's weights and compiled programs; they load again when needed."""
+        self._stages.clear()
 
     def _check_origin(self, what: str, model_id: str) -> None:
         # files of earlier tools carry the Hub id, or nothing

@@ -1,0 +1,425 @@
+"""The ``tpuvid`` command: argv → settings → the Python API → a line that says where the result stands.
+
+Nothing heavy is imported before the arguments have been checked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import tpuvid
+from tpuvid.errors import InputError, TpuvidError
+from tpuvid.registry import registry
+from tpuvid.stages import GenerationConfig
+
+if TYPE_CHECKING:
+    from tpuvid.pipeline import Pipeline
+    from tpuvid.stages import Latents, Video
+
+EXIT_SOME_FAILED = 3
+EXIT_INTERRUPTED = 130
+SETTINGS = tuple(f.name for f in fields(GenerationConfig))
+DEBUG_VARIABLE = "TPUVID_DEBUG"
+STAGE_FOLDER = "stage_outputs"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; every failure is one line on stderr and an exit code."""
+    sys.exit(run(argv))
+
+
+def run(argv: list[str] | None = None) -> int:
+    try:
+        return cli.main(argv, prog_name="tpuvid", standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as help_request:
+        click.echo(help_request.format_message())
+        return 0
+    except click.ClickException as error:
+        usage = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+        return _fail(error.format_message().replace("\n", " ") + usage, error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing is left to say
+        return 1
+    except TpuvidError as error:
+        return _fail(str(error), error.exit_code)
+    except Exception as error:  # the last resort: a bug or a backend's failure, without a traceback for the user
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        return _fail(_unexpected(error), 1)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"tpuvid: error: {message}", err=True)
+    return code
+
+
+def _unexpected(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        return f"out of memory ({first}); use fewer frames, a smaller size, --dtype bfloat16 or more devices"
+    return f"{type(error).__name__}: {first} (unexpected; {DEBUG_VARIABLE}=1 shows the traceback)"
+
+
+@click.group(
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+)
+@click.version_option(tpuvid.__version__, prog_name="tpuvid")
+def cli() -> None:
+    """Text-to-video inference on Google TPUs (and on GPUs and CPUs)."""
+
+
+def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Flags that a YAML file gives: they stand in for defaults, so that the command line wins."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: is no readable YAML ({reason})") from None
+    if values is None:
+        return
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds a {type(values).__name__}; needs lines of the form 'num_frames: 81'")
+    known = {p.name for p in context.command.params if isinstance(p, click.Option)} - {"config_file", "help"}
+    found = {str(key).replace("-", "_"): value for key, value in values.items()}
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise InputError(f"{path}: {name!r} is no setting of tpuvid {context.command.name}; {hint}")
+    context.default_map = found
+
+
+def _options(*decorators: Callable) -> Callable:
+    def apply(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+_path = click.Path(path_type=Path)
+model_option = click.option("--model", required=True, help="Registered id, local diffusers folder, or Hub id.")
+stage_model_option = click.option("--model", help="Default: the model that made the stage file.")
+prompt_options = _options(
+    click.option("--negative-prompt", help="What to steer away from."),
+    click.option("--max-sequence-length", type=int, help="Text tokens; longer prompts are cut."),
+)
+sampling_options = _options(
+    click.option("--height", type=int, help="Pixels."),
+    click.option("--width", type=int, help="Pixels."),
+    click.option("--num-frames", type=int),
+    click.option("--num-inference-steps", "--steps", type=int, help="Denoising steps."),
+    click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1.0 switches it off."),
+    click.option("--flow-shift", type=float, help="Timestep shift; default by resolution or checkpoint."),
+    click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
+)
+fps_option = click.option("--fps", type=int, help="Frames per second of the mp4.")
+save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+config_option = click.option(
+    "--config", "config_file", type=_path, is_eager=True, expose_value=False, callback=_from_yaml,
+    help="YAML file of these settings; flags win.",
+)  # fmt: skip
+runtime_options = _options(
+    click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Default: bfloat16; float32 on a CPU."),
+    click.option("--mesh", help="Device layout like dp=2,tp=4. Default by devices and heads."),
+    click.option("--attention-backend", type=click.Choice(["auto", "xla", "splash", "cudnn"]), default="auto", show_default=True),
+)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files that one video is written to."""
+
+    video: Path
+    overwrite: bool
+    save_frames: bool
+
+    @property
+    def files(self) -> dict[str, Path]:
+        from tpuvid.artifacts import FRAMES
+
+        files = {"video": self.video, "contact sheet": self.video.with_suffix(".png"), "settings": self.video.with_suffix(".json")}
+        return files | ({"frames": self.video.with_name(FRAMES)} if self.save_frames else {})
+
+    def check(self) -> None:
+        from tpuvid.artifacts import check_output
+
+        if self.video.suffix != ".mp4":
+            raise InputError(f"{self.video}: videos are written as .mp4; give a name that ends so")
+        for path in self.files.values():
+            check_output(path, overwrite=self.overwrite)
+
+    def write(self, video: Video) -> None:
+        from tpuvid.artifacts import save_frames, write_json
+        from tpuvid.video import save_contact_sheet
+
+        about = {"model_id": video.model_id, **video.config.to_dict()}
+        video.save(self.video, overwrite=self.overwrite)
+        save_contact_sheet(video.frames[0], self.files["contact sheet"], overwrite=self.overwrite)
+        if self.save_frames:
+            save_frames(self.video.parent, video.frames, about, overwrite=self.overwrite)
+        timings = {name: round(seconds, 3) for name, seconds in video.seconds.items()}
+        record = about | {"seconds": timings, "tpuvid_version": tpuvid.__version__}
+        write_json(self.files["settings"], record, overwrite=self.overwrite)
+        for name, path in self.files.items():
+            click.echo(f"{name}: {path}")
+
+
+@cli.command("list-models")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_models(as_json: bool) -> None:
+    """The models that are installed."""
+    rows = [
+        {
+            "model": s.model_id, "family": s.family, "parameters": s.parameters,
+            "size": f"{s.defaults.width}x{s.defaults.height}", "frames": s.defaults.num_frames,
+            "steps": s.defaults.num_inference_steps, "checkpoint": s.checkpoint, "package": f"{p.package} {p.version}",
+        }
+        for p in registry().plugins
+        for s in p.models
+    ]  # fmt: skip
+    broken = [{"plugin": p.name, "package": f"{p.package} {p.version}", "error": p.error} for p in registry().broken]
+    if as_json:
+        click.echo(json.dumps({"models": rows, "broken": broken}, indent=2))
+        return
+    if not rows:
+        click.echo("no models installed; try: pip install tpuvid-wan")
+    else:
+        table = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        for row in table:
+            click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    for plugin in broken:
+        click.echo(f"warning: plugin {plugin['plugin']} ({plugin['package']}) does not load: {plugin['error']}", err=True)
+
+
+@cli.command()
+@config_option
+@model_option
+@click.option("--prompt", help="What the video shows.")
+@click.option("--prompt-file", "--prompt-path", type=_path, help="One prompt per line; each gives a video.")
+@prompt_options
+@sampling_options
+@fps_option
+@click.option("--output", "-o", type=_path, help="The mp4. Default: a name in --output-dir that says prompt, seed and time.")
+@click.option("--output-dir", type=_path, default=Path("outputs"), show_default=True)
+@save_frames_option
+@overwrite_option
+@runtime_options
+def generate(model: str, prompt: str | None, prompt_file: Path | None, output: Path | None, output_dir: Path,
+             save_frames: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
+    """Prompt → mp4, in one go."""
+    from tpuvid.checkpoint import resolve_model
+
+    prompts = _prompts(prompt, prompt_file)
+    if output and len(prompts) > 1:
+        raise InputError(f"--output names one file, {prompt_file} holds {len(prompts)} prompts; use --output-dir")
+    if save_frames and len(prompts) > 1:
+        raise InputError(f"--save-frames writes one stage3_frames.safetensors, {prompt_file} holds {len(prompts)} prompts; run them one by one")
+    spec, checkpoint = resolve_model(model)
+    settings, options = _split(given)
+    configs = [spec.configure(prompt=p, **settings) for p in prompts]
+    for stage in spec.components.values():
+        checkpoint.require(stage)
+
+    from tpuvid.pipeline import with_seed
+
+    configs = [with_seed(config) for config in configs]
+    outputs = [Outputs(output or output_dir / _file_name(c, i if len(prompts) > 1 else None), overwrite, save_frames) for i, c in enumerate(configs)]
+    for out in outputs:
+        out.check()
+    pipe = _load(model, options)
+    failures = _generate_all(pipe, configs, outputs)
+    for config, error in failures:
+        click.echo(f"tpuvid: error: {config.prompt!r}: {error}", err=True)
+    return EXIT_SOME_FAILED if failures else 0
+
+
+def _generate_all(pipe: Pipeline, configs: list[GenerationConfig], outputs: list[Outputs]) -> list[tuple[GenerationConfig, str]]:
+    """Every prompt through each stage before the next stage loads; what fails doesn't stop the others."""
+    done: list[Any] = list(configs)
+    failures = []
+
+    def each(work: Callable[[int, Any], Any]) -> None:
+        for i, value in enumerate(done):
+            if value is None:
+                continue
+            try:
+                done[i] = work(i, value)
+            except TpuvidError as error:
+                if len(done) == 1:
+                    raise
+                done[i] = None
+                failures.append((configs[i], str(error)))
+
+    def save(i: int, latents: Latents) -> None:
+        outputs[i].write(pipe.decode(latents))
+        click.echo(f"seed: {configs[i].seed}")
+
+    each(lambda i, config: pipe.encode_config(config))
+    pipe.free()
+    each(lambda i, conditioning: pipe.denoise_config(conditioning, configs[i]))
+    pipe.free()
+    each(save)
+    return failures
+
+
+@cli.command()
+@config_option
+@model_option
+@click.option("--prompt", required=True, help="What the video shows.")
+@prompt_options
+@click.option("--output-dir", type=_path, default=Path(STAGE_FOLDER), show_default=True)
+@overwrite_option
+@runtime_options
+def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
+    """Stage 1: prompt → stage1_embeddings.safetensors."""
+    from tpuvid.artifacts import EMBEDDINGS, check_output, save_conditioning
+    from tpuvid.checkpoint import resolve_model
+
+    spec, checkpoint = resolve_model(model)
+    settings, options = _split(given)
+    spec.configure(**settings)
+    checkpoint.require(spec.components["encode"])
+    check_output(output_dir / EMBEDDINGS, overwrite=overwrite)
+    conditioning = _load(model, options).encode(**settings)
+    click.echo(f"embeddings: {save_conditioning(output_dir, conditioning, overwrite=overwrite)}")
+
+
+@cli.command()
+@config_option
+@stage_model_option
+@click.option("--input-dir", type=_path, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 1 is.")
+@sampling_options
+@fps_option
+@click.option("--output-dir", type=_path, help="Default: --input-dir.")
+@overwrite_option
+@runtime_options
+def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwrite: bool, **given: Any) -> None:
+    """Stage 2: stage1_embeddings.safetensors → stage2_latents.safetensors."""
+    from tpuvid.artifacts import EMBEDDINGS, LATENTS, check_output, load_conditioning, save_latents
+    from tpuvid.checkpoint import resolve_model
+
+    output_dir = output_dir or input_dir
+    conditioning = load_conditioning(input_dir / EMBEDDINGS)
+    model = _stage_model(model, input_dir, conditioning.model_id)
+    spec, checkpoint = resolve_model(model)
+    settings, options = _split(given)
+    config = spec.configure(**settings)
+    checkpoint.require(spec.components["denoise"])
+    check_output(output_dir / LATENTS, overwrite=overwrite)
+    latents = _load(model, options).denoise(conditioning, **settings)
+    click.echo(f"latents: {save_latents(output_dir, latents, overwrite=overwrite)}")
+    if config.seed != latents.config.seed:
+        click.echo(f"seed: {latents.config.seed}")
+
+
+@cli.command()
+@config_option
+@stage_model_option
+@click.option("--input-dir", type=_path, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 2 is.")
+@fps_option
+@click.option("--output-dir", type=_path, help="Default: --input-dir.")
+@save_frames_option
+@overwrite_option
+@runtime_options
+def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_frames: bool, overwrite: bool, **given: Any) -> None:
+    """Stage 3: stage2_latents.safetensors → output_video.mp4."""
+    from tpuvid.artifacts import CONFIG, LATENTS, load_latents, read_config
+    from tpuvid.checkpoint import resolve_model
+    from tpuvid.stages import Latents, check_sampling
+
+    array, file = load_latents(input_dir / LATENTS)
+    beside = read_config(input_dir / CONFIG)
+    beside_model = beside.pop("model_id", None)
+    model = _stage_model(model, input_dir, file.model_id or beside_model)
+    spec, checkpoint = resolve_model(model)
+    given_settings, options = _split(given)
+    config = spec.defaults.override(**(beside | dict(file.settings) | given_settings))
+    check_sampling(config)
+    checkpoint.require(spec.components["decode"])
+    outputs = Outputs((output_dir or input_dir) / "output_video.mp4", overwrite, save_frames)
+    outputs.check()
+    latents = Latents(model_id=file.model_id or beside_model or "", latents=array, config=config)
+    outputs.write(_load(model, options).decode(latents))
+
+
+@cli.command("inspect")
+@click.argument("path", type=_path)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect_command(path: Path, as_json: bool) -> None:
+    """What a stage file, a folder of them or a checkpoint holds: tensors, shapes, dtypes, settings."""
+    from tpuvid.describe import describe, render
+
+    about = describe(path)
+    click.echo(json.dumps(about, indent=2) if as_json else render(about))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(as_json: bool) -> int:
+    """Versions, devices, plugins, and what is wrong. Exit code 1 if something is."""
+    from tpuvid.doctor import examine, render
+
+    report = examine()
+    click.echo(json.dumps(report, indent=2) if as_json else render(report))
+    return 1 if report["problems"] else 0
+
+
+def _split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flags as (settings that were given, options for `tpuvid.load`)."""
+    settings = {name: value for name, value in given.items() if name in SETTINGS and value is not None}
+    return settings, {name: value for name, value in given.items() if name not in SETTINGS}
+
+
+def _load(model: str, options: Mapping[str, Any]) -> Pipeline:
+    from tpuvid.progress import ConsoleProgress
+
+    return tpuvid.load(model, progress=ConsoleProgress(), **options)
+
+
+def _stage_model(given: str | None, folder: Path, recorded: str | None) -> str:
+    model = given or recorded
+    if not model:
+        raise InputError(f"{folder}: the stage file names no model; pass --model")
+    return model
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise InputError("give either --prompt or --prompt-file")
+    if prompt is not None:
+        return [prompt]
+    try:
+        prompts = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: can't be read ({error}); needs a text file with one prompt per line") from None
+    if not prompts:
+        raise InputError(f"{file}: holds no prompt; needs one per line")
+    return prompts
+
+
+def _file_name(config: GenerationConfig, index: int | None) -> str:
+    """Prompt, seed and time: "a-red-circle_42_20261120-154500.mp4"."""
+    slug = re.sub(r"[^a-z0-9]+", "-", config.prompt.lower()).strip("-")[:60].rstrip("-") or "video"
+    number = "" if index is None else f"_{index + 1:03d}"
+    return f"{slug}_{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}{number}.mp4"

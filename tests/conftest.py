@@ -1,0 +1,27 @@
+"""Shared set-up: jaxtyping's shape annotations are checked in every function that has them, and no test touches the user's caches."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).parents[1]
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPUVID_CACHE_DIR", str(ROOT / ".pytest_cache" / "tpuvid"))
+
+install_import_hook(["tpuvid.kernels", "tpuvid.schedule", "tpuvid_wan.encode", "tpuvid_wan.denoise", "tpuvid_wan.decode"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def python_env() -> dict[str, str]:
+    """The environment of a child process that must not see the tests' own settings."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("TPUVID_")}
+
+
+@pytest.fixture
+def tpuvid_command() -> str:
+    return str(Path(sys.executable).with_name("tpuvid"))

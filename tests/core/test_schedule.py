@@ -1,0 +1,65 @@
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tpuvid.schedule import advance, tabulate
+
+FLOW_UNIPC = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def run_diffusers(scheduler, steps, sample, model):
+    scheduler.set_timesteps(steps)
+    sample = torch.from_numpy(sample)
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(model(sample, float(timestep)), timestep, sample, return_dict=False)[0]
+    return sample.numpy()
+
+
+def run_table(scheduler, steps, sample, model):
+    schedule = tabulate(scheduler, steps)
+    state = jnp.concatenate([jnp.asarray(sample)[None], jnp.zeros((schedule.memories, *sample.shape))])
+    for timestep, weights in zip(schedule.timesteps, schedule.weights):
+        state = advance(jnp.asarray(weights), state, model(state[0], float(timestep)))
+    return np.asarray(state[0])
+
+
+def model(sample, timestep):
+    """A nonlinear stand-in for a network, the same in torch and JAX."""
+    return sample * (0.3 + timestep / 2000) - sample**3 / 20 + 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.UniPCMultistepScheduler(**FLOW_UNIPC),
+        diffusers.UniPCMultistepScheduler(**FLOW_UNIPC, solver_order=3),
+        diffusers.UniPCMultistepScheduler(**FLOW_UNIPC, disable_corrector=[0, 1]),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing"),
+    ],
+    ids=lambda s: f"{type(s).__name__}-{s.config.get('solver_type', '')}{s.config.get('solver_order', '')}",
+)
+def test_table_equals_scheduler(scheduler, steps):
+    sample = np.random.default_rng(0).normal(size=(1, 4, 2, 3, 3)).astype(np.float32)
+    expected = run_diffusers(type(scheduler).from_config(scheduler.config), steps, sample, model)
+    found = run_table(scheduler, steps, sample, model)
+    # fp32 sums in another order, over up to 30 steps
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_stochastic_scheduler_is_refused():
+    with pytest.raises(ValueError, match="not linear"):
+        tabulate(diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), 4)
+
+
+def test_nonlinear_scheduler_is_refused():
+    with pytest.raises(ValueError, match="not linear"):
+        tabulate(diffusers.DDIMScheduler(clip_sample=True, clip_sample_range=0.1), 4)
+
+
+def test_two_evaluations_per_step_are_refused():
+    with pytest.raises(ValueError, match="more than once per step"):
+        tabulate(diffusers.HeunDiscreteScheduler(), 4)
