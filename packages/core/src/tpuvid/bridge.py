@@ -8,6 +8,7 @@ compiler sees one block: Wan 2.1 14B at 720p compiles for a v6e-8 in 23 s instea
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -66,9 +67,25 @@ def environment() -> Any:
 
     env.override_op_definition(nn.functional.scaled_dot_product_attention, on_arrays(_sdpa))
     env.override_op_definition(nn.functional.interpolate, on_arrays(_interpolate_nearest))
-    # torchax's type_as casts in place and leaves a stale dtype behind, which convolutions then refuse
-    env.override_op_definition(torch.Tensor.type_as, lambda tensor, other: tensor.to(other.dtype))
     return env
+
+
+@contextmanager
+def _tracing() -> Iterator[Any]:
+    """The environment, entered, for as long as a module is traced."""
+    env = environment()
+    from torchax.tensor import Tensor
+
+    stock = Tensor.type_as
+    # torchax's own casts in place and leaves a stale dtype behind, which convolutions then refuse
+    Tensor.type_as = lambda tensor, other: tensor.to(other.dtype)
+    try:
+        with env, torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # torch's index type; int32 will do
+            warnings.filterwarnings("ignore", message="scatter inputs have incompatible types")  # torch casts on assignment too
+            yield env
+    finally:
+        Tensor.type_as = stock
 
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -189,13 +206,13 @@ class TracedModule:
         owner_name, _, name = method.rpartition(".")
         owner = self.module.get_submodule(owner_name)
         call = getattr(type(owner), name)
-        env = environment()
 
         def pure(params: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
             swapped = {self._private(k): v for k, v in params.items()}
-            swapped, args, kwargs = env.j2t_iso((swapped, args, kwargs))
-            with env, torch.no_grad(), stateless._reparametrize_module(self.module, swapped, tie_weights=True):
-                out = call(owner, *args, **kwargs, **static)
+            with _tracing() as env:
+                swapped, args, kwargs = env.j2t_iso((swapped, args, kwargs))
+                with stateless._reparametrize_module(self.module, swapped, tie_weights=True):
+                    out = call(owner, *args, **kwargs, **static)
             return pytree.tree_map_only(torch.Tensor, lambda t: t.jax(), out)
 
         return pure

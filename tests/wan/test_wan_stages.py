@@ -1,0 +1,249 @@
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import tpuvid
+from safetensors.numpy import load_file, save_file
+from tpuvid import InputError
+from tpuvid.artifacts import EMBEDDINGS, load_conditioning, load_latents, save_conditioning, save_latents
+from tpuvid.cli import run
+from tpuvid.stages import Latents
+from tpuvid_wan.denoise import make_noise
+from wan.conftest import SMALL
+
+
+def test_staged_equals_one_shot_bit_for_bit(pipe, checkpoint, tmp_path):
+    """Through files, and through a second pipeline that shares nothing with the first."""
+    whole = pipe.generate("a red cat", negative_prompt="dog", **SMALL)
+
+    save_conditioning(tmp_path, pipe.encode("a red cat", "dog"), overwrite=False)
+    other = tpuvid.load(str(checkpoint))
+    save_latents(tmp_path, other.denoise(load_conditioning(tmp_path / EMBEDDINGS), **SMALL), overwrite=False)
+    array, file = load_latents(tmp_path / "stage2_latents.safetensors")
+    config = pipe.spec.defaults.override(**file.settings)
+    staged = tpuvid.load(str(checkpoint)).decode(Latents(model_id=file.model_id, latents=array, config=config))
+
+    assert np.array_equal(staged.frames, whole.frames)
+    assert staged.config == whole.config
+
+
+def test_commands_staged_equal_one_shot_bit_for_bit(checkpoint, tmp_path, capsys):
+    sampling = ["--height", "32", "--width", "48", "--num_frames", "5", "--steps", "2", "--guidance-scale", "4", "--seed", "5"]
+    model = ["--model", str(checkpoint)]
+    assert run(["generate", *model, "--prompt", "a cat", *sampling, "-o", str(tmp_path / "one" / "clip.mp4"), "--save-frames"]) == 0
+    stage = str(tmp_path / "staged")
+    assert run(["encode", *model, "--prompt", "a cat", "--output-dir", stage]) == 0
+    assert run(["denoise", *model, "--input-dir", stage, *sampling]) == 0
+    assert run(["decode", *model, "--input-dir", stage, "--save-frames"]) == 0
+    frames = [load_file(tmp_path / folder / "stage3_frames.safetensors")["frames"] for folder in ("one", "staged")]
+    assert frames[0].shape == (1, 5, 32, 48, 3) and frames[0].dtype == np.float32
+    assert 0 <= frames[0].min() and frames[0].max() <= 1
+    assert np.array_equal(*frames)
+    assert (tmp_path / "one" / "clip.mp4").read_bytes() == (tmp_path / "staged" / "output_video.mp4").read_bytes()
+    settings = json.loads((tmp_path / "one" / "clip.json").read_text())
+    assert settings["seed"] == 5 and settings["prompt"] == "a cat" and settings["num_frames"] == 5
+    assert "compile denoiser" in settings["seconds"]
+    assert "seed: 5" in capsys.readouterr().out
+
+
+def test_noise_is_what_diffusers_draws():
+    from diffusers.utils.torch_utils import randn_tensor
+
+    expected = randn_tensor((1, 4, 2, 3, 3), generator=torch.Generator("cpu").manual_seed(123), dtype=torch.float32)
+    assert np.array_equal(make_noise((1, 4, 2, 3, 3), 123), expected.numpy())
+
+
+def test_seed_decides_and_minus_one_draws(pipe):
+    conditioning = pipe.encode("a cat")
+    a, b = (pipe.denoise(conditioning, **SMALL | {"seed": seed}) for seed in (1, 2))
+    assert not np.array_equal(a.latents, b.latents)
+    drawn = pipe.denoise(conditioning, **SMALL | {"seed": -1})
+    assert drawn.config.seed >= 0
+    again = pipe.denoise(conditioning, **SMALL | {"seed": drawn.config.seed})
+    assert np.array_equal(drawn.latents, again.latents)
+
+
+def test_guidance_off_ignores_the_negative_prompt(pipe):
+    config = SMALL | {"guidance_scale": 1.0}
+    a, b = (pipe.denoise(pipe.encode("a cat", negative), **config).latents for negative in ("", "moon moon"))
+    assert np.array_equal(a, b)
+    c = pipe.denoise(pipe.encode("a cat", "moon moon"), **SMALL).latents
+    assert not np.array_equal(a, c)
+
+
+def test_step_callback_counts_and_can_stop(pipe):
+    seen = []
+    conditioning = pipe.encode("a cat")
+    pipe.denoise(conditioning, on_step=lambda done, total: seen.append((done, total)), **SMALL)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel(done, total):
+        if done == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        pipe.denoise(conditioning, on_step=cancel, **SMALL)
+
+
+def test_bfloat16_is_close_and_its_files_are_native(checkpoint, pipe, tmp_path):
+    half = tpuvid.load(str(checkpoint), dtype="bfloat16")
+    conditioning = half.encode("a cat")
+    assert conditioning.tensors["prompt_embeds"].dtype == ml_dtypes.bfloat16
+    latents = half.denoise(conditioning, **SMALL)
+    assert latents.latents.dtype == np.float32
+    expected = pipe.denoise(pipe.encode("a cat"), **SMALL).latents
+    assert np.abs(latents.latents - expected).max() < 0.1 * np.abs(expected).max()
+    frames = half.decode(latents).frames
+    assert frames.dtype == np.float32 and np.isfinite(frames).all()
+    save_conditioning(tmp_path, conditioning, overwrite=False)
+    again = load_conditioning(tmp_path / EMBEDDINGS).tensors["prompt_embeds"]
+    assert again.dtype == ml_dtypes.bfloat16 and np.array_equal(again, conditioning.tensors["prompt_embeds"])
+
+
+def test_stages_free_their_weights(checkpoint):
+    pipe = tpuvid.load(str(checkpoint), keep_loaded=False)
+    pipe.generate("a cat", **SMALL)
+    assert not pipe._stages
+
+
+def test_checkpoint_in_shards(checkpoint, pipe, tmp_path):
+    folder = tmp_path / "sharded"
+    shutil.copytree(checkpoint, folder)
+    single = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(single)
+    names = sorted(tensors)
+    shards = {"a-00001-of-00002.safetensors": names[::2], "a-00002-of-00002.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, single.with_name(file))
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    single.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    single.unlink()
+    conditioning = pipe.encode("a cat")
+    expected = pipe.denoise(conditioning, **SMALL).latents
+    sharded = tpuvid.load(str(folder))
+    renamed = type(conditioning)(**{**vars(conditioning), "model_id": "sharded"})
+    assert np.array_equal(sharded.denoise(renamed, **SMALL).latents, expected)
+
+    (folder / "transformer" / "a-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="1 of 2 shards are missing"):
+        tpuvid.load(str(folder)).denoise(renamed, **SMALL)
+
+
+def edit_weights(checkpoint, folder, edit):
+    shutil.copytree(checkpoint, folder)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+    return tpuvid.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda t: t.pop("blocks.1.ffn.net.2.bias"), r"1 missing \(blocks.1.ffn.net.2.bias\)"),
+        (lambda t: t.update(stray=np.zeros(3, np.float32)), r"1 left over \(stray\)"),
+        (lambda t: t.update({"proj_out.bias": np.zeros(3, np.float32)}), "proj_out.bias has shape"),
+    ],
+)
+def test_weights_that_do_not_match_are_named(checkpoint, tmp_path, edit, message):
+    pipe = edit_weights(checkpoint, tmp_path / "random-wan", edit)
+    conditioning = tpuvid.load(str(checkpoint)).encode("a cat")
+    with pytest.raises(InputError, match=message):
+        pipe.denoise(conditioning, **SMALL)
+
+
+def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, monkeypatch):
+    """The transformer's weights are unreadable here; each error must come first."""
+    pipe = tpuvid.load(str(checkpoint))
+    conditioning = pipe.encode("a cat")
+    latents = pipe.denoise(conditioning, **SMALL)
+
+    def unread(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("tpuvid_wan.denoise.load_parameters", unread)
+    monkeypatch.setattr("tpuvid_wan.decode.load_parameters", unread)
+    pipe.free()
+
+    def replaced(value, **changes):
+        return type(value)(**{**vars(value), **changes})
+
+    other = replaced(conditioning, model_id="wan2.1-t2v-14b")
+    with pytest.raises(InputError, match="made by wan2.1-t2v-14b, not random-wan"):
+        pipe.denoise(other, **SMALL)
+    wide = replaced(conditioning, tensors={k: np.zeros((1, 512, 4096), np.float32) for k in conditioning.tensors})
+    with pytest.raises(InputError, match=r"takes \[B, L, 24\]"):
+        pipe.denoise(wide, **SMALL)
+    positive = replaced(conditioning, tensors={"prompt_embeds": conditioning.tensors["prompt_embeds"]})
+    with pytest.raises(InputError, match="pass guidance_scale=1.0"):
+        pipe.denoise(positive, **SMALL)
+    with pytest.raises(InputError, match="num_frames=8: needs 4n.1 frames up to 4093; nearest: 5 and 9"):
+        pipe.denoise(conditioning, **SMALL | {"num_frames": 8})
+    foreign = replaced(latents, latents=np.zeros((1, 32, 3, 4, 6), np.float32))
+    with pytest.raises(InputError, match=r"takes \[B, 4, f, h, w\]"):
+        pipe.decode(foreign)
+    with pytest.raises(InputError, match="these latents were made by other"):
+        pipe.decode(replaced(latents, model_id="other"))
+
+
+def test_second_process_run_compiles_nothing(checkpoint, tmp_path, tpuvid_command, python_env):
+    """The persistent cache: a second run adds no program to it and reads all of them."""
+    import subprocess
+
+    env = python_env | {"TPUVID_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [tpuvid_command, "generate", "--model", str(checkpoint), "--prompt", "a cat", "--height", "32", "--width", "32",
+               "--num-frames", "5", "--steps", "2", "--overwrite", "-o", str(tmp_path / "clip.mp4")]  # fmt: skip
+
+    def programs():
+        subprocess.run(command, env=env, check=True, capture_output=True)
+        seconds = json.loads((tmp_path / "clip.json").read_text())["seconds"]
+        files = {p.name for p in (tmp_path / "cache" / "xla").iterdir() if p.name.endswith("-cache")}
+        return files, sum(s for name, s in seconds.items() if name.startswith("compile"))
+
+    first, cold = programs()
+    second, warm = programs()
+    assert first and second == first
+    assert warm < cold
+
+
+def test_wan_2_2_vae_is_refused(checkpoint, tmp_path):
+    folder = tmp_path / "random-wan"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"patch_size": 2}))
+    pipe = tpuvid.load(str(folder))
+    latents = Latents(model_id="random-wan", latents=np.zeros((1, 4, 1, 2, 2), np.float32), config=pipe.spec.defaults)
+    with pytest.raises(InputError, match="Wan 2.2"):
+        pipe.decode(latents)
+
+
+def test_unknown_scheduler_is_refused(checkpoint, tmp_path):
+    folder = tmp_path / "random-wan"
+    shutil.copytree(checkpoint, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "HeunDiscreteScheduler"}))
+    pipe = tpuvid.load(str(folder))
+    with pytest.raises(InputError, match="HeunDiscreteScheduler"):
+        pipe.denoise(pipe.encode("a cat"), **SMALL)
+
+
+def test_flow_shift_follows_the_resolution(pipe):
+    from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
+
+    assert WAN_14B.configure().flow_shift == 5.0
+    assert WAN_1_3B.configure().flow_shift == 3.0
+    assert WAN_14B.configure(height=480, width=832).flow_shift == 3.0
+    assert WAN_14B.configure(height=64, width=64).flow_shift is None
+    assert WAN_14B.configure(flow_shift=7.5).flow_shift == 7.5
+    conditioning = pipe.encode("a cat")
+    own, other = (pipe.denoise(conditioning, **SMALL, flow_shift=shift).latents for shift in (None, 9.0))
+    assert not np.array_equal(own, other)
+
+
