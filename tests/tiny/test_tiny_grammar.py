@@ -38,6 +38,7 @@ def test_every_caption_is_in_the_vocabulary():
         assert set(scene.varied_caption(rng, synonym_rate=1.0).split()) <= words
 
 
-def test_held_out_scenes_are_balanced_by_shape():
+def test_held_out_scenes_are_spread_over_the_shapes():
     shapes = [scene.shape for scene in held_out_scenes()]
-    assert {shape: shapes.count(shape) for shape in SHAPES} == dict.fromkeys(SHAPES, 27)
+    assert len(shapes) == 108
+    assert all(24 <= shapes.count(shape) <= 30 for shape in SHAPES)

@@ -55,12 +55,12 @@ class WanDecoder:
             np.asarray(values, np.float32).reshape(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         self.traced = TracedModule(build(lambda: FrameDecoder(vae)))
-        self._weights = checkpoint.weights("vae")
+        self.checkpoint = checkpoint
         self._compiled = {}
 
     def load(self) -> None:
         self.params = load_parameters(
-            self.traced, self._weights, mesh=self.mesh, dtype=self.runtime.dtype, ignore=("encoder.", "quant_conv.")
+            self.traced, self.checkpoint.weights("vae"), mesh=self.mesh, dtype=self.runtime.dtype, ignore=("encoder.", "quant_conv.")
         )
 
     def check(self, latents: np.ndarray) -> None:

@@ -51,12 +51,12 @@ class WanDenoiser:
         module = build(lambda: WanTransformer3DModel.from_config(self.config))
         keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
         self.traced = TracedModule(module, scan={"blocks": 1}, keep_in_fp32=keep)
-        self._weights = checkpoint.weights("transformer")
+        self.checkpoint = checkpoint
         self._compiled = {}
 
     def load(self) -> None:
         self.params = load_parameters(
-            self.traced, self._weights, mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
+            self.traced, self.checkpoint.weights("transformer"), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
         )
         self.params |= jax.device_put(self.traced.buffers(), replicated(self.mesh))
 

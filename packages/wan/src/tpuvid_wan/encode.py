@@ -35,12 +35,12 @@ class WanTextEncoder:
         self.mesh = runtime.mesh(num_heads=config.num_heads, guidance=False)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.component("tokenizer"))
         self.traced = TracedModule(build(lambda: UMT5EncoderModel(config)))
-        self._weights = checkpoint.weights("text_encoder")
+        self.checkpoint = checkpoint
         self._compiled = {}
 
     def load(self) -> None:
         self.params = load_parameters(
-            self.traced, self._weights, mesh=self.mesh, rules=TEXT_ENCODER, dtype=self.runtime.dtype
+            self.traced, self.checkpoint.weights("text_encoder"), mesh=self.mesh, rules=TEXT_ENCODER, dtype=self.runtime.dtype
         )
 
     def encode(self, config: GenerationConfig, *, negative: bool) -> dict[str, np.ndarray]:

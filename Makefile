@@ -1,0 +1,31 @@
+# The two commands: make demo, make test. Each sets up what it needs.
+.PHONY: setup demo test test-aot fidelity benchmark clean
+BIN := .venv/bin
+STAMP := .venv/.set-up
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml packages/*/pyproject.toml scripts/setup.sh
+	scripts/setup.sh
+	@touch $@
+
+demo: setup
+	$(BIN)/tpuvid generate --model wan-tiny --prompt "a red circle moving right on a black background"
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Compiles for real TPUs with libtpu: minutes of CPU, gigabytes of memory, no TPU needed.
+test-aot: setup
+	scripts/setup.sh tpu
+	$(BIN)/python -m pytest -m aot $(PYTEST_ARGS)
+
+# tpuvid against stock diffusers, stage by stage: prints the table of docs/fidelity.md.
+fidelity: setup
+	PYTHONPATH=tests $(BIN)/python -W ignore -m wan.fidelity
+
+benchmark: setup
+	$(BIN)/python benchmarks/against_diffusers.py
+
+clean:
+	rm -rf .venv dist
