@@ -1,6 +1,6 @@
 """Small random Wan checkpoints in the ordinary diffusers layout, for tests."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,6 @@ class RandomWan:
     flow_shift: float = 3.0
     euler: bool = False
     seed: int = 0
-    extra: dict = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
         torch.manual_seed(self.seed)
@@ -43,7 +42,7 @@ class RandomWan:
         transformer = WanTransformer3DModel(
             num_attention_heads=self.heads, attention_head_dim=self.head_dim, in_channels=self.channels,
             out_channels=self.channels, text_dim=self.text_dim, freq_dim=32, ffn_dim=56, num_layers=self.layers,
-            cross_attn_norm=self.cross_attn_norm, rope_max_seq_len=64, **self.extra,
+            cross_attn_norm=self.cross_attn_norm, rope_max_seq_len=64,
         )  # fmt: skip
         vae = AutoencoderKLWan(
             base_dim=self.vae_dim, z_dim=self.channels, dim_mult=list(self.dim_mult), num_res_blocks=1,

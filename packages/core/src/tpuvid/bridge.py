@@ -196,7 +196,7 @@ class TracedModule:
 
     def buffers(self) -> Params:
         """The module's buffers (RoPE tables and the like), computed by its own constructor."""
-        return {name: np.asarray(buffer.numpy()) for name, buffer in self.module.named_buffers()}
+        return {name: jnp.asarray(buffer.numpy()) for name, buffer in self.module.named_buffers()}
 
     def function(self, method: str = "forward", **static: Any) -> Callable[..., Any]:
         """``f(params, *args, **kwargs)`` over jax arrays; `method` may be dotted ("decoder.forward"). `static` are fixed arguments.

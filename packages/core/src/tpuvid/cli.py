@@ -237,13 +237,10 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
         raise InputError(f"--save-frames writes one stage3_frames.safetensors, {prompt_file} holds {len(prompts)} prompts; run them one by one")
     spec, checkpoint = resolve_model(model)
     settings, options = _split(given)
-    configs = [spec.configure(prompt=p, **settings) for p in prompts]
+    configs = [spec.configure(prompt=p, **settings).with_drawn_seed() for p in prompts]
     for stage in spec.components.values():
         checkpoint.require(stage)
 
-    from tpuvid.pipeline import with_seed
-
-    configs = [with_seed(config) for config in configs]
     outputs = [Outputs(output or output_dir / _file_name(c, i if len(prompts) > 1 else None), overwrite, save_frames) for i, c in enumerate(configs)]
     for out in outputs:
         out.check()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -35,10 +35,16 @@ class MeshConfig:
         return config
 
 
-def default_mesh_config(devices: int, *, num_heads: int, guidance: bool) -> MeshConfig:
-    """Guidance's two halves over dp where the devices are even; the largest tp that divides both devices and heads."""
+def default_mesh_config(devices: int, sizes: Iterable[int], *, guidance: bool = False) -> MeshConfig:
+    """Guidance's two halves over dp where the devices are even; the largest tp that divides the rest and all `sizes`."""
     dp = 2 if guidance and devices % 2 == 0 else 1
-    return MeshConfig(dp=dp, tp=math.gcd(devices // dp, num_heads))
+    return MeshConfig(dp=dp, tp=math.gcd(devices // dp, *sizes))
+
+
+def split_sizes(parameters: Mapping[str, jax.ShapeDtypeStruct], rules: Sequence[Rule]) -> set[int]:
+    """The dimensions that `rules` split over tp."""
+    specs = {name: _spec(name, struct, rules)[0] for name, struct in parameters.items()}
+    return {size for name, spec in specs.items() for size, axis in zip(parameters[name].shape, spec) if axis == "tp"}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -60,12 +66,8 @@ def shard_parameters(
     """
     shardings, used = {}, set()
     for name, struct in parameters.items():
-        spec: tuple[str | None, ...] = ()
-        for pattern, axes in rules:
-            if re.fullmatch(pattern, name):
-                used.add(pattern)
-                spec = (None,) * (len(struct.shape) - len(axes)) + axes
-                break
+        spec, pattern = _spec(name, struct, rules)
+        used.add(pattern)
         for size, axis in zip(struct.shape, spec):
             if axis is not None and size % mesh.shape[axis]:
                 raise InputError(f"mesh {axis}={mesh.shape[axis]} does not divide {name} {struct.shape}; choose another --mesh")
@@ -73,3 +75,11 @@ def shard_parameters(
     if unused := [pattern for pattern, _ in rules if pattern not in used]:
         raise ValueError(f"sharding rules that match no parameter: {unused}")
     return shardings
+
+
+def _spec(name: str, struct: jax.ShapeDtypeStruct, rules: Sequence[Rule]) -> tuple[tuple[str | None, ...], str | None]:
+    """The axes of every dimension of one parameter, and the pattern that gave them (None: replicated)."""
+    for pattern, axes in rules:
+        if re.fullmatch(pattern, name):
+            return (None,) * (len(struct.shape) - len(axes)) + axes, pattern
+    return (), None

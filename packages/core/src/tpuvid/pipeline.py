@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from tpuvid.errors import InputError
 from tpuvid.mesh import MeshConfig
 from tpuvid.progress import Progress
 from tpuvid.runtime import Runtime, enable_compilation_cache
-from tpuvid.stages import MAX_SEED, Conditioning, GenerationConfig, Latents, ModelSpec, StepCallback, Video
+from tpuvid.stages import Conditioning, GenerationConfig, Latents, ModelSpec, StepCallback, Video
 
 LOADERS = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
 
@@ -49,11 +48,6 @@ def load(
     return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
 
 
-def with_seed(config: GenerationConfig) -> GenerationConfig:
-    """Seed −1 becomes a drawn one, so that what is stored can be run again."""
-    return config.override(seed=secrets.randbelow(2**31)) if config.seed == -1 else config
-
-
 class Pipeline:
     """The three stages of one model. Made by `tpuvid.load`."""
 
@@ -66,7 +60,7 @@ class Pipeline:
 
         Raises `InputError` for settings that break the model's rules, before anything is loaded.
         """
-        config = with_seed(self.spec.configure(prompt=prompt, **settings))
+        config = self.spec.configure(prompt=prompt, **settings).with_drawn_seed()
         for components in self.spec.components.values():
             self.checkpoint.require(components)
         return self.decode(self.denoise_config(self.encode_config(config), config, on_step=on_step))
@@ -90,7 +84,7 @@ class Pipeline:
     def denoise(self, conditioning: Conditioning, *, on_step: StepCallback | None = None, **settings: Any) -> Latents:
         """Stage 2: noise → latents. `settings` as in `generate`; raises `InputError` for another model's conditioning."""
         settings |= {"prompt": conditioning.prompt, "negative_prompt": conditioning.negative_prompt}
-        return self.denoise_config(conditioning, with_seed(self.spec.configure(**settings)), on_step=on_step)
+        return self.denoise_config(conditioning, self.spec.configure(**settings).with_drawn_seed(), on_step=on_step)
 
     def denoise_config(
         self, conditioning: Conditioning, config: GenerationConfig, *, on_step: StepCallback | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ class Runtime:
     dtype: np.dtype
     devices: Sequence[jax.Device] = field(default_factory=jax.devices)
     mesh_config: MeshConfig | None = None
-    """None lets each stage choose by its number of heads."""
+    """Layout of the denoiser; None chooses one."""
     attention: str = "auto"
     progress: Progress = field(default_factory=Progress)
 
@@ -65,13 +65,18 @@ class Runtime:
         if name not in DTYPES:
             raise InputError(f"dtype={name!r}: choose from {', '.join(DTYPES)}")
         runtime = cls(DTYPES[name], mesh_config=mesh, attention=attention_backend, progress=progress or Progress())
-        with runtime.scope(runtime.mesh(num_heads=1, guidance=False)):
+        with runtime.scope(runtime.denoiser_mesh([1])):
             pass  # fails for a mesh or an attention backend that this machine can't run
         return runtime
 
-    def mesh(self, *, num_heads: int, guidance: bool) -> Mesh:
-        config = self.mesh_config or default_mesh_config(len(self.devices), num_heads=num_heads, guidance=guidance)
+    def denoiser_mesh(self, sizes: Iterable[int]) -> Mesh:
+        """The user's layout; else one by the number of devices that divides `sizes` (heads and split widths)."""
+        config = self.mesh_config or default_mesh_config(len(self.devices), sizes, guidance=True)
         return make_mesh(config, self.devices)
+
+    def encoder_mesh(self, sizes: Iterable[int]) -> Mesh:
+        """For a text encoder: as many devices as divide `sizes`; its layout is not the user's to choose."""
+        return make_mesh(default_mesh_config(len(self.devices), sizes), self.devices)
 
     def single_device(self) -> Mesh:
         """For a stage that has no split: the first device alone."""

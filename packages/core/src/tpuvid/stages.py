@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -52,6 +53,10 @@ class GenerationConfig:
         if unknown := sorted(set(changes) - known):
             raise InputError(f"{', '.join(unknown)}: no such setting; the settings are {', '.join(sorted(known))}")
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def with_drawn_seed(self) -> GenerationConfig:
+        """Itself, with a drawn seed in the place of −1, so that what is stored can be run again."""
+        return replace(self, seed=secrets.randbelow(2**31)) if self.seed == -1 else self
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.errors import InputError
+from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
 from tpuvid.schedule import Schedule, advance, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
@@ -47,10 +48,11 @@ class WanDenoiser:
         self.config = checkpoint.config("transformer")
         self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
         self.runtime = runtime
-        self.mesh = runtime.mesh(num_heads=self.config["num_attention_heads"], guidance=True)
         module = build(lambda: WanTransformer3DModel.from_config(self.config))
         keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
         self.traced = TracedModule(module, scan={"blocks": 1}, keep_in_fp32=keep)
+        widths = split_sizes(self.traced.parameters(runtime.dtype), TRANSFORMER)
+        self.mesh = runtime.denoiser_mesh({module.config.num_attention_heads, *widths})
         self.checkpoint = checkpoint
         self._compiled = {}
 

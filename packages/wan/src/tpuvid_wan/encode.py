@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
+from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, replicated
 from tpuvid.stages import GenerationConfig
 from tpuvid.weights import load_parameters
@@ -32,9 +33,10 @@ class WanTextEncoder:
         folder = checkpoint.component("text_encoder")
         config = AutoConfig.from_pretrained(folder)
         self.runtime = runtime
-        self.mesh = runtime.mesh(num_heads=config.num_heads, guidance=False)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.component("tokenizer"))
         self.traced = TracedModule(build(lambda: UMT5EncoderModel(config)))
+        widths = split_sizes(self.traced.parameters(runtime.dtype), TEXT_ENCODER)
+        self.mesh = runtime.encoder_mesh({config.num_heads, *widths})
         self.checkpoint = checkpoint
         self._compiled = {}
 

@@ -1,0 +1,142 @@
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from tpuvid.bridge import TracedModule, build
+from tpuvid.checkpoint import Weights
+from tpuvid.mesh import MeshConfig, make_mesh
+from tpuvid.weights import load_parameters
+
+MESH = make_mesh(MeshConfig())
+
+
+class Block(nn.Module):
+    """Two carries and two shared inputs, one of them by keyword."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.mix = nn.Linear(dim, dim)
+
+    def forward(self, hidden, text, shift, scale=None):
+        hidden = hidden + torch.tanh(self.mix(self.norm1(hidden))) * scale + shift
+        return hidden, text + hidden.mean(dim=1, keepdim=True)
+
+
+class Model(nn.Module):
+    def __init__(self, dim=6, depth=3):
+        super().__init__()
+        self.embed = nn.Linear(4, dim)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.head = nn.Linear(dim, 4)
+        self.head.weight = nn.Parameter(self.embed.weight.T.contiguous())
+        self.register_buffer("table", torch.arange(dim) / 10.0, persistent=False)
+
+    def forward(self, x, text):
+        hidden = self.embed(x)
+        for block in self.blocks:
+            hidden, text = block(hidden, text, self.table, scale=0.5)
+        return self.head(hidden), {"text": text, "note": "passes through", "none": None}
+
+
+def load(model, tmp_path, **options):
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    traced = TracedModule(build(Model), scan={"blocks": 2}, **options)
+    params = load_parameters(traced, Weights([tmp_path / "m.safetensors"]), mesh=MESH, dtype=np.dtype(np.float32))
+    return traced, params | traced.buffers()
+
+
+def test_scanned_blocks_equal_the_loop(tmp_path):
+    torch.manual_seed(0)
+    model, x, text = Model().eval(), torch.randn(2, 5, 4), torch.randn(2, 1, 6)
+    arrays = jnp.asarray(x.numpy()), jnp.asarray(text.numpy())
+    traced, params = load(model, tmp_path)
+    expected, rest = model(x, text)
+    run = traced.function("forward")
+    found, found_rest = run(params, *arrays)
+    np.testing.assert_allclose(found, expected.detach(), atol=1e-6)
+    np.testing.assert_allclose(found_rest["text"], rest["text"].detach(), atol=1e-6)
+    assert found_rest["note"] == "passes through" and found_rest["none"] is None
+    program = str(jax.make_jaxpr(lambda p, x, t: run(p, x, t)[0])(params, *arrays))
+    assert program.count("tanh") == 1 and "scan" in program
+
+
+def test_parameter_names_are_the_checkpoints(tmp_path):
+    traced, params = load(Model(), tmp_path)
+    assert params["blocks.*.mix.weight"].shape == (3, 6, 6)
+    assert "embed.weight" in params and not any("layer" in name for name in params)
+    assert traced.depth("blocks.*.mix.weight") == 3
+
+
+def test_parts_stay_in_float32():
+    traced = TracedModule(build(Model), scan={"blocks": 2}, keep_in_fp32=("norm1",))
+    dtypes = {name: s.dtype for name, s in traced.parameters(np.dtype(ml_dtypes.bfloat16)).items()}
+    assert dtypes["blocks.*.norm1.weight"] == np.float32
+    assert dtypes["blocks.*.mix.weight"] == ml_dtypes.bfloat16
+
+
+def test_building_takes_no_memory_but_keeps_buffers():
+    module = build(lambda: nn.Sequential(nn.Linear(20_000, 20_000), Model()))
+    assert all(p.is_meta for p in module.parameters())
+    assert module[1].table.tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_tracing_leaves_torch_as_it_was(tmp_path):
+    from torchax.tensor import Tensor
+
+    stock = Tensor.type_as
+    traced, params = load(Model(), tmp_path)
+    traced.function("forward")(params, jnp.zeros((1, 2, 4)), jnp.zeros((1, 1, 6)))
+    assert Tensor.type_as is stock
+    assert type(torch.zeros(2) + 1) is torch.Tensor
+    assert torch.get_default_dtype() == torch.float32
+
+
+class Ops(nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        self.op = op
+
+    def forward(self, *args):
+        return self.op(*args)
+
+
+def run_op(op, *args):
+    module = Ops(op)
+    found = TracedModule(module).function("forward")({}, *(jnp.asarray(a.float().numpy(), jnp.bfloat16 if a.dtype == torch.bfloat16 else None) for a in args))
+    return np.asarray(found, np.float32), op(*args).float().numpy()
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+@pytest.mark.parametrize("shape, factor", [((2, 3, 4, 5), (2.0, 3.0)), ((1, 2, 3, 4, 5), 2.0)])
+def test_nearest_upsampling(mode, shape, factor):
+    found, expected = run_op(lambda x: nn.functional.interpolate(x, scale_factor=factor, mode=mode), torch.randn(shape))
+    assert np.array_equal(found, expected)
+
+
+def test_unsupported_interpolation_is_an_error():
+    with pytest.raises(ValueError, match="bilinear"):
+        run_op(lambda x: nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear"), torch.randn(1, 1, 2, 2))
+
+
+def test_type_as_really_casts():
+    """The result goes through a convolution, which refuses a stale dtype."""
+    weight = torch.randn(2, 2, 3, 3)
+    found, expected = run_op(
+        lambda x, w: nn.functional.conv2d(x.float().type_as(x), w), torch.randn(1, 2, 5, 5).bfloat16(), weight.bfloat16()
+    )
+    np.testing.assert_allclose(found, expected, atol=0.1)
+
+
+def test_attention_is_ours_and_never_nan():
+    q = torch.randn(1, 2, 7, 8)
+    mask = torch.ones(1, 1, 1, 7, dtype=torch.bool)
+    mask[..., 3:] = False
+    found, expected = run_op(lambda q: nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask.to(q.device)), q)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    nothing, _ = run_op(lambda q: nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=(q[:, :1, :1, :7] > 1e9)[..., :7]), q[..., :7])
+    assert np.array_equal(nothing, np.zeros_like(nothing))

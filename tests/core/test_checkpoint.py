@@ -1,0 +1,145 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tpuvid.checkpoint import Checkpoint, Weights, read_json, resolve_model, weight_files
+from tpuvid.errors import InputError, TpuvidError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A diffusers folder as far as `resolve_model` and `require` look."""
+    root = tmp_path / "mine"
+    for name, config in {"transformer": {"num_layers": 2}, "vae": {}, "text_encoder": {}}.items():
+        (root / name).mkdir(parents=True)
+        (root / name / "config.json").write_text(json.dumps(config))
+        save_file({"w": np.zeros(2, np.float32)}, root / name / "model.safetensors")
+    for name, file in {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.items():
+        (root / name).mkdir()
+        (root / name / file).write_text("{}")
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    return root
+
+
+ALL = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
+
+
+def test_a_local_folder_is_found_by_its_class(folder):
+    spec, checkpoint = resolve_model(str(folder))
+    assert spec.model_id == checkpoint.model_id == "mine" and spec.family == "wan"
+    checkpoint.require(ALL)
+
+
+def test_a_local_copy_of_a_registered_model_is_that_model(folder):
+    config = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    spec, checkpoint = resolve_model(str(folder))
+    assert spec.model_id == checkpoint.model_id == "wan2.1-t2v-1.3b" and checkpoint.folder == folder
+
+
+def test_the_hub_id_of_a_registered_model_is_that_model():
+    spec, checkpoint = resolve_model("Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    assert spec.model_id == "wan2.1-t2v-14b" and checkpoint.repo_id == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+
+def test_hub_is_read_through_its_own_cache(folder, tmp_path, monkeypatch):
+    """A repository that lies in the Hub's cache loads offline."""
+    import shutil
+
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--me--mine" / "snapshots" / "abc"
+    shutil.copytree(folder, snapshot)
+    (cache / "models--me--mine" / "refs").mkdir()
+    (cache / "models--me--mine" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spec, checkpoint = resolve_model("me/mine")
+    assert spec.model_id == "me/mine" and spec.family == "wan"
+    assert checkpoint.component("vae") == snapshot / "vae"
+
+
+def test_an_unreachable_hub_is_a_run_time_error_with_a_remedy(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TpuvidError, match="nobody/nothing: could not be fetched.*give a local folder") as caught:
+        resolve_model("nobody/nothing")
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [("./nowhere", "does not exist; give a diffusers folder"), ("wan2.1-t2v", "did you mean"), ("a/b/c", "is not known")],
+)
+def test_what_is_no_model_is_refused(model, message):
+    with pytest.raises(InputError, match=message):
+        resolve_model(model)
+
+
+def test_a_file_is_no_model(folder):
+    with pytest.raises(InputError, match="is a file; give a diffusers folder"):
+        resolve_model(str(folder / "model_index.json"))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "model_index.json").unlink(), "model_index.json: is missing"),
+        (lambda f: (f / "model_index.json").write_text("{"), "no readable JSON"),
+        (lambda f: (f / "model_index.json").write_text("[]"), "holds a list"),
+        (lambda f: (f / "model_index.json").write_text("{}"), "names no _class_name"),
+        (lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'), "has no plugin"),
+        (lambda f: (f / "vae").rename(f / "gone"), "no 'vae' folder"),
+        (lambda f: (f / "vae" / "config.json").unlink(), "config.json: is missing"),
+        (lambda f: (f / "vae" / "model.safetensors").unlink(), "no .safetensors weights; download it again"),
+        (lambda f: (f / "vae" / "model.safetensors").rename(f / "vae" / "model.bin"), "model.bin is a pickle"),
+        (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config.json: is missing"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        _, checkpoint = resolve_model(str(folder))
+        checkpoint.require(ALL)
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path):
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../secret.safetensors"}}))
+    with pytest.raises(InputError, match="outside its folder"):
+        weight_files(tmp_path)
+
+
+def test_weights_are_read_piece_by_piece(tmp_path):
+    value = np.arange(12, dtype=np.float32).reshape(3, 4)
+    save_file({"w": value, "s": np.array(3, np.float32)}, tmp_path / "m.safetensors")
+    weights = Weights([tmp_path / "m.safetensors"])
+    assert weights["w"] == (3, 4) and set(weights) == {"w", "s"}
+    assert np.array_equal(weights.read("w", (slice(1, 3), slice(0, 2))), value[1:3, :2])
+    assert np.array_equal(weights.read("w"), value)
+    assert weights.read("s", ()) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not safetensors at all", b"\xff" * 64])
+def test_foreign_weights_are_refused(tmp_path, content):
+    (tmp_path / "m.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="no complete safetensors file"):
+        Weights([tmp_path / "m.safetensors"])
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"w": np.zeros(1000, np.float32)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="truncated or foreign"):
+        Weights([path])
+
+
+def test_json_says_what_it_holds(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="no readable JSON"):
+        read_json(tmp_path / "a.json")
+
+
+def test_package_checkpoint_is_a_folder():
+    spec, checkpoint = resolve_model("wan-tiny")
+    assert spec.model_id == "wan-tiny" and checkpoint.folder.name == "checkpoint"
+    assert isinstance(checkpoint, Checkpoint)

@@ -1,0 +1,190 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from tpuvid.cli import run
+
+LIGHT = ("jax", "torch", "torchax", "diffusers", "transformers")
+"""What must not be imported to answer a question about arguments."""
+
+
+def ask(*arguments):
+    """Run the command in a fresh interpreter; (exit code, stdout, stderr, which heavy modules it imported)."""
+    script = (
+        "import sys, json; from tpuvid.cli import run; code = run(sys.argv[1:]); "
+        f"print('\\n' + json.dumps([code, [m for m in {LIGHT!r} if m in sys.modules]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    output, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    code, heavy = json.loads(last)
+    return code, output, done.stderr, heavy
+
+
+@pytest.mark.parametrize(
+    "arguments, code, says",
+    [
+        (["list-models"], 0, "wan2.1-t2v-14b"),
+        (["list-models", "--json"], 0, '"wan-tiny"'),
+        (["--help"], 0, "list-models"),
+        (["generate", "--help"], 0, "--guidance-scale"),
+        ([], 0, "Usage"),
+        (["--version"], 0, "0.1.0"),
+        (["generate"], 2, "Missing option '--model'"),
+        (["generat"], 2, "No such command"),
+        (["generate", "--model", "wan2.1-t2v-14", "--prompt", "x"], 2, "did you mean wan2.1-t2v-14b"),
+        (["generate", "--model", "./nowhere", "--prompt", "x"], 2, "does not exist"),
+        (["generate", "--model", "wan-tiny"], 2, "give either --prompt or --prompt-file"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "--num-frames", "80"], 2, "nearest: 77 and 81"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "--height", "100"], 2, "nearest: 96 and 112"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "--steps", "-4"], 2, "num_inference_steps=-4: needs"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "--guidance_scale", "nan"], 2, "guidance_scale=nan: needs"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "--seed", "-5"], 2, "seed=-5: needs"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "--fps", "abc"], 2, "'abc' is not a valid integer"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "--dtype", "int4"], 2, "bfloat16"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "-o", "clip.avi"], 2, "give a name that ends so"),
+        (["generate", "--model", "wan-tiny", "--prompt-file", "/nonexistent"], 2, "one prompt per line"),
+        (["encode", "--model", "wan-tiny"], 2, "Missing option '--prompt'"),
+        (["denoise", "--input-dir", "/nonexistent"], 2, "does not exist"),
+        (["decode", "--input-dir", "/nonexistent"], 2, "does not exist"),
+        (["inspect", "/nonexistent"], 2, "does not exist"),
+    ],
+)
+def test_questions_are_answered_without_anything_heavy(arguments, code, says):
+    found, out, err, heavy = ask(*arguments)
+    assert found == code
+    assert says in (out if code == 0 else err)
+    assert heavy == []
+    if code:
+        assert err.startswith("tpuvid: error: ") and err.count("\n") == 1, "an error is one line"
+
+
+def test_list_models_is_quick(tpuvid_command):
+    """Under 0.5 s; the best of five, since this machine may be busy."""
+
+    def seconds():
+        start = time.perf_counter()
+        subprocess.run([tpuvid_command, "list-models"], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_list_models_shows_a_broken_plugin(tmp_path, tpuvid_command, python_env):
+    """A distribution whose module does not exist: one warned row, exit code 0."""
+    info = tmp_path / "broken_one-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-one\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tpuvid]\nbroken = broken_one.plugin\n")
+    done = subprocess.run([tpuvid_command, "list-models"], env=python_env | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "wan-tiny" in done.stdout
+    assert done.stderr == "warning: plugin broken (broken-one 1.0) does not load: ModuleNotFoundError: No module named 'broken_one'\n"
+    denied = subprocess.run([tpuvid_command, "list-models"], env=python_env | {"PYTHONPATH": str(tmp_path), "TPUVID_PLUGINS": "-broken"}, capture_output=True, text=True)
+    assert denied.stderr == ""
+
+
+def fails(capsys, *arguments):
+    code = run(list(arguments))
+    return code, capsys.readouterr().err
+
+
+def test_yaml_gives_defaults_and_flags_win(tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text("model: wan-tiny\nprompt: x\nnum-frames: 80\nheight: 100\n")
+    assert "height=100" in fails(capsys, "generate", "--config", str(config))[1]
+    assert "num_frames=80" in fails(capsys, "generate", "--config", str(config), "--height", "64")[1]
+    assert "num_frames=82" in fails(capsys, "generate", "--num_frames", "82", "--height", "64", "--config", str(config))[1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("num_framez: 3", "'num_framez' is no setting of tpuvid generate; did you mean num_frames?"), ("- a", "holds a list"), ("a: [", "no readable YAML")],
+)
+def test_yaml_that_makes_no_sense_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    code, err = fails(capsys, "generate", "--config", str(tmp_path / "c.yaml"))
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_yaml_values_have_the_flags_types(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model: wan-tiny\nprompt: x\nsteps: many\n")
+    assert "'steps' is no setting" in fails(capsys, "generate", "--config", str(tmp_path / "c.yaml"))[1]
+    (tmp_path / "c.yaml").write_text("model: wan-tiny\nprompt: x\nnum_inference_steps: many\n")
+    assert "'many' is not a valid integer" in fails(capsys, "generate", "--config", str(tmp_path / "c.yaml"))[1]
+
+
+def test_an_output_that_exists_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tpuvid.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    for existing in ("clip.mp4", "clip.png", "clip.json"):
+        (tmp_path / existing).write_text("old")
+        code, err = fails(capsys, "generate", "--model", "wan-tiny", "--prompt", "x", "-o", str(tmp_path / "clip.mp4"))
+        assert code == 2 and f"{existing}: already exists" in err and "--overwrite" in err
+        (tmp_path / existing).unlink()
+
+
+def test_prompt_file_and_single_outputs_do_not_mix(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a\n\nb\n")
+    base = ["generate", "--model", "wan-tiny", "--prompt-file", str(tmp_path / "p.txt")]
+    assert "holds 2 prompts; use --output-dir" in fails(capsys, *base, "-o", "x.mp4")[1]
+    assert "holds 2 prompts; run them one by one" in fails(capsys, *base, "--save-frames")[1]
+    (tmp_path / "p.txt").write_text("\n")
+    assert "holds no prompt" in fails(capsys, *base)[1]
+
+
+def test_an_interrupt_is_130(monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tpuvid.load", interrupt)
+    code, err = fails(capsys, "generate", "--model", "wan-tiny", "--prompt", "x", "-o", "never.mp4")
+    assert code == 130 and "interrupted" in err
+
+
+@pytest.mark.parametrize(
+    "error, says", [(RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "out of memory"), (KeyError("x"), "unexpected; TPUVID_DEBUG=1 shows")]
+)
+def test_a_failure_while_running_is_one_line_and_1(monkeypatch, capsys, error, says):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("tpuvid.load", fail)
+    code, err = fails(capsys, "generate", "--model", "wan-tiny", "--prompt", "x", "-o", "never.mp4")
+    assert code == 1 and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option, message", [(["--mesh", "ep=2"], "dp=2,tp=4"), (["--mesh", "tp=64"], "needs 64 devices"), (["--attention-backend", "splash"], "runs on tpu")])
+def test_what_these_devices_cannot_do_is_refused(tmp_path, capsys, option, message):
+    code, err = fails(capsys, "generate", "--model", "wan-tiny", "--prompt", "x", "-o", str(tmp_path / "a.mp4"), *option)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_one_failed_prompt_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    from tpuvid.errors import TpuvidError
+    from tpuvid.pipeline import Pipeline
+
+    denoise = Pipeline.denoise_config
+
+    def sometimes(self, conditioning, config, **options):
+        if "blue" in config.prompt:
+            raise TpuvidError("the blue one failed")
+        return denoise(self, conditioning, config, **options)
+
+    monkeypatch.setattr(Pipeline, "denoise_config", sometimes)
+    (tmp_path / "p.txt").write_text("a red circle growing on a black background\na blue one\na green square growing on a black background\n")
+    code = run(["generate", "--model", "wan-tiny", "--prompt-path", str(tmp_path / "p.txt"), "--steps", "2", "--num-frames", "5", "--output-dir", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert code == 3 and "'a blue one': the blue one failed" in captured.err
+    assert sorted(p.name.split("_")[0] for p in (tmp_path / "out").glob("*.mp4")) == [
+        "a-green-square-growing-on-a-black-background", "a-red-circle-growing-on-a-black-background",
+    ]  # fmt: skip
+
+
+def test_file_names_come_from_prompts_safely(tmp_path, monkeypatch, capsys):
+    from tpuvid.cli import _file_name
+    from tpuvid.stages import GenerationConfig
+
+    config = GenerationConfig(height=64, width=64, num_frames=1, fps=8, num_inference_steps=1, guidance_scale=1.0)
+    assert _file_name(config.override(prompt="../../etc/passwd; rm -rf $HOME\0"), None).startswith("etc-passwd-rm-rf-home_42_")
+    assert _file_name(config.override(prompt="猫"), 2).startswith("video_42_") and _file_name(config, 2).endswith("_003.mp4")
+    assert len(_file_name(config.override(prompt="x" * 1000), None)) < 100

@@ -1,0 +1,70 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tpuvid.checkpoint import resolve_model
+from tpuvid.cli import run
+from tpuvid.describe import describe, render
+from tpuvid.doctor import diffusers_kind, examine
+from tpuvid.errors import InputError
+
+
+def test_a_stage_file(tmp_path, capsys):
+    save_file({"latents": np.zeros((1, 4, 2, 3, 3), np.float32)}, tmp_path / "f.safetensors", {"seed": "7"})
+    about = describe(tmp_path / "f.safetensors")
+    assert about["tensors"] == {"latents": {"dtype": "F32", "shape": [1, 4, 2, 3, 3]}} and about["metadata"] == {"seed": "7"}
+    assert run(["inspect", str(tmp_path / "f.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "[1, 4, 2, 3, 3]" in out and "seed = 7" in out
+    assert run(["inspect", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"][0]["tensors"] == about["tensors"]
+
+
+def test_a_checkpoint():
+    folder = resolve_model("wan-tiny")[1].folder
+    about = describe(folder)
+    assert about["pipeline"] == "WanPipeline"
+    assert set(about["components"]) == {"scheduler", "text_encoder", "tokenizer", "transformer", "vae"}
+    assert about["components"]["vae"]["class"] == "AutoencoderKLWan" and about["components"]["vae"]["parameters"] > 10_000
+    assert "MISSING" not in render(about)
+
+
+def test_a_missing_component_is_shown(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"]}))
+    assert "AutoencoderKLWan: MISSING" in render(describe(tmp_path))
+
+
+def test_damage_is_an_error_not_a_traceback(tmp_path):
+    (tmp_path / "f.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="truncated or foreign"):
+        describe(tmp_path / "f.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds neither"):
+        describe(tmp_path / "empty")
+
+
+def test_doctor_finds_nothing_wrong_here(capsys):
+    assert run(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "no problems found" in out and "diffusers in use: stock" in out and "wan-tiny" in out
+    report = examine()
+    assert report["devices"] and report["versions"]["torchax"] == "0.0.13" and not report["problems"]
+
+
+@pytest.mark.parametrize(
+    "stock, fork, says",
+    [("0.42.1", None, "stock 0.42.1"), ("0.37.0.dev0", None, "fork"), (None, "0.37.0.dev0", "fork"), (None, None, "not installed")],
+)
+def test_doctor_tells_the_fork_from_stock(stock, fork, says):
+    assert diffusers_kind({"diffusers": stock, "diffusers-tpu": fork}).startswith(says)
+
+
+def test_doctor_reports_what_is_wrong(monkeypatch, capsys):
+    import tpuvid.doctor as doctor
+
+    versions = {"diffusers": "0.42.1", "diffusers-tpu": "0.37.0.dev0", "jax": "1", "torch": "1", "torchax": "1", "av": None}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    assert run(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "problem: av is not installed" in out and "overwrite each other" in out

@@ -1,0 +1,64 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from tpuvid.errors import InputError
+from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh, shard_parameters, split_sizes
+
+
+@pytest.mark.parametrize("text, config", [("dp=2,tp=4", (2, 4)), ("tp=8", (1, 8)), ("dp=2", (2, 1)), ("dp=1, tp=2", (1, 2))])
+def test_parse(text, config):
+    assert MeshConfig.parse(text) == MeshConfig(*config)
+
+
+@pytest.mark.parametrize("text", ["", "tp", "tp=0", "dp=-1", "ep=2", "dp=2;tp=4", "tp=2,dp=2"])
+def test_parse_refuses(text):
+    with pytest.raises(InputError, match="needs the form dp=2,tp=4"):
+        MeshConfig.parse(text)
+
+
+@pytest.mark.parametrize(
+    "devices, sizes, guidance, config",
+    [(1, [12], True, (1, 1)), (8, [40], True, (2, 4)), (8, [40], False, (1, 8)), (8, [12, 96], True, (2, 4)),
+     (8, [12, 90], True, (2, 2)), (4, [5], True, (2, 1)), (3, [12], True, (1, 3))],
+)  # fmt: skip
+def test_default_divides_every_size(devices, sizes, guidance, config):
+    assert default_mesh_config(devices, sizes, guidance=guidance) == MeshConfig(*config)
+
+
+def test_split_sizes_are_those_of_the_rules():
+    parameters = {"blocks.*.q.weight": struct(3, 8, 5), "blocks.*.o.weight": struct(3, 5, 12), "head.weight": struct(7, 7)}
+    rules = [(r".*\.q\.weight", ("tp", None)), (r".*\.o\.weight", (None, "tp"))]
+    assert split_sizes(parameters, rules) == {8, 12}
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(InputError, match="needs 64 devices; this machine has"):
+        make_mesh(MeshConfig(8, 8))
+
+
+@pytest.fixture
+def mesh():
+    """Two by four positions of one device: enough to place, not to run."""
+    return Mesh(np.array([jax.devices()[0]] * 8).reshape(2, 4), ("dp", "tp"))
+
+
+def struct(*shape):
+    return jax.ShapeDtypeStruct(shape, np.float32)
+
+
+def test_rules_apply_to_the_last_dimensions(mesh):
+    parameters = {"blocks.*.q.weight": struct(3, 8, 5), "head.weight": struct(8, 8)}
+    found = shard_parameters(parameters, [(r"blocks\.\*\.q\.weight", ("tp", None))], mesh)
+    assert tuple(found["blocks.*.q.weight"].spec) == (None, "tp", None)
+    assert tuple(found["head.weight"].spec) == ()
+
+
+def test_a_rule_that_matches_nothing_is_an_error(mesh):
+    with pytest.raises(ValueError, match="match no parameter.*qq"):
+        shard_parameters({"q": struct(8)}, [("qq", ("tp",))], mesh)
+
+
+def test_a_mesh_that_does_not_divide_is_an_error(mesh):
+    with pytest.raises(InputError, match=r"mesh tp=4 does not divide q \(6,\)"):
+        shard_parameters({"q": struct(6)}, [("q", ("tp",))], mesh)

@@ -1,0 +1,107 @@
+import sys
+import types
+from importlib.metadata import EntryPoint
+
+import pytest
+from tpuvid.errors import InputError
+from tpuvid.hookspecs import hookimpl
+from tpuvid.registry import Registry, load_plugins
+from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
+from dataclasses import replace
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Makes an entry point whose module holds `contents`."""
+
+    def make(name, **contents):
+        module = types.ModuleType(f"fake_{name}")
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return EntryPoint(name, module.__name__, "tpuvid")
+
+    return make
+
+
+def models(*specs):
+    @hookimpl
+    def tpuvid_models():
+        return list(specs)
+
+    return tpuvid_models
+
+
+def good(plugin, name="good", spec=WAN_14B):
+    return plugin(name, tpuvid_models=models(spec))
+
+
+def test_models_come_from_every_plugin(plugin):
+    registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)])
+    assert set(registry.models) == {WAN_14B.model_id, WAN_1_3B.model_id}
+    assert not registry.broken
+
+
+def raising():
+    @hookimpl
+    def tpuvid_models():
+        raise RuntimeError("no luck\nsecond line")
+
+    return tpuvid_models
+
+
+def misspelt():
+    @hookimpl
+    def tpuvid_modelz():
+        return []
+
+    return tpuvid_modelz
+
+
+@pytest.mark.parametrize(
+    "contents, reason",
+    [
+        (dict(tpuvid_models=raising()), "RuntimeError: no luck"),
+        (dict(tpuvid_modelz=misspelt()), "tpuvid_modelz"),
+        (dict(tpuvid_models=models("wan")), "not a ModelSpec"),
+        (dict(tpuvid_models=models(replace(WAN_1_3B, api_version=99))), "plugin API 99"),
+        (dict(tpuvid_models=models(WAN_14B)), "already registered by fake_good"),
+    ],
+)
+@pytest.mark.parametrize("name", ["later", "zoo"])
+def test_a_broken_plugin_is_one_row_and_the_others_work(plugin, contents, reason, name):
+    """Whether it loads before or after the last good one; of a duplicate id, the first plugin by name keeps it."""
+    registry = load_plugins([good(plugin), plugin(name, **contents), good(plugin, "yet", replace(WAN_1_3B, model_id="third"))])
+    (broken,) = registry.broken
+    assert broken.name == name and reason in broken.error and "\n" not in broken.error
+    assert {WAN_14B.model_id, "third"} <= set(registry.models)
+
+
+def test_missing_module_is_one_row(plugin):
+    registry = load_plugins([EntryPoint("gone", "no_such_module_here", "tpuvid"), good(plugin)])
+    assert "ModuleNotFoundError" in registry.broken[0].error
+    assert registry.get(WAN_14B.model_id) is WAN_14B
+
+
+@pytest.mark.parametrize("selection, left", [("good", {"good"}), ("-good", {"other"}), ("good, other", {"good", "other"}), ("", {"good", "other"})])
+def test_selection(plugin, selection, left):
+    registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)], selection)
+    assert {p.name for p in registry.plugins} == left
+
+
+def test_unknown_model_names_the_nearest(plugin):
+    registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)])
+    with pytest.raises(InputError, match=r"'wan2.1-14b' is not known; did you mean wan2.1-t2v-14b"):
+        registry.get("wan2.1-14b")
+    with pytest.raises(InputError, match="installed: wan2.1-t2v-1.3b, wan2.1-t2v-14b"):
+        registry.get("zzz")
+    with pytest.raises(InputError, match="pip install tpuvid-wan"):
+        Registry(()).get("zzz")
+
+
+def test_a_folder_is_matched_by_its_transformer(plugin):
+    registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)])
+    assert registry.match("WanPipeline", dict(WAN_1_3B.signature) | {"eps": 1e-6}) == (WAN_1_3B, True)
+    spec, exact = registry.match("WanPipeline", {"num_layers": 2})
+    assert spec.pipeline_class == "WanPipeline" and not exact
+    with pytest.raises(InputError, match="'FluxPipeline' has no plugin; installed plugins run WanPipeline"):
+        registry.match("FluxPipeline", {})

@@ -1,0 +1,62 @@
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from tpuvid.errors import InputError
+from tpuvid.video import save_contact_sheet, save_mp4, to_uint8
+
+
+def clip(frames=9, height=48, width=80):
+    """A smooth moving gradient: what H.264 keeps well."""
+    t, y, x = np.meshgrid(np.arange(frames) / frames, np.arange(height) / height, np.arange(width) / width, indexing="ij")
+    return np.stack([x, y, t], axis=-1).astype(np.float32)
+
+
+def test_mp4_plays_back_what_was_written(tmp_path):
+    frames = clip()
+    path = save_mp4(frames, tmp_path / "new" / "clip.mp4", fps=12)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert stream.average_rate == 12
+        decoded = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
+    assert decoded.shape == frames.shape
+    mse = np.mean((decoded / 255 - frames) ** 2)
+    assert -10 * np.log10(mse) > 35
+
+
+def test_mp4_starts_before_it_is_fetched_whole(tmp_path):
+    data = save_mp4(clip(), tmp_path / "clip.mp4", fps=8).read_bytes()
+    assert 0 < data.index(b"moov") < data.index(b"mdat")
+
+
+def test_one_frame_is_a_video(tmp_path):
+    save_mp4(clip(frames=1), tmp_path / "clip.mp4", fps=8)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 1
+
+
+def test_existing_video_is_kept(tmp_path):
+    (tmp_path / "clip.mp4").write_text("old")
+    with pytest.raises(InputError, match="--overwrite"):
+        save_mp4(clip(), tmp_path / "clip.mp4", fps=8)
+    assert (tmp_path / "clip.mp4").read_text() == "old"
+    save_mp4(clip(), tmp_path / "clip.mp4", fps=8, overwrite=True)
+
+
+def test_uint8_rounds():
+    assert to_uint8(np.array([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 1.5])).tolist() == [0, 0, 0, 1, 255, 255]
+
+
+@pytest.mark.parametrize("count, tiles", [(1, 1), (5, 5), (17, 12), (100, 12)])
+def test_contact_sheet_shows_first_to_last(tmp_path, count, tiles):
+    frames = np.zeros((count, 64, 64, 3), np.float32)
+    frames[..., 0] = (np.arange(count) / max(count - 1, 1))[:, None, None]
+    sheet = np.asarray(Image.open(save_contact_sheet(frames, tmp_path / "sheet.png")))
+    zoom, gap = 3, 4
+    columns = min(6, tiles)
+    first = sheet[gap + 10, gap + 10]
+    row, column = divmod(tiles - 1, columns)
+    last = sheet[gap + row * (64 * zoom + gap) + 10, gap + column * (64 * zoom + gap) + 10]
+    assert first[0] == 0 and (last[0] == 255 or count == 1)
+    assert sheet.shape[1] == columns * (64 * zoom + gap) + gap

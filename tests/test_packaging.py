@@ -1,0 +1,82 @@
+"""Each package as a user gets it: built to a wheel, installed into an empty environment outside the workspace."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = {"core": ["core"], "wan": ["core", "wan"], "tiny": ["core", "wan", "tiny"]}
+MODELS = {"core": [], "wan": ["wan2.1-t2v-14b", "wan2.1-t2v-1.3b"], "tiny": ["wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "wan-tiny"]}
+
+
+def uv(*arguments, **options):
+    program = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory):
+    """Built from copies, so that nothing but what git would ship can be picked up from the workspace root."""
+    out = tmp_path_factory.mktemp("wheels")
+    for package in ORDER:
+        copy = tmp_path_factory.mktemp("source") / package
+        shutil.copytree(ROOT / "packages" / package, copy, ignore=shutil.ignore_patterns("__pycache__", "dist"))
+        uv("build", "--quiet", "--wheel", "--no-build-isolation", "--python", sys.executable, "--out-dir", out, copy, cwd=copy)
+    return {package: next(out.glob(f"tpuvid_{package}-*.whl")) for package in ORDER}
+
+
+@pytest.mark.parametrize("package", list(ORDER))
+def test_wheel_works_alone(package, wheels, tmp_path):
+    """Dependencies are those of this environment, at their versions; siblings come as wheels; the workspace is not in sight."""
+    python = tmp_path / "venv" / "bin" / "python"
+    uv("venv", "--quiet", "--python", sys.executable, tmp_path / "venv", cwd=tmp_path)
+    pins = [line for line in uv("pip", "freeze", "--python", sys.executable).splitlines() if "==" in line]
+    (tmp_path / "pins.txt").write_text("\n".join(p for p in pins if not p.startswith("tpuvid")))
+    links = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS")
+    find = ["--find-links", links] if links else []
+    uv("pip", "install", "--quiet", "--python", python, *find, "--constraint", tmp_path / "pins.txt", *(wheels[p] for p in ORDER[package]), cwd=tmp_path)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    command = [str(python.with_name("tpuvid"))]
+    listed = subprocess.run([*command, "list-models"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert listed.returncode == 0 and listed.stderr == ""
+    for model in MODELS["tiny"]:
+        assert (model in listed.stdout) == (model in MODELS[package])
+    if package == "core":
+        assert "pip install tpuvid-wan" in listed.stdout
+    if package == "tiny":
+        done = subprocess.run(
+            [*command, "generate", "--model", "wan-tiny", "--prompt", "a blue square growing on a white background", "--steps", "2", "-o", "clip.mp4"],
+            env=env, cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "clip.mp4").stat().st_size > 1000
+
+
+def test_siblings_are_in_lockstep():
+    projects = {p: tomllib.loads((ROOT / "packages" / p / "pyproject.toml").read_text())["project"] for p in ORDER}
+    (version,) = {project["version"] for project in projects.values()}
+    for project in projects.values():
+        for dependency in project["dependencies"]:
+            if dependency.startswith("tpuvid"):
+                assert dependency.endswith(f"=={version}")
+    import tpuvid
+
+    assert tpuvid.__version__ == version
+
+
+def test_no_registry_host_and_no_lock_file_is_tracked():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert "uv.lock" not in files
+    hosts = ("pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org")
+    for name in filter(None, files):
+        path = ROOT / name
+        if path.suffix in {".py", ".toml", ".md", ".sh", ".json", ".yaml", ""} and path.is_file():
+            text = path.read_text("utf-8", errors="ignore")
+            assert not any(host in text for host in hosts), name

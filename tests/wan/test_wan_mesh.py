@@ -1,0 +1,57 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tpuvid.bridge import TracedModule, build
+from tpuvid.mesh import shard_parameters
+from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
+from tpuvid_wan.sharding import TEXT_ENCODER, TRANSFORMER
+from wan.random_checkpoint import RandomWan
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, python_env):
+    folder = RandomWan(heads=4).save(tmp_path_factory.mktemp("mesh") / "four-heads")
+    env = python_env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-W", "ignore", str(TESTS / "wan" / "mesh_parity.py"), str(folder)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_layout_gives_the_single_device_result(results):
+    for mesh, result in results.items():
+        assert max(result["errors"]) <= 1e-5, mesh
+
+
+def test_layouts_are_really_used(results):
+    assert results["dp=2,tp=4"]["spec"] == [None, "tp", None]
+    assert results["None"]["mesh"] == {"dp": 2, "tp": 4}, "eight devices, four heads, guidance"
+
+
+@pytest.mark.parametrize("spec", [WAN_14B, WAN_1_3B], ids=lambda s: s.model_id)
+def test_rules_fit_the_full_size_models(spec):
+    """Parameter counts as published, every rule used, tp = 4 dividing all: on meta tensors."""
+    import jax
+    from diffusers import WanTransformer3DModel
+    from jax.sharding import Mesh
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    width = spec.signature["num_attention_heads"] * spec.signature["attention_head_dim"]
+    ffn = {5120: 13824, 1536: 8960}[width]
+    mesh = Mesh(np.array([jax.devices()[0]] * 8).reshape(2, 4), ("dp", "tp"))
+    module = build(lambda: WanTransformer3DModel(text_dim=4096, ffn_dim=ffn, **spec.signature))
+    parameters = TracedModule(module, scan={"blocks": 1}).parameters(np.dtype(np.float32))
+    count = sum(int(np.prod(s.shape)) for s in parameters.values())
+    assert f"{count / 1e9:.1f}B" == spec.parameters
+    shardings = shard_parameters(parameters, TRANSFORMER, mesh)
+    split = sum(int(np.prod(parameters[k].shape)) for k, s in shardings.items() if "tp" in s.spec)
+    assert split > 0.9 * count
+    if spec is WAN_14B:
+        config = UMT5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=256384)
+        encoder = TracedModule(build(lambda: UMT5EncoderModel(config))).parameters(np.dtype(np.float32))
+        shard_parameters(encoder, TEXT_ENCODER, mesh)
