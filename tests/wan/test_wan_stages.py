@@ -7,27 +7,22 @@ import pytest
 import torch
 import tpuvid
 from safetensors.numpy import load_file, save_file
-from tpuvid import InputError
-from tpuvid.artifacts import EMBEDDINGS, load_conditioning, load_latents, save_conditioning, save_latents
+from tpuvid import InputError, testing
+from tpuvid.artifacts import EMBEDDINGS, load_conditioning, save_conditioning
 from tpuvid.cli import run
 from tpuvid.stages import Latents
 from tpuvid_wan.denoise import make_noise
 from wan.conftest import SMALL
 
 
-def test_staged_equals_one_shot_bit_for_bit(pipe, checkpoint, tmp_path):
-    """Through files, and through a second pipeline that shares nothing with the first."""
-    whole = pipe.generate("a red cat", negative_prompt="dog", **SMALL)
+@pytest.mark.parametrize("model_id", ["wan2.1-t2v-14b", "wan2.1-t2v-1.3b"])
+def test_specs_conform(model_id):
+    testing.check_spec(model_id)
 
-    save_conditioning(tmp_path, pipe.encode("a red cat", "dog"), overwrite=False)
-    other = tpuvid.load(str(checkpoint))
-    save_latents(tmp_path, other.denoise(load_conditioning(tmp_path / EMBEDDINGS), **SMALL), overwrite=False)
-    array, file = load_latents(tmp_path / "stage2_latents.safetensors")
-    config = pipe.spec.defaults.override(**file.settings)
-    staged = tpuvid.load(str(checkpoint)).decode(Latents(model_id=file.model_id, latents=array, config=config))
 
-    assert np.array_equal(staged.frames, whole.frames)
-    assert staged.config == whole.config
+def test_the_family_conforms(checkpoint, tmp_path):
+    """Above all: staged equals one-shot, bit for bit."""
+    testing.check_model(str(checkpoint), tmp_path, **SMALL)
 
 
 def test_commands_staged_equal_one_shot_bit_for_bit(checkpoint, tmp_path, capsys):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  (lets numpy, and so safetensors, know bfloat16)
 import numpy as np
@@ -18,6 +18,9 @@ import numpy as np
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.registry import registry
 from tpuvid.stages import ModelSpec
+
+if TYPE_CHECKING:
+    from tpuvid.lora import Lora
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,6 +33,8 @@ class Checkpoint:
     model_id: str
     folder: Path | None = None
     repo_id: str | None = None
+    loras: tuple[Lora, ...] = ()
+    """To be merged into the diffusion model."""
 
     def component(self, name: str) -> Path:
         """The folder of component `name` ("vae", "scheduler", …); raises `InputError` where it is missing."""

@@ -133,6 +133,10 @@ sampling_options = _options(
 )
 fps_option = click.option("--fps", type=int, help="Frames per second of the mp4.")
 save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
+lora_options = _options(
+    click.option("--lora-path", type=_path, help="A LoRA (safetensors) to merge into the diffusion model."),
+    click.option("--lora-scale", type=float, default=1.0, show_default=True),
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 config_option = click.option(
     "--config", "config_file", type=_path, is_eager=True, expose_value=False, callback=_from_yaml,
@@ -219,6 +223,7 @@ def list_models(as_json: bool) -> None:
 @click.option("--prompt-file", "--prompt-path", type=_path, help="One prompt per line; each gives a video.")
 @prompt_options
 @sampling_options
+@lora_options
 @fps_option
 @click.option("--output", "-o", type=_path, help="The mp4. Default: a name in --output-dir that says prompt, seed and time.")
 @click.option("--output-dir", type=_path, default=Path("outputs"), show_default=True)
@@ -307,6 +312,7 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 @stage_model_option
 @click.option("--input-dir", type=_path, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 1 is.")
 @sampling_options
+@lora_options
 @fps_option
 @click.option("--output-dir", type=_path, help="Default: --input-dir.")
 @overwrite_option

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tpuvid.checkpoint import Checkpoint, resolve_model
 from tpuvid.errors import InputError
+from tpuvid.lora import Lora
 from tpuvid.mesh import MeshConfig
 from tpuvid.progress import Progress
 from tpuvid.runtime import Runtime, enable_compilation_cache
@@ -24,6 +27,8 @@ def load(
     dtype: str | None = None,
     mesh: str | MeshConfig | None = None,
     attention_backend: str = "auto",
+    lora_path: str | Path | None = None,
+    lora_scale: float = 1.0,
     keep_loaded: bool = True,
     progress: Progress | None = None,
 ) -> Pipeline:
@@ -34,6 +39,7 @@ def load(
         dtype: "bfloat16" or "float32", of weights and activations; default bfloat16 on accelerators, float32 on CPU.
         mesh: "dp=2,tp=4" or a `MeshConfig`; default by devices and heads.
         attention_backend: "auto", "xla", "splash" (TPU) or "cudnn" (GPU).
+        lora_path: safetensors file of a LoRA, merged into the diffusion model with strength `lora_scale`.
         keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
             next one loads, for models whose stages don't fit in memory together.
         progress: where phases and steps are reported; default: recorded, not shown.
@@ -42,6 +48,10 @@ def load(
         InputError: unknown model, incomplete checkpoint, or options that this machine can't run.
     """
     spec, checkpoint = resolve_model(model)
+    if lora_path is not None:
+        lora = Lora(Path(lora_path), lora_scale)
+        lora.check()
+        checkpoint = replace(checkpoint, loras=(lora,))
     enable_compilation_cache()
     config = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
     runtime = Runtime.create(dtype=dtype, mesh=config, attention_backend=attention_backend, progress=progress)

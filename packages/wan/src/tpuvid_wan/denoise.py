@@ -21,6 +21,7 @@ from tpuvid.schedule import Schedule, advance, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.weights import load_parameters
 
+from tpuvid_wan.lora import adapt
 from tpuvid_wan.sharding import TRANSFORMER
 
 SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
@@ -58,7 +59,7 @@ class WanDenoiser:
 
     def load(self) -> None:
         self.params = load_parameters(
-            self.traced, self.checkpoint.weights("transformer"), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
+            self.traced, adapt(self.checkpoint.weights("transformer"), self.checkpoint.loras), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
         )
         self.params |= jax.device_put(self.traced.buffers(), replicated(self.mesh))
 
