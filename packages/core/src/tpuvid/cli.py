@@ -172,7 +172,7 @@ class Outputs:
         for path in self.files.values():
             check_output(path, overwrite=self.overwrite)
 
-    def write(self, video: Video) -> None:
+    def write(self, video: Video, provenance: Mapping[str, Any]) -> None:
         from tpuvid.artifacts import save_frames, write_json
         from tpuvid.video import save_contact_sheet
 
@@ -182,7 +182,7 @@ class Outputs:
         if self.save_frames:
             save_frames(self.video.parent, video.frames, about, overwrite=self.overwrite)
         timings = {name: round(seconds, 3) for name, seconds in video.seconds.items()}
-        record = about | {"seconds": timings, "tpuvid_version": tpuvid.__version__}
+        record = about | provenance | {"seconds": timings, "tpuvid_version": tpuvid.__version__}
         write_json(self.files["settings"], record, overwrite=self.overwrite)
         for name, path in self.files.items():
             click.echo(f"{name}: {path}")
@@ -274,7 +274,7 @@ def _generate_all(pipe: Pipeline, configs: list[GenerationConfig], outputs: list
                 failures.append((configs[i], str(error)))
 
     def save(i: int, latents: Latents) -> None:
-        outputs[i].write(pipe.decode(latents))
+        outputs[i].write(pipe.decode(latents), pipe.provenance())
         click.echo(f"seed: {configs[i].seed}")
 
     each(lambda i, config: pipe.encode_config(config))
@@ -363,7 +363,8 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
     outputs = Outputs((output_dir or input_dir) / "output_video.mp4", overwrite, save_frames)
     outputs.check()
     latents = Latents(model_id=file.model_id or beside_model or "", latents=array, config=config)
-    outputs.write(_load(model, options).decode(latents))
+    pipe = _load(model, options)
+    outputs.write(pipe.decode(latents), pipe.provenance())
 
 
 @cli.command("inspect")

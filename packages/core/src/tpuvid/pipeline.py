@@ -123,6 +123,16 @@ class Pipeline:
         with self._stage("decode", lambda decoder: decoder.check(latents.latents)) as decoder:
             yield from decoder.decode(latents.latents)
 
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights came from and how they ran, JSON-ready, to be kept with a video."""
+        devices = self.runtime.devices
+        return {
+            "checkpoint": self.checkpoint.repo_id or self.spec.checkpoint,
+            "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in self.checkpoint.loras],
+            "dtype": self.runtime.dtype.name,
+            "devices": f"{len(devices)} × {devices[0].device_kind}",
+        }
+
     def free(self) -> None:
         """Forget every stage's weights and compiled programs; they load again when needed."""
         self._stages.clear()
