@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpuvid.kernels.dispatch import attention, attention_backend
+from tpuvid.kernels import attention, placed_on
 from tpuvid.kernels.reference import attention_reference
 from tpuvid.kernels.splash import attention_splash
 from tpuvid.kernels.xla import attention_xla
@@ -78,12 +78,12 @@ def test_bfloat16_keeps_float32_statistics(backend):
 
 def test_dispatch_on_cpu_is_xla():
     q, k, v = inputs(33, 65, 16)
-    with attention_backend(make_mesh(MeshConfig())):
+    with placed_on(make_mesh(MeshConfig())):
         found = attention(q, k, v, mask=key_mask(65)[:, None, None])
     assert error(found, attention_reference(q, k, v, mask=key_mask(65)[:, None, None])) < 1e-5
 
 
 @pytest.mark.parametrize("backend, message", [("splash", "runs on tpu"), ("cudnn", "runs on gpu"), ("magic", "choose from")])
 def test_backend_that_cannot_run_here_is_an_error(backend, message):
-    with pytest.raises(ValueError, match=message), attention_backend(make_mesh(MeshConfig()), backend):
+    with pytest.raises(ValueError, match=message), placed_on(make_mesh(MeshConfig()), backend):
         pass

@@ -23,7 +23,7 @@ from torch._ops import OpOverloadPacket
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
-from tpuvid.kernels import attention
+from tpuvid.kernels import attention, convolution_3d
 
 Params = dict[str, jax.Array]
 
@@ -66,6 +66,7 @@ def environment() -> Any:
         return operator
 
     env.override_op_definition(nn.functional.scaled_dot_product_attention, on_arrays(_sdpa))
+    env.override_op_definition(nn.functional.conv3d, on_arrays(_conv3d))
     env.override_op_definition(nn.functional.interpolate, on_arrays(_interpolate_nearest))
     return env
 
@@ -93,6 +94,16 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     if dropout_p or is_causal or enable_gqa:
         raise ValueError(f"attention with {dropout_p=}, {is_causal=}, {enable_gqa=} is not supported")
     return attention(query, key, value, mask=attn_mask, scale=scale)
+
+
+def _conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if _triple(dilation) != (1, 1, 1) or groups != 1 or isinstance(padding, str):
+        raise ValueError(f"conv3d with {padding=}, {dilation=}, {groups=} is not supported")
+    return convolution_3d(input, weight, bias, stride=_triple(stride), padding=_triple(padding))
+
+
+def _triple(value: int | tuple[int, ...]) -> tuple[int, int, int]:
+    return (value,) * 3 if isinstance(value, int) else tuple(value)
 
 
 def _interpolate_nearest(x, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False):

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpuvid.errors import InputError
-from tpuvid.kernels import attention_backend
+from tpuvid.kernels import placed_on
 from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh
 from tpuvid.progress import Progress
 
@@ -87,7 +87,7 @@ class Runtime:
         """Within it, functions are traced for `mesh`, and float32 means float32 on every platform."""
         precision = "highest" if self.dtype == np.float32 else None
         try:
-            with attention_backend(mesh, self.attention), jax.default_matmul_precision(precision):
+            with placed_on(mesh, self.attention), jax.default_matmul_precision(precision):
                 yield
         except ValueError as error:
             if "attention backend" in str(error):

@@ -1,5 +1,7 @@
-"""Attention kernels: one function, `attention`, and what runs it on each platform."""
+"""Kernels: each is one function that picks its implementation by where it will run."""
 
-from tpuvid.kernels.dispatch import attention, attention_backend
+from tpuvid.kernels.attention import attention
+from tpuvid.kernels.convolution import convolution_3d
+from tpuvid.kernels.placement import placed_on
 
-__all__ = ["attention", "attention_backend"]
+__all__ = ["attention", "convolution_3d", "placed_on"]

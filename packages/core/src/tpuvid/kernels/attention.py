@@ -1,8 +1,5 @@
 """Which attention runs: the TPU's kernel inside `shard_map`, the GPU's cuDNN, or XLA; by where the program will run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 
 import jax
@@ -11,27 +8,9 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float
 
+from tpuvid.kernels.placement import Placement, placement
 from tpuvid.kernels.splash import attention_splash
 from tpuvid.kernels.xla import attention_xla
-
-BACKENDS = {"auto": "any platform", "xla": "any platform", "splash": "tpu", "cudnn": "gpu"}
-
-_placement: ContextVar[tuple[Mesh | None, str]] = ContextVar("placement", default=(None, "auto"))
-
-
-@contextmanager
-def attention_backend(mesh: Mesh, backend: str = "auto") -> Iterator[None]:
-    """Within it, `attention` is traced for the devices of `mesh`; raises `ValueError` where `backend` can't run there."""
-    platform = _platform(mesh)
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is not known; choose from {', '.join(BACKENDS)}")
-    if BACKENDS[backend] not in ("any platform", platform):
-        raise ValueError(f"attention backend {backend!r} runs on {BACKENDS[backend]}, these devices are {platform}; use auto")
-    token = _placement.set((mesh, backend))
-    try:
-        yield
-    finally:
-        _placement.reset(token)
 
 
 def attention(
@@ -42,34 +21,29 @@ def attention(
     mask: Bool[Array, "#B #N #T #S"] | Float[Array, "#B #N #T #S"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N T D"]:
-    """Scaled dot-product attention on the devices of the enclosing `attention_backend`; see `attention_reference`.
+    """Scaled dot-product attention on the devices of the enclosing `placed_on`; see `attention_reference`.
 
     The kernels take masks over keys ([B, 1, 1, S], boolean); any other mask goes to XLA, which never builds T×S scores.
     """
-    mesh, backend = _placement.get()
-    if backend == "auto":
-        backend = _choose(mesh, query, mask)
+    place = placement()
+    backend = _choose(place, query, mask) if place.attention_backend == "auto" else place.attention_backend
     if backend == "xla":
         return attention_xla(query, key, value, mask=mask, scale=scale)
     if mask is not None and not _is_key_mask(mask):
         raise ValueError(f"attention backend {backend!r} takes masks [B, 1, 1, S], not {mask.dtype} {mask.shape}; use auto")
     if backend == "cudnn":
         return _attention_cudnn(query, key, value, mask, scale)
-    return _attention_sharded(mesh, query, key, value, mask, scale)
-
-
-def _platform(mesh: Mesh | None) -> str:
-    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    return _attention_sharded(place.mesh, query, key, value, mask, scale)
 
 
 def _is_key_mask(mask: Array) -> bool:
     return mask.dtype == bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
 
 
-def _choose(mesh: Mesh | None, query: Array, mask: Array | None) -> str:
+def _choose(place: Placement, query: Array, mask: Array | None) -> str:
     if mask is not None and not _is_key_mask(mask):
         return "xla"
-    match _platform(mesh):
+    match place.platform:
         case "tpu":
             return "splash"
         case "gpu" if query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128:  # what cuDNN's kernel takes

@@ -1,0 +1,45 @@
+"""Where the program that is being traced will run: what every kernel chooses its implementation by."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh
+
+ATTENTION_BACKENDS = {"auto": "any platform", "xla": "any platform", "splash": "tpu", "cudnn": "gpu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    mesh: Mesh | None = None
+    attention_backend: str = "auto"
+
+    @property
+    def platform(self) -> str:
+        """ "tpu", "gpu" or "cpu": of the mesh, which may be of a machine elsewhere, or else this process's default."""
+        return self.mesh.devices.flat[0].platform if self.mesh is not None else jax.default_backend()
+
+
+_current: ContextVar[Placement] = ContextVar("placement", default=Placement())
+
+
+def placement() -> Placement:
+    return _current.get()
+
+
+@contextmanager
+def placed_on(mesh: Mesh, attention_backend: str = "auto") -> Iterator[None]:
+    """Within it, kernels are traced for the devices of `mesh`; raises `ValueError` where the backend can't run there."""
+    found = Placement(mesh, attention_backend)
+    runs_on = ATTENTION_BACKENDS.get(attention_backend)
+    if runs_on is None:
+        raise ValueError(f"attention backend {attention_backend!r} is not known; choose from {', '.join(ATTENTION_BACKENDS)}")
+    if runs_on not in ("any platform", found.platform):
+        raise ValueError(f"attention backend {attention_backend!r} runs on {runs_on}, these devices are {found.platform}; use auto")
+    token = _current.set(found)
+    try:
+        yield
+    finally:
+        _current.reset(token)
