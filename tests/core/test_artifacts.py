@@ -35,12 +35,13 @@ def test_conditioning_round_trip(tmp_path):
         "prompt_embeds": np.random.default_rng(0).normal(size=(1, 5, 3)).astype(ml_dtypes.bfloat16),
         "negative_prompt_embeds": np.zeros((1, 5, 3), np.float32),
     }
-    saved = Conditioning(model_id="m", prompt="a „cat“", negative_prompt="", tensors=tensors)
+    saved = Conditioning(model_id="m", prompt="a „cat“", negative_prompt="", max_sequence_length=5, tensors=tensors)
     loaded = load_conditioning(save_conditioning(tmp_path, saved, overwrite=False))
     assert (loaded.model_id, loaded.prompt, loaded.negative_prompt) == ("m", "a „cat“", "")
     for name, value in tensors.items():
         assert loaded.tensors[name].dtype == value.dtype and np.array_equal(loaded.tensors[name], value)
-    assert read_config(tmp_path / CONFIG) == {"prompt": "a „cat“", "negative_prompt": "", "model_id": "m"}
+    assert loaded.max_sequence_length == 5
+    assert read_config(tmp_path / CONFIG) == {"prompt": "a „cat“", "negative_prompt": "", "max_sequence_length": 5, "model_id": "m"}
 
 
 def test_latents_round_trip_with_every_setting(tmp_path):

@@ -101,6 +101,13 @@ def test_bfloat16_is_close_and_its_files_are_native(checkpoint, pipe, tmp_path):
     assert again.dtype == ml_dtypes.bfloat16 and np.array_equal(again, conditioning.tensors["prompt_embeds"])
 
 
+def test_timings_belong_to_one_video(checkpoint):
+    pipe = tpuvid.load(str(checkpoint))
+    first, second = (pipe.generate("a cat", **SMALL).seconds for _ in range(2))
+    assert {"load denoiser", "compile denoiser", "denoise", "decode"} <= set(first)
+    assert set(second) == {"encode", "denoise", "decode"}, "nothing is loaded or compiled twice"
+
+
 def test_stages_free_their_weights(checkpoint):
     pipe = tpuvid.load(str(checkpoint), keep_loaded=False)
     pipe.generate("a cat", **SMALL)

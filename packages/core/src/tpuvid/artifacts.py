@@ -186,6 +186,7 @@ def save_conditioning(folder: Path, conditioning: Conditioning, *, overwrite: bo
     about = {
         "prompt": conditioning.prompt,
         "negative_prompt": conditioning.negative_prompt,
+        "max_sequence_length": conditioning.max_sequence_length,
         "model_id": conditioning.model_id,
     }
     write_tensors(path, conditioning.tensors, about, overwrite=overwrite)
@@ -202,6 +203,7 @@ def load_conditioning(path: Path) -> Conditioning:
         model_id=file.model_id or "",
         prompt=file.settings.get("prompt", ""),
         negative_prompt=file.settings.get("negative_prompt", ""),
+        max_sequence_length=file.settings.get("max_sequence_length"),
         tensors=file.tensors,
     )
 

@@ -88,12 +88,18 @@ class Pipeline:
         with self._stage("encode") as encoder:
             tensors = encoder.encode(config, negative=negative)
         return Conditioning(
-            model_id=self.spec.model_id, prompt=config.prompt, negative_prompt=config.negative_prompt, tensors=tensors
+            model_id=self.spec.model_id,
+            prompt=config.prompt,
+            negative_prompt=config.negative_prompt,
+            max_sequence_length=config.max_sequence_length,
+            tensors=tensors,
+            seconds=self.runtime.progress.take(),
         )
 
     def denoise(self, conditioning: Conditioning, *, on_step: StepCallback | None = None, **settings: Any) -> Latents:
         """Stage 2: noise → latents. `settings` as in `generate`; raises `InputError` for another model's conditioning."""
-        settings |= {"prompt": conditioning.prompt, "negative_prompt": conditioning.negative_prompt}
+        about = ("prompt", "negative_prompt", "max_sequence_length")
+        settings |= {name: getattr(conditioning, name) for name in about}
         return self.denoise_config(conditioning, self.spec.configure(**settings).with_drawn_seed(), on_step=on_step)
 
     def denoise_config(
@@ -108,14 +114,16 @@ class Pipeline:
             )
         with self._stage("denoise", lambda denoiser: denoiser.check(conditioning.tensors)) as denoiser:
             latents = denoiser.denoise(conditioning.tensors, config, on_step or (lambda done, total: None))
-        return Latents(model_id=self.spec.model_id, latents=latents, config=config)
+        seconds = {**conditioning.seconds, **self.runtime.progress.take()}
+        return Latents(model_id=self.spec.model_id, latents=latents, config=config, seconds=seconds)
 
     def decode(self, latents: Latents) -> Video:
         """Stage 3: latents → frames."""
         frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
         _, num_frames, height, width, _ = frames.shape  # what a foreign file says of them may be missing or wrong
         config = latents.config.override(num_frames=num_frames, height=height, width=width)
-        return Video(model_id=self.spec.model_id, frames=frames, config=config, seconds=dict(self.runtime.progress.seconds))
+        seconds = {**latents.seconds, **self.runtime.progress.take()}
+        return Video(model_id=self.spec.model_id, frames=frames, config=config, seconds=seconds)
 
     def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:
         """Stage 3, as chunks of frames [B, n, H, W, C] in [0, 1] that come while the next ones are computed."""

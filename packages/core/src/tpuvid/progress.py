@@ -23,6 +23,11 @@ class Progress:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def take(self) -> dict[str, float]:
+        """The seconds recorded since the last call."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
     @contextmanager
     def steps(self, name: str, total: int) -> Iterator[StepReport]:
         """A part of the work in `total` steps; call the result after each."""

@@ -118,7 +118,11 @@ class Conditioning:
     model_id: str
     prompt: str
     negative_prompt: str
+    max_sequence_length: int | None
+    """None where a foreign file does not say."""
     tensors: Mapping[str, np.ndarray]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall-clock time by part, so far: what was loaded, compiled and run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,7 @@ class Latents:
     model_id: str
     latents: np.ndarray
     config: GenerationConfig
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +143,6 @@ class Video:
     frames: np.ndarray
     config: GenerationConfig
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall-clock time by part: what was loaded, compiled and run."""
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write an H.264 mp4; raise `InputError` where `path` exists and `overwrite` is false."""
