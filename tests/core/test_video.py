@@ -1,8 +1,11 @@
+import os
+import resource
+
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from tpuvid.errors import InputError
+from tpuvid.errors import InputError, TpuvidError
 from tpuvid.video import save_contact_sheet, save_mp4, to_uint8
 
 
@@ -60,3 +63,18 @@ def test_contact_sheet_shows_first_to_last(tmp_path, count, tiles):
     last = sheet[gap + row * (64 * zoom + gap) + 10, gap + column * (64 * zoom + gap) + 10]
     assert first[0] == 0 and (last[0] == 255 or count == 1)
     assert sheet.shape[1] == columns * (64 * zoom + gap) + gap
+
+
+def test_a_full_disk_leaves_no_video(tmp_path):
+    """A file-size limit stands in for the disk."""
+    noise = np.random.default_rng(0).random((30, 64, 64, 3)).astype(np.float32)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(TpuvidError, match="clip.mp4: can't be written .*; free space or choose another place"):
+            save_mp4(noise, tmp_path / "clip.mp4", fps=8)
+        with pytest.raises(TpuvidError, match="sheet.png: can't be written"):
+            save_contact_sheet(noise, tmp_path / "sheet.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []

@@ -398,7 +398,9 @@ def _split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _load(model: str, options: Mapping[str, Any]) -> Pipeline:
     from tpuvid.progress import ConsoleProgress
 
-    return tpuvid.load(model, progress=ConsoleProgress(), **options)
+    progress = ConsoleProgress()
+    with progress.phase("start"):  # jax and torch are imported here
+        return tpuvid.load(model, progress=progress, **options)
 
 
 def _stage_model(given: str | None, folder: Path, recorded: str | None) -> str:

@@ -158,9 +158,9 @@ class Pipeline:
         stage = self._stages.get(name)
         if stage is None:
             self.checkpoint.require(self.spec.components[name])
-            stage = self.spec.load(LOADERS[name], self.checkpoint, self.runtime)
-            check(stage)
             with self.runtime.progress.phase(f"load {LOADERS[name].replace('_', ' ')}"):
+                stage = self.spec.load(LOADERS[name], self.checkpoint, self.runtime)
+                check(stage)
                 stage.load()
             if self.keep_loaded:
                 self._stages[name] = stage
