@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from torch._ops import OpOverloadPacket
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
-from tpuvid.kernels import attention, convolution_3d
+from tpuvid.kernels import attention, convolution_2d, convolution_3d
 
 Params = dict[str, jax.Array]
 
@@ -66,7 +66,8 @@ def environment() -> Any:
         return operator
 
     env.override_op_definition(nn.functional.scaled_dot_product_attention, on_arrays(_sdpa))
-    env.override_op_definition(nn.functional.conv3d, on_arrays(_conv3d))
+    env.override_op_definition(nn.functional.conv2d, on_arrays(partial(_convolution, convolution_2d, 2)))
+    env.override_op_definition(nn.functional.conv3d, on_arrays(partial(_convolution, convolution_3d, 3)))
     env.override_op_definition(nn.functional.interpolate, on_arrays(_interpolate_nearest))
     return env
 
@@ -96,14 +97,13 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     return attention(query, key, value, mask=attn_mask, scale=scale)
 
 
-def _conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if _triple(dilation) != (1, 1, 1) or groups != 1 or isinstance(padding, str):
-        raise ValueError(f"conv3d with {padding=}, {dilation=}, {groups=} is not supported")
-    return convolution_3d(input, weight, bias, stride=_triple(stride), padding=_triple(padding))
+def _convolution(kernel, ndim, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    def per_axis(value):
+        return (value,) * ndim if isinstance(value, int) else tuple(value)
 
-
-def _triple(value: int | tuple[int, ...]) -> tuple[int, int, int]:
-    return (value,) * 3 if isinstance(value, int) else tuple(value)
+    if per_axis(dilation) != (1,) * ndim or groups != 1 or isinstance(padding, str):
+        raise ValueError(f"convolution with {padding=}, {dilation=}, {groups=} is not supported")
+    return kernel(input, weight, bias, stride=per_axis(stride), padding=per_axis(padding))
 
 
 def _interpolate_nearest(x, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False):

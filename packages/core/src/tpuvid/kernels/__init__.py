@@ -1,7 +1,7 @@
 """Kernels: each is one function that picks its implementation by where it will run."""
 
 from tpuvid.kernels.attention import attention
-from tpuvid.kernels.convolution import convolution_3d
+from tpuvid.kernels.convolution import convolution_2d, convolution_3d
 from tpuvid.kernels.placement import placed_on
 
-__all__ = ["attention", "convolution_3d", "placed_on"]
+__all__ = ["attention", "convolution_2d", "convolution_3d", "placed_on"]
