@@ -52,11 +52,9 @@ def _missing_overloads_aliased() -> Iterator[None]:
 def environment() -> Any:
     """Our own torchax environment, with our attention and the few operators that torchax gets wrong or slow."""
     with _missing_overloads_aliased():
-        import torchax
         from torchax.tensor import Environment
 
         env = Environment()
-    del torchax  # imported for its registration of the "jax" device
 
     def on_arrays(function: Callable) -> Callable:
         def operator(*args: Any, **kwargs: Any) -> Any:
