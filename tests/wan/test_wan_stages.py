@@ -199,7 +199,7 @@ def test_second_process_run_compiles_nothing(checkpoint, tmp_path, tpuvid_comman
     """The persistent cache: a second run adds no program to it and reads all of them."""
     import subprocess
 
-    env = python_env | {"TPUVID_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env = python_env | {"TPUVID_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     command = [tpuvid_command, "generate", "--model", str(checkpoint), "--prompt", "a cat", "--height", "32", "--width", "32",
                "--num-frames", "5", "--steps", "2", "--overwrite", "-o", str(tmp_path / "clip.mp4")]  # fmt: skip
 

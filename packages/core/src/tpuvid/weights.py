@@ -53,9 +53,14 @@ def load_parameters(
             if "*" not in name:
                 return weights.read(members[0], index).astype(struct.dtype)
             layers, index = members[index[0]], index[1:]
-            return np.stack([weights.read(member, index).astype(struct.dtype) for member in layers])
+            shape = [len(range(*part.indices(size))) for part, size in zip(index, struct.shape[1:])]
+            stacked = np.empty((len(layers), *shape), struct.dtype)
+            for layer, member in zip(stacked, layers):  # filled one by one: a list of them would be a second copy
+                layer[...] = weights.read(member, index)
+            return stacked
 
-        return jax.make_array_from_callback(struct.shape, shardings[name], shard)
+        # waited for, so that the host's side of a transfer is freed before the next parameter is read
+        return jax.block_until_ready(jax.make_array_from_callback(struct.shape, shardings[name], shard))
 
     return {name: load(name) for name in structs}
 
