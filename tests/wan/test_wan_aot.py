@@ -38,7 +38,8 @@ frames, height, width = size
 state = struct((4, 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), np.float32)
 text = struct((2, 512, 4096), runtime.dtype, batch_sharded(mesh, 2))
 scalar = struct((), np.float32)
-compiled = runtime.compile("denoiser", denoiser._function(True), params, state, text, scalar, struct((4, 5), np.float32), scalar, mesh=mesh, donate=(1,))
+arguments = (params, state, text, scalar, struct((4, 5), np.float32), scalar)
+compiled = denoiser.programs.get("denoiser", denoiser._function(True), *arguments, donate=(1,))
 memory = compiled.memory_analysis()
 hlo = compiled.as_text()
 print(json.dumps({

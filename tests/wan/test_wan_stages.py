@@ -181,8 +181,11 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, monkey
     with pytest.raises(InputError, match="made by wan2.1-t2v-14b, not random-wan"):
         pipe.denoise(other, **SMALL)
     wide = replaced(conditioning, tensors={k: np.zeros((1, 512, 4096), np.float32) for k in conditioning.tensors})
-    with pytest.raises(InputError, match=r"takes \[B, L, 24\]"):
+    with pytest.raises(InputError, match=r"takes \[1, L, 24\]"):
         pipe.denoise(wide, **SMALL)
+    short = replaced(conditioning, tensors=dict(conditioning.tensors) | {"negative_prompt_embeds": np.zeros((1, 226, 24), np.float32)})
+    with pytest.raises(InputError, match=r"negative_prompt_embeds has shape \[1, 226, 24\]"):
+        pipe.denoise(short, **SMALL)
     positive = replaced(conditioning, tensors={"prompt_embeds": conditioning.tensors["prompt_embeds"]})
     with pytest.raises(InputError, match="pass guidance_scale=1.0"):
         pipe.denoise(positive, **SMALL)

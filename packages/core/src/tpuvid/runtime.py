@@ -94,10 +94,25 @@ class Runtime:
                 raise InputError(str(error)) from None
             raise
 
-    def compile(self, what: str, function: Callable, *args: Any, mesh: Mesh, donate: tuple[int, ...] = ()) -> Callable:
-        """`function` compiled ahead of time for arguments like `args` (arrays or shape structs), as its own phase."""
-        with self.progress.phase(f"compile {what}"), self.scope(mesh):
-            return jax.jit(function, donate_argnums=donate).lower(*args).compile()
+    def programs(self, mesh: Mesh) -> Programs:
+        return Programs(self, mesh)
+
+
+class Programs:
+    """The compiled functions of one stage: each is compiled ahead of time, once for every set of argument shapes."""
+
+    def __init__(self, runtime: Runtime, mesh: Mesh):
+        self._runtime, self._mesh = runtime, mesh
+        self._compiled: dict[tuple, Callable] = {}
+
+    def get(self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Callable:
+        """`function` compiled for arguments like `args` (arrays or shape structs); compiling is a phase of its own."""
+        leaves, structure = jax.tree.flatten(args)
+        key = (what, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
+        if key not in self._compiled:
+            with self._runtime.progress.phase(f"compile {what}"), self._runtime.scope(self._mesh):
+                self._compiled[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+        return self._compiled[key]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -56,7 +56,7 @@ class WanDecoder:
         )
         self.traced = TracedModule(build(lambda: FrameDecoder(vae)))
         self.checkpoint = checkpoint
-        self._compiled = {}
+        self.programs = runtime.programs(self.mesh)
 
     def load(self) -> None:
         self.params = load_parameters(
@@ -71,13 +71,13 @@ class WanDecoder:
     def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = (latents.astype(np.float32) * self.std + self.mean).astype(self.runtime.dtype)
         z = jax.device_put(z, replicated(self.mesh))
-        run = self._program("first", self._first, z[:, :, :1])
+        run = self.programs.get("decoder, first frame", self._first, self.params, z[:, :, :1])
         frames, cache = run(self.params, z[:, :, :1])
         count = z.shape[2] - 1
         size = next((n for n in range(CHUNK, 0, -1) if count % n == 0), 1)
         for start in range(1, z.shape[2], size):
             part = z[:, :, start : start + size]
-            run = self._program("rest", self._rest, cache, part)
+            run = self.programs.get("decoder, further frames", self._rest, self.params, cache, part)
             upcoming, cache = run(self.params, cache, part)
             yield self._to_host(frames)  # while the device works on the upcoming ones
             frames = upcoming
@@ -86,12 +86,6 @@ class WanDecoder:
     def _to_host(self, frames: Array) -> np.ndarray:
         with self.runtime.progress.phase("decode"):
             return np.asarray(frames)
-
-    def _program(self, name: str, function, *args):
-        key = (name, args[-1].shape)
-        if key not in self._compiled:
-            self._compiled[key] = self.runtime.compile(f"decoder, {name} frames", function, self.params, *args, mesh=self.mesh)
-        return self._compiled[key]
 
     def _first(self, params, z: Float[Array, "B C 1 h w"]) -> tuple[Float[Array, "B 1 H W 3"], Cache]:
         frames, found = self._decode(params, z, [None] * self.traced.module.slots, first_chunk=True)

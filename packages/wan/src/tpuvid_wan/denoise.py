@@ -55,7 +55,7 @@ class WanDenoiser:
         widths = split_sizes(self.traced.parameters(runtime.dtype), TRANSFORMER)
         self.mesh = runtime.denoiser_mesh({module.config.num_attention_heads, *widths})
         self.checkpoint = checkpoint
-        self._compiled = {}
+        self.programs = runtime.programs(self.mesh)
 
     def load(self) -> None:
         self.params = load_parameters(
@@ -65,10 +65,11 @@ class WanDenoiser:
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         width = self.traced.module.config.text_dim
+        length = tensors["prompt_embeds"].shape[1:2]
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             embeds = tensors.get(name)
-            if embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != width):
-                raise InputError(f"{name} has shape {list(embeds.shape)}, this model takes [B, L, {width}]; encode with this model")
+            if embeds is not None and embeds.shape != (1, *length, width):
+                raise InputError(f"{name} has shape {list(embeds.shape)}, this model takes [1, L, {width}], both alike; encode with this model")
 
     def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback) -> Float[np.ndarray, "1 C f h w"]:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
@@ -82,7 +83,8 @@ class WanDenoiser:
         state = jax.device_put(state, replicated(self.mesh))
         guidance = np.float32(config.guidance_scale)
 
-        step = self._step(guided, state, text, schedule)
+        example = (self.params, state, text, schedule.timesteps[0], schedule.weights[0], guidance)
+        step = self.programs.get("denoiser", self._function(guided), *example, donate=(1,))
         with self.runtime.progress.steps("denoise", config.num_inference_steps) as report:
             for i, (timestep, weights) in enumerate(zip(schedule.timesteps, schedule.weights), start=1):
                 state = jax.block_until_ready(step(self.params, state, text, timestep, weights, guidance))
@@ -94,15 +96,6 @@ class WanDenoiser:
         channels = self.traced.module.config.in_channels
         frames = (config.num_frames - 1) // VAE_TIME + 1
         return channels, frames, config.height // VAE_SPACE, config.width // VAE_SPACE
-
-    def _step(self, guided: bool, state: Array, text: Array, schedule: Schedule):
-        key = (guided, state.shape, text.shape)
-        if key not in self._compiled:
-            example = (schedule.timesteps[0], schedule.weights[0], np.float32(0))
-            self._compiled[key] = self.runtime.compile(
-                "denoiser", self._function(guided), self.params, state, text, *example, mesh=self.mesh, donate=(1,)
-            )
-        return self._compiled[key]
 
     def _function(self, guided: bool):
         forward = self.traced.function("forward", return_dict=False)

@@ -38,7 +38,7 @@ class WanTextEncoder:
         widths = split_sizes(self.traced.parameters(runtime.dtype), TEXT_ENCODER)
         self.mesh = runtime.encoder_mesh({config.num_heads, *widths})
         self.checkpoint = checkpoint
-        self._compiled = {}
+        self.programs = runtime.programs(self.mesh)
 
     def load(self) -> None:
         self.params = load_parameters(
@@ -60,12 +60,9 @@ class WanTextEncoder:
         inputs = [
             jax.device_put(tokens[name].astype(np.int32), replicated(self.mesh)) for name in ("input_ids", "attention_mask")
         ]
-        if length not in self._compiled:
-            self._compiled[length] = self.runtime.compile(
-                "text encoder", self._function(), self.params, *inputs, mesh=self.mesh
-            )
+        run = self.programs.get("text encoder", self._function(), self.params, *inputs)
         with self.runtime.progress.phase("encode"):
-            return np.asarray(self._compiled[length](self.params, *inputs))
+            return np.asarray(run(self.params, *inputs))
 
     def _function(self):
         forward = self.traced.function("forward", return_dict=False)
