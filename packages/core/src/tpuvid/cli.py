@@ -243,12 +243,12 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
     spec, checkpoint = resolve_model(model)
     settings, options = _split(given)
     configs = [spec.configure(prompt=p, **settings).with_drawn_seed() for p in prompts]
-    for stage in spec.components.values():
-        checkpoint.require(stage)
-
-    outputs = [Outputs(output or output_dir / _file_name(c, i if len(prompts) > 1 else None), overwrite, save_frames) for i, c in enumerate(configs)]
+    names = [_file_name(config, i if len(prompts) > 1 else None) for i, config in enumerate(configs)]
+    outputs = [Outputs(output or output_dir / name, overwrite, save_frames) for name in names]
     for out in outputs:
         out.check()
+    for stage in spec.components.values():
+        checkpoint.require(stage)  # after all that is free to check: this may fetch
     pipe = _load(model, options)
     failures = _generate_all(pipe, configs, outputs)
     for config, error in failures:
@@ -301,8 +301,8 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
     spec, checkpoint = resolve_model(model)
     settings, options = _split(given)
     spec.configure(**settings)
-    checkpoint.require(spec.components["encode"])
     check_output(output_dir / EMBEDDINGS, overwrite=overwrite)
+    checkpoint.require(spec.components["encode"])
     conditioning = _load(model, options).encode(**settings)
     click.echo(f"embeddings: {save_conditioning(output_dir, conditioning, overwrite=overwrite)}")
 
@@ -328,8 +328,8 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
     spec, checkpoint = resolve_model(model)
     settings, options = _split(given)
     config = spec.configure(**settings)
-    checkpoint.require(spec.components["denoise"])
     check_output(output_dir / LATENTS, overwrite=overwrite)
+    checkpoint.require(spec.components["denoise"])
     latents = _load(model, options).denoise(conditioning, **settings)
     click.echo(f"latents: {save_latents(output_dir, latents, overwrite=overwrite)}")
     if config.seed != latents.config.seed:
@@ -359,9 +359,9 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
     given_settings, options = _split(given)
     config = spec.defaults.override(**(beside | dict(file.settings) | given_settings))
     check_sampling(config)
-    checkpoint.require(spec.components["decode"])
     outputs = Outputs((output_dir or input_dir) / "output_video.mp4", overwrite, save_frames)
     outputs.check()
+    checkpoint.require(spec.components["decode"])
     latents = Latents(model_id=file.model_id or beside_model or "", latents=array, config=config)
     pipe = _load(model, options)
     outputs.write(pipe.decode(latents), pipe.provenance())
