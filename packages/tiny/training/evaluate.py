@@ -124,12 +124,14 @@ def contact_sheet(clips: list[np.ndarray], file: Path, columns: int = 4) -> None
 
 def table(result: dict) -> str:
     """The result as a Markdown table."""
-    lines = ["| clips | n | colour | shape | motion | background | colour, shape and motion |", "|---|---|---|---|---|---|---|"]
+    lines = ["| clips | n | colour | shape | motion | background | colour, shape and motion |"]
+    lines.append("|---" * 7 + "|")
     for name, row in result["accuracy"].items():
         cells = " | ".join(f"{100 * row[attribute]:.1f}%" for attribute in ATTRIBUTES)
         lines.append(f"| {name} | {row['n']} | {cells} |")
     vae = result["reconstruction"]
-    lines += ["", f"VAE, {vae['clips']} held-out clips: {vae['mean_db']:.1f} dB mean PSNR, {vae['worst_db']:.1f} dB worst."]
+    lines.append("")
+    lines.append(f"VAE, {vae['clips']} held-out clips: {vae['mean_db']:.1f} dB mean PSNR, {vae['worst_db']:.1f} dB worst.")
     return "\n".join(lines) + "\n"
 
 

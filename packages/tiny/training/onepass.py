@@ -4,8 +4,8 @@ diffusers encodes and decodes four frames at a time through a feature cache. The
 all frames gives the same numbers (`tests/tiny/test_tiny_onepass.py`), provided the two places where the cache treats
 the first frame specially are kept: time is neither halved nor doubled for the first frame.
 
-Activations stay channels-last and, if asked for, bfloat16 throughout: 3 to 4 times faster on 2 Zen 4 cores
-(2026-11-20) than the module's own forward.
+Activations stay channels-last and, if asked for, bfloat16 throughout. Four clips, there and back with gradients, on 2
+shared Zen 4 cores (2026-11-20): 0.84 s instead of 4.0 s through diffusers' own `encode` and `decode`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def encode(vae: AutoencoderKLWan, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(vae: AutoencoderKLWan, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Latents [B, z, f, h, w] to float32 pixels [B, 3, F, H, W], about [-1, 1] (not clamped, so that gradients flow)."""
+    """Latents [B, z, f, h, w] to float32 pixels [B, 3, F, H, W], about [-1, 1] (not clamped: gradients flow)."""
     decoder = vae.decoder
     x = conv(vae.post_quant_conv, z).to(dtype).contiguous(memory_format=torch.channels_last_3d)
     x = middle(decoder.mid_block, conv(decoder.conv_in, x))

@@ -48,7 +48,8 @@ def make_scheduler(flow_shift: float) -> UniPCMultistepScheduler:
 
 def latent_scale(config: dict, device: str) -> tuple[Tensor, Tensor]:
     """The latents' mean and standard deviation, shaped to broadcast over [B, z, f, h, w]."""
-    return tuple(torch.tensor(config[name], device=device).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    names = ("latents_mean", "latents_std")
+    return tuple(torch.tensor(config[name], device=device).view(1, -1, 1, 1, 1) for name in names)
 
 
 @torch.no_grad()
@@ -79,7 +80,9 @@ def sample_of_held_out(count: int) -> list[Scene]:
     return [group[i * len(group) // each] for group in by_shape for i in range(each)]
 
 
-def accuracy(model: TextToVideo, scenes: list[Scene], sampler: Sampler, seed: int = 0, batch: int = 12) -> dict[str, float]:
+def accuracy(
+    model: TextToVideo, scenes: list[Scene], sampler: Sampler, seed: int = 0, batch: int = 12
+) -> dict[str, float]:
     """The share of generated clips that show each attribute of their caption; ``all`` is colour, shape and motion."""
     verdicts = []
     for start in range(0, len(scenes), batch):

@@ -15,20 +15,34 @@ MAX_WORDS = 16  # the longest caption has 13 words and the end mark
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, lower-cased, punctuation dropped; an end mark as T5 has it."""
+    """Whole words, lower-cased, commas and full stops dropped; an end mark as T5 has it."""
     ids = {word: index for index, word in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(",", " "), normalizers.Replace(".", " ")])
+    without_marks = [normalizers.Replace(mark, " ") for mark in ",."]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *without_marks])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, model_max_length=512
+    )
 
 
 def make_text_encoder(width: int = 128) -> UMT5EncoderModel:
+    words = vocabulary()
     config = UMT5Config(
-        vocab_size=len(vocabulary()), d_model=width, d_kv=32, num_heads=4, d_ff=256, num_layers=2, num_decoder_layers=0,
-        dropout_rate=0.0, relative_attention_num_buckets=16, relative_attention_max_distance=32,
-        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        vocab_size=len(words),
+        d_model=width,
+        d_kv=32,
+        num_heads=4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_decoder_layers=0,
+        dropout_rate=0.0,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=32,
+        pad_token_id=words.index(PAD),
+        eos_token_id=words.index(EOS),
+        decoder_start_token_id=words.index(PAD),
     )
     return UMT5EncoderModel(config)
 

@@ -51,7 +51,7 @@ def transformer_config(width: int, layers: int, text_width: int) -> dict:
 
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKLWan, count: int, seed: int, device: str) -> dict[str, Tensor]:
-    """Normalised latents [count, z, f, h, w] of clips that go through all training scenes in turn, and their indices."""
+    """Normalised latents [count, z, f, h, w] of clips that go through all training scenes in turn, and which."""
     scenes, rng = training_scenes(), np.random.default_rng(seed)
     mean, std = latent_scale(vae.config, device)
     order = np.concatenate([rng.permutation(len(scenes)) for _ in range(-(-count // len(scenes)))])[:count]
@@ -123,9 +123,8 @@ def main() -> None:
 
     parts, averaged, tokenizer = new_parts(), new_parts().eval(), make_tokenizer()
     torch.nn.init.zeros_(parts["transformer"].proj_out.weight)
-    optimisers = Optimisers(
-        parts.named_parameters(), args.lr, adam_words=("patch_embedding", "proj_out", "time_embedder", "shared", "relative")
-    )
+    outer = ("patch_embedding", "proj_out", "time_embedder", "shared", "relative")
+    optimisers = Optimisers(parts.named_parameters(), args.lr, adam_words=outer)
     if args.resume:
         saved = torch.load(args.resume)
         parts.load_state_dict(saved["raw"])

@@ -1,6 +1,6 @@
 """Train the VAE on small crops, then on longer ones, then on whole clips.
 
-    python train_vae.py --out runs/vae.pt --minutes 50
+    python train_vae.py --out runs/vae.pt --minutes 30
 
 Writes the averaged weights, the configuration and the latents' mean and standard deviation; again every few minutes.
 """
@@ -104,8 +104,8 @@ def learning_rate(progress: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="where the weights go (a .pt file, not shipped)")
-    parser.add_argument("--resume", type=Path, help="start from these weights")
-    parser.add_argument("--minutes", type=float, default=50)
+    parser.add_argument("--resume", type=Path, help="go on from these weights")
+    parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--start", type=float, default=0.0, help="skip this part of the schedule (0..1)")
     parser.add_argument("--decoder-only", action="store_true", help="keep the latents as they are")
     parser.add_argument("--clips", type=int, default=4000)

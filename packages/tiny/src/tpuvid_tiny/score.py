@@ -13,8 +13,9 @@ import numpy as np
 from tpuvid_tiny.grammar import MOTIONS, SHAPES, Scene
 from tpuvid_tiny.render import BACKGROUND_RGB, COLOUR_RGB, signed_distance
 
-OBJECT_CONTRAST = 0.25  # a pixel belongs to the object if its colour is this far (of RGB's unit cube) from the background
-COLOUR_TOLERANCE = 0.35  # farther than this from every named colour is no colour; blue and cyan, the nearest two, are 0.56 apart
+# Distances between colours, in RGB's unit cube. Blue and cyan, the nearest two, are 0.56 apart.
+OBJECT_CONTRAST = 0.25  # a pixel this far from the background belongs to the object
+COLOUR_TOLERANCE = 0.35  # farther than this from every named colour is no colour
 LEAST_PIXELS = 30  # fewer are no object
 LEAST_SHIFT = 8.0  # pixels: the least travel that counts as moving; training clips move by 20 and more
 LEAST_GROWTH = 1.25  # the least ratio of sizes that counts as growing; training clips reach 1.83
@@ -33,7 +34,8 @@ class Reading:
 
     def compare(self, scene: Scene) -> dict[str, bool]:
         """Which attributes of ``scene`` the clip shows; ``all`` is colour, shape and motion together."""
-        right = {name: getattr(self, name) == getattr(scene, name) for name in ("colour", "shape", "motion", "background")}
+        names = ("colour", "shape", "motion", "background")
+        right = {name: getattr(self, name) == getattr(scene, name) for name in names}
         right["all"] = right["colour"] and right["shape"] and right["motion"]
         return right
 
