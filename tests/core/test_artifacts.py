@@ -14,6 +14,7 @@ from tpuvid.artifacts import (
     EMBEDDINGS,
     LATENTS,
     atomic_path,
+    check_config,
     check_output,
     load_conditioning,
     load_latents,
@@ -35,12 +36,14 @@ def test_conditioning_round_trip(tmp_path):
         "prompt_embeds": np.random.default_rng(0).normal(size=(1, 5, 3)).astype(ml_dtypes.bfloat16),
         "negative_prompt_embeds": np.zeros((1, 5, 3), np.float32),
     }
-    saved = Conditioning(model_id="m", prompt="a „cat“", negative_prompt="", max_sequence_length=5, tensors=tensors)
+    saved = Conditioning(model_id="m", prompt="a „cat“", negative_prompt="", max_sequence_length=5, tensors=tensors,
+                         history={"encode": {"seconds": {"load": 1.5}}}, fingerprint="abc")  # fmt: skip
     loaded = load_conditioning(save_conditioning(tmp_path, saved, overwrite=False))
     assert (loaded.model_id, loaded.prompt, loaded.negative_prompt) == ("m", "a „cat“", "")
     for name, value in tensors.items():
         assert loaded.tensors[name].dtype == value.dtype and np.array_equal(loaded.tensors[name], value)
     assert loaded.max_sequence_length == 5
+    assert loaded.history == {"encode": {"seconds": {"load": 1.5}}} and loaded.fingerprint == "abc"
     assert read_config(tmp_path / CONFIG) == {"prompt": "a „cat“", "negative_prompt": "", "max_sequence_length": 5, "model_id": "m"}
 
 
@@ -87,7 +90,7 @@ def test_a_real_file_of_another_tool():
 
 @pytest.mark.parametrize(
     "metadata, message",
-    [({"dtype_info": "{"}, "dtype_info"), ({"dtype_info": "[1]"}, "dtype_info"), ({"num_frames": "many"}, "num_frames='many' is no int")],
+    [({"dtype_info": "{"}, "dtype_info"), ({"history": "[]"}, "history"), ({"dtype_info": "[1]"}, "dtype_info"), ({"num_frames": "many"}, "num_frames='many' is no int")],
 )
 def test_damaged_metadata_is_refused(tmp_path, metadata, message):
     save_file({"latents": np.zeros(1, np.float32)}, tmp_path / "f", metadata)
@@ -193,3 +196,17 @@ def test_config_files_are_checked(tmp_path):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(InputError, match="c.json: .*make it again"):
             read_config(tmp_path / "c.json")
+
+
+def test_settings_that_no_stage_wrote_are_kept(tmp_path):
+    (tmp_path / CONFIG).write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="is not a stage's settings"):
+        check_config(tmp_path, overwrite=False)
+    check_config(tmp_path, overwrite=True)
+    (tmp_path / CONFIG).write_text('{"model_id": "m"}')
+    check_config(tmp_path, overwrite=False)
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    with pytest.raises(InputError, match="choose a shorter one"):
+        check_output(tmp_path / ("x" * 300 + ".mp4"), overwrite=False)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -27,16 +28,56 @@ ALL = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 
 def test_a_local_folder_is_found_by_its_class(folder):
     spec, checkpoint = resolve_model(str(folder))
-    assert spec.model_id == checkpoint.model_id == "mine" and spec.family == "wan"
+    assert spec.model_id == checkpoint.model_id == str(folder) and spec.family == "wan"
     checkpoint.require(ALL)
 
 
-def test_a_local_copy_of_a_registered_model_is_that_model(folder):
+def test_a_local_copy_of_a_registered_model_is_its_twin_but_itself(folder):
+    """It runs by that model's description, and its files say where its weights are."""
     config = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16}
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
     spec, checkpoint = resolve_model(str(folder))
-    assert spec.model_id == checkpoint.model_id == "wan2.1-t2v-1.3b" and checkpoint.folder == folder
+    assert spec.twin == "wan2.1-t2v-1.3b" and spec.defaults.height == 480
+    assert spec.model_id == checkpoint.model_id == checkpoint.source == str(folder)
 
+
+def test_fingerprints_tell_checkpoints_of_one_shape_apart(folder, tmp_path):
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(folder, moved)
+    shutil.copytree(folder, other)
+    save_file({"w": np.ones(2, np.float32)}, other / "vae" / "model.safetensors")
+    prints = [resolve_model(str(path))[1].fingerprint() for path in (folder, moved, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize(
+    "entry", [{"transformer_2": ["diffusers", "WanTransformer3DModel"]}, {"boundary_ratio": 0.9}, {"expand_timesteps": True}]
+)
+def test_another_variant_of_the_pipeline_is_refused(folder, entry):
+    """Wan 2.2 has the same class and, in each transformer, the same shapes."""
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "transformer_2": [None, None], "boundary_ratio": None} | entry))
+    with pytest.raises(InputError, match=f"{next(iter(entry))}=.* is not supported by wan yet"):
+        resolve_model(str(folder))
+
+
+def test_of_a_hub_repository_only_what_is_needed_is_fetched(folder, monkeypatch):
+    """To know a model, two small files; to run a stage, that stage's components."""
+    asked = []
+
+    def snapshot(repo_id, allow_patterns, **_):
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    spec, checkpoint = resolve_model("someone/finetune")
+    assert asked == ["model_index.json", "transformer/config.json"]
+    checkpoint.require(spec.components["decode"])
+    assert asked[2:] == ["vae/*"]
+    asked.clear()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(InputError, match="has no plugin"):
+        resolve_model("someone/flux")
+    assert asked == ["model_index.json"]
 
 def test_the_hub_id_of_a_registered_model_is_that_model():
     spec, checkpoint = resolve_model("Wan-AI/Wan2.1-T2V-14B-Diffusers")
@@ -45,8 +86,6 @@ def test_the_hub_id_of_a_registered_model_is_that_model():
 
 def test_hub_is_read_through_its_own_cache(folder, tmp_path, monkeypatch):
     """A repository that lies in the Hub's cache loads offline."""
-    import shutil
-
     cache = tmp_path / "hub"
     snapshot = cache / "models--me--mine" / "snapshots" / "abc"
     shutil.copytree(folder, snapshot)
@@ -68,7 +107,7 @@ def test_an_unreachable_hub_is_a_run_time_error_with_a_remedy(monkeypatch):
 
 @pytest.mark.parametrize(
     "model, message",
-    [("./nowhere", "does not exist; give a diffusers folder"), ("wan2.1-t2v", "did you mean"), ("a/b/c", "is not known")],
+    [("./nowhere", "does not exist; give a diffusers folder"), ("wan2.1-t2v", "did you mean"), ("a/b/c", "is not known"), ("", "model is empty"), ("-x/y", "is not known"), ("foo--bar/..", "is not known|valid Hub id")],
 )
 def test_what_is_no_model_is_refused(model, message):
     with pytest.raises(InputError, match=message):
@@ -105,6 +144,9 @@ def test_an_incomplete_checkpoint_is_refused(folder, damage, message):
 def test_an_index_cannot_name_files_elsewhere(tmp_path):
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../secret.safetensors"}}))
     with pytest.raises(InputError, match="outside its folder"):
+        weight_files(tmp_path)
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": []}))
+    with pytest.raises(InputError, match="has no weight_map"):
         weight_files(tmp_path)
 
 

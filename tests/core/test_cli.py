@@ -45,6 +45,9 @@ def ask(*arguments):
         (["generate", "--model", "wan-tiny", "--prompt", "x", "--dtype", "int4"], 2, "bfloat16"),
         (["generate", "--model", "wan-tiny", "--prompt", "x", "-o", "clip.avi"], 2, "give a name that ends so"),
         (["generate", "--model", "wan-tiny", "--prompt-file", "/nonexistent"], 2, "one prompt per line"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "-o", "a.mp4", "--output-dir", "b"], 2, "give either --output"),
+        (["generate", "--model", "wan-tiny", "--prompt", "x", "-o", "x" * 300 + ".mp4"], 2, "choose a shorter one"),
+        (["generate", "--model", "", "--prompt", "x"], 2, "model is empty"),
         (["encode", "--model", "wan-tiny"], 2, "Missing option '--prompt'"),
         (["denoise", "--input-dir", "/nonexistent"], 2, "does not exist"),
         (["decode", "--input-dir", "/nonexistent"], 2, "does not exist"),
@@ -99,7 +102,8 @@ def test_yaml_gives_defaults_and_flags_win(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("num_framez: 3", "'num_framez' is no setting of tpuvid generate; did you mean num_frames?"), ("- a", "holds a list"), ("a: [", "no readable YAML")],
+    [("num_framez: 3", "'num_framez' is no flag of tpuvid; did you mean num-frames?"), ("- a", "holds a list"), ("a: [", "no readable YAML"),
+     ("output: [x]", "output=['x']: needs one path"), ("seed: true", "seed=True: needs one integer"), ("prompt: {a: b}", "needs one text")],
 )
 def test_yaml_that_makes_no_sense_is_refused(tmp_path, capsys, text, message):
     (tmp_path / "c.yaml").write_text(text)
@@ -108,10 +112,17 @@ def test_yaml_that_makes_no_sense_is_refused(tmp_path, capsys, text, message):
 
 
 def test_yaml_values_have_the_flags_types(tmp_path, capsys):
-    (tmp_path / "c.yaml").write_text("model: wan-tiny\nprompt: x\nsteps: many\n")
-    assert "'steps' is no setting" in fails(capsys, "generate", "--config", str(tmp_path / "c.yaml"))[1]
-    (tmp_path / "c.yaml").write_text("model: wan-tiny\nprompt: x\nnum_inference_steps: many\n")
-    assert "'many' is not a valid integer" in fails(capsys, "generate", "--config", str(tmp_path / "c.yaml"))[1]
+    for name in ("steps", "num_inference_steps", "num-inference-steps"):
+        for value in ("many", "1.9"):
+            (tmp_path / "c.yaml").write_text(f"model: wan-tiny\nprompt: x\n{name}: {value}\n")
+            assert f"'{value}' is not a valid integer" in fails(capsys, "generate", "--config", str(tmp_path / "c.yaml"))[1]
+
+
+def test_one_yaml_serves_all_commands(tmp_path, capsys):
+    """What a command doesn't have is another's; an empty value is not given."""
+    (tmp_path / "c.yaml").write_text(f"model: ./nowhere\nprompt: x\nheight: 64\nlora-path:\ninput_dir: {tmp_path}\noverwrite: true\n")
+    assert "'./nowhere' does not exist" in fails(capsys, "encode", "--config", str(tmp_path / "c.yaml"))[1]
+    assert "stage1_embeddings.safetensors: does not exist" in fails(capsys, "denoise", "--config", str(tmp_path / "c.yaml"))[1]
 
 
 def test_an_output_that_exists_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
@@ -160,21 +171,20 @@ def test_what_these_devices_cannot_do_is_refused(tmp_path, capsys, option, messa
 
 
 def test_one_failed_prompt_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
-    from tpuvid.errors import TpuvidError
     from tpuvid.pipeline import Pipeline
 
     denoise = Pipeline.denoise_config
 
     def sometimes(self, conditioning, config, **options):
         if "blue" in config.prompt:
-            raise TpuvidError("the blue one failed")
+            raise RuntimeError("RESOURCE_EXHAUSTED: the blue one failed")
         return denoise(self, conditioning, config, **options)
 
     monkeypatch.setattr(Pipeline, "denoise_config", sometimes)
     (tmp_path / "p.txt").write_text("a red circle growing on a black background\na blue one\na green square growing on a black background\n")
     code = run(["generate", "--model", "wan-tiny", "--prompt-path", str(tmp_path / "p.txt"), "--steps", "2", "--num-frames", "5", "--output-dir", str(tmp_path / "out")])
     captured = capsys.readouterr()
-    assert code == 3 and "'a blue one': the blue one failed" in captured.err
+    assert code == 3 and "'a blue one': out of memory (RESOURCE_EXHAUSTED: the blue one failed)" in captured.err
     assert sorted(p.name.split("_")[0] for p in (tmp_path / "out").glob("*.mp4")) == [
         "a-green-square-growing-on-a-black-background", "a-red-circle-growing-on-a-black-background",
     ]  # fmt: skip

@@ -27,12 +27,16 @@ def test_a_checkpoint():
     assert about["pipeline"] == "WanPipeline"
     assert set(about["components"]) == {"scheduler", "text_encoder", "tokenizer", "transformer", "vae"}
     assert about["components"]["vae"]["class"] == "AutoencoderKLWan" and about["components"]["vae"]["parameters"] > 10_000
-    assert "MISSING" not in render(about)
+    text = render(about)
+    assert "is missing" not in text and "blocks.*.attn1.to_q.weight" in text and "×6" in text and "num_layers = 6" in text
+    component = describe(folder / "transformer")
+    assert component["settings"]["num_layers"] == 6 and "proj_out.bias" in component["tensors"]
+    assert describe(folder / "model_index.json")["settings"]["_class_name"] == "WanPipeline"
 
 
 def test_a_missing_component_is_shown(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"]}))
-    assert "AutoencoderKLWan: MISSING" in render(describe(tmp_path))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"], "x": []}))
+    assert "vae: AutoencoderKLWan" in render(describe(tmp_path)) and "is missing" in render(describe(tmp_path))
 
 
 def test_damage_is_an_error_not_a_traceback(tmp_path):
@@ -63,8 +67,8 @@ def test_doctor_tells_the_fork_from_stock(stock, fork, says):
 def test_doctor_reports_what_is_wrong(monkeypatch, capsys):
     import tpuvid.doctor as doctor
 
-    versions = {"diffusers": "0.42.1", "diffusers-tpu": "0.37.0.dev0", "jax": "1", "torch": "1", "torchax": "1", "av": None}
+    versions = {"diffusers": "0.42.1", "diffusers-tpu": "0.37.0.dev0", "jax": "1", "torch": "1", "torchax": "1", "av": None, "transformers": None}
     monkeypatch.setattr(doctor, "_version", versions.get)
     assert run(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "problem: av is not installed" in out and "overwrite each other" in out
+    assert "problem: av is not installed" in out and "problem: transformers is not installed" in out and "overwrite each other" in out

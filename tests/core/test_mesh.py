@@ -11,7 +11,7 @@ def test_parse(text, config):
     assert MeshConfig.parse(text) == MeshConfig(*config)
 
 
-@pytest.mark.parametrize("text", ["", "tp", "tp=0", "dp=-1", "ep=2", "dp=2;tp=4", "tp=2,dp=2"])
+@pytest.mark.parametrize("text", ["", ",", "tp", "tp=0", "dp=-1", "ep=2", "dp=2;tp=4", "tp=2,dp=2"])
 def test_parse_refuses(text):
     with pytest.raises(InputError, match="needs the form dp=2,tp=4"):
         MeshConfig.parse(text)

@@ -64,16 +64,30 @@ def misspelt():
         (dict(tpuvid_modelz=misspelt()), "tpuvid_modelz"),
         (dict(tpuvid_models=models("wan")), "not a ModelSpec"),
         (dict(tpuvid_models=models(replace(WAN_1_3B, api_version=99))), "plugin API 99"),
-        (dict(tpuvid_models=models(WAN_14B)), "already registered by fake_good"),
     ],
 )
 @pytest.mark.parametrize("name", ["later", "zoo"])
 def test_a_broken_plugin_is_one_row_and_the_others_work(plugin, contents, reason, name):
-    """Whether it loads before or after the last good one; of a duplicate id, the first plugin by name keeps it."""
+    """Whether it loads before or after the last good one."""
     registry = load_plugins([good(plugin), plugin(name, **contents), good(plugin, "yet", replace(WAN_1_3B, model_id="third"))])
     (broken,) = registry.broken
     assert broken.name == name and reason in broken.error and "\n" not in broken.error
     assert {WAN_14B.model_id, "third"} <= set(registry.models)
+
+
+def test_a_duplicate_id_is_nobodys(plugin):
+    """Neither package may take it from the other; what else they register works."""
+    registry = load_plugins([plugin("a", tpuvid_models=models(WAN_14B)), plugin("b", tpuvid_models=models(WAN_14B, WAN_1_3B))])
+    assert [p.name for p in registry.broken] == ["a", "b"]
+    assert all("'wan2.1-t2v-14b' is registered by fake_a and fake_b" in p.error for p in registry.broken)
+    assert set(registry.models) == {WAN_1_3B.model_id}
+    with pytest.raises(InputError, match="registered by fake_a and fake_b; uninstall one"):
+        registry.get(WAN_14B.model_id)
+
+
+def test_a_selected_plugin_that_is_not_there_is_a_row(plugin):
+    (row,) = load_plugins([good(plugin)], "wnan").broken
+    assert row.name == "wnan" and "no such plugin" in row.error
 
 
 def test_missing_module_is_one_row(plugin):
@@ -100,8 +114,7 @@ def test_unknown_model_names_the_nearest(plugin):
 
 def test_a_folder_is_matched_by_its_transformer(plugin):
     registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)])
-    assert registry.match("WanPipeline", dict(WAN_1_3B.signature) | {"eps": 1e-6}) == (WAN_1_3B, True)
-    spec, exact = registry.match("WanPipeline", {"num_layers": 2})
-    assert spec.pipeline_class == "WanPipeline" and not exact
+    assert registry.match("WanPipeline", dict(WAN_1_3B.signature) | {"eps": 1e-6}) == WAN_1_3B
+    assert registry.match("WanPipeline", {"num_layers": [2]}).pipeline_class == "WanPipeline"
     with pytest.raises(InputError, match="'FluxPipeline' has no plugin; installed plugins run WanPipeline"):
         registry.match("FluxPipeline", {})

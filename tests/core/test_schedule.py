@@ -60,6 +60,19 @@ def test_nonlinear_scheduler_is_refused():
         tabulate(diffusers.DDIMScheduler(clip_sample=True, clip_sample_range=0.1), 4)
 
 
+@pytest.mark.parametrize("steps", [1, 6])
+def test_thresholding_is_refused(steps):
+    """Linear near zero, where most samples are."""
+    with pytest.raises(ValueError, match="not linear"):
+        tabulate(diffusers.UniPCMultistepScheduler(**FLOW_UNIPC, thresholding=True, sample_max_value=3.0), steps)
+
+
+def test_undefined_samples_are_refused():
+    """bh1 divides infinity by infinity in its last step, in diffusers too."""
+    with pytest.raises(ValueError, match="infinite or undefined"):
+        tabulate(diffusers.UniPCMultistepScheduler(**FLOW_UNIPC, solver_type="bh1"), 4)
+
+
 def test_two_evaluations_per_step_are_refused():
     with pytest.raises(ValueError, match="more than once per step"):
         tabulate(diffusers.HeunDiscreteScheduler(), 4)

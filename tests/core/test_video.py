@@ -47,6 +47,11 @@ def test_existing_video_is_kept(tmp_path):
     save_mp4(clip(), tmp_path / "clip.mp4", fps=8, overwrite=True)
 
 
+def test_only_mp4_names(tmp_path):
+    with pytest.raises(InputError, match="give a name that ends so"):
+        save_mp4(clip(), tmp_path / "clip.png", fps=8)
+
+
 def test_uint8_rounds():
     assert to_uint8(np.array([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 1.5])).tolist() == [0, 0, 0, 1, 255, 255]
 

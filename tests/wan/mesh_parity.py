@@ -19,7 +19,7 @@ for mesh in ("dp=1,tp=1", "dp=2,tp=1", "dp=1,tp=2", "dp=2,tp=2", "dp=1,tp=4", "d
     video = pipe.decode(latents)
     found = [conditioning.tensors["prompt_embeds"], latents.latents, video.frames]
     expected = expected or found
-    denoiser = pipe._stages["denoise"]
+    denoiser = pipe._opened["denoise"]
     sharded = denoiser.params["blocks.*.attn1.to_q.weight"].sharding
     results[str(mesh)] = {
         "errors": [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected)],

@@ -7,7 +7,7 @@ import pytest
 import torch
 import tpuvid
 from safetensors.numpy import load_file, save_file
-from tpuvid import InputError, testing
+from tpuvid import InputError, TpuvidError, testing
 from tpuvid.artifacts import EMBEDDINGS, load_conditioning, save_conditioning
 from tpuvid.cli import run
 from tpuvid.stages import Latents
@@ -31,8 +31,9 @@ def test_commands_staged_equal_one_shot_bit_for_bit(checkpoint, tmp_path, capsys
     assert run(["generate", *model, "--prompt", "a cat", *sampling, "-o", str(tmp_path / "one" / "clip.mp4"), "--save-frames"]) == 0
     stage = str(tmp_path / "staged")
     assert run(["encode", *model, "--prompt", "a cat", "--output-dir", stage]) == 0
-    assert run(["denoise", *model, "--input-dir", stage, *sampling]) == 0
-    assert run(["decode", *model, "--input-dir", stage, "--save-frames"]) == 0
+    # the stage files say which model made them
+    assert run(["denoise", "--input-dir", stage, *sampling]) == 0
+    assert run(["decode", "--input-dir", stage, "--save-frames"]) == 0
     frames = [load_file(tmp_path / folder / "stage3_frames.safetensors")["frames"] for folder in ("one", "staged")]
     assert frames[0].shape == (1, 5, 32, 48, 3) and frames[0].dtype == np.float32
     assert 0 <= frames[0].min() and frames[0].max() <= 1
@@ -40,7 +41,11 @@ def test_commands_staged_equal_one_shot_bit_for_bit(checkpoint, tmp_path, capsys
     assert (tmp_path / "one" / "clip.mp4").read_bytes() == (tmp_path / "staged" / "output_video.mp4").read_bytes()
     settings = json.loads((tmp_path / "one" / "clip.json").read_text())
     assert settings["seed"] == 5 and settings["prompt"] == "a cat" and settings["num_frames"] == 5
-    assert "compile denoiser" in settings["seconds"]
+    staged = json.loads((tmp_path / "staged" / "output_video.json").read_text())
+    for history in (settings["history"], staged["history"]):
+        assert set(history) == {"encode", "denoise", "decode"}
+        assert history["denoise"]["checkpoint"] == str(checkpoint) and history["denoise"]["dtype"] == "float32"
+    assert "compile denoiser" in settings["history"]["denoise"]["seconds"]
     assert "seed: 5" in capsys.readouterr().out
 
 
@@ -103,15 +108,17 @@ def test_bfloat16_is_close_and_its_files_are_native(checkpoint, pipe, tmp_path):
 
 def test_timings_belong_to_one_video(checkpoint):
     pipe = tpuvid.load(str(checkpoint))
-    first, second = (pipe.generate("a cat", **SMALL).seconds for _ in range(2))
-    assert {"load denoiser", "compile denoiser", "denoise", "decode"} <= set(first)
-    assert set(second) == {"encode", "denoise", "decode"}, "nothing is loaded or compiled twice"
+    first, second = (
+        {name for stage in pipe.generate("a cat", **SMALL).history.values() for name in stage["seconds"]} for _ in range(2)
+    )
+    assert {"load denoiser", "compile denoiser", "denoise", "decode"} <= first
+    assert second == {"encode", "denoise", "decode"}, "nothing is loaded or compiled twice"
 
 
 def test_stages_free_their_weights(checkpoint):
     pipe = tpuvid.load(str(checkpoint), keep_loaded=False)
     pipe.generate("a cat", **SMALL)
-    assert not pipe._stages
+    assert not pipe._loaded and not pipe._opened
 
 
 def test_checkpoint_in_shards(checkpoint, pipe, tmp_path):
@@ -129,7 +136,7 @@ def test_checkpoint_in_shards(checkpoint, pipe, tmp_path):
     conditioning = pipe.encode("a cat")
     expected = pipe.denoise(conditioning, **SMALL).latents
     sharded = tpuvid.load(str(folder))
-    renamed = type(conditioning)(**{**vars(conditioning), "model_id": "sharded"})
+    renamed = type(conditioning)(**{**vars(conditioning), "model_id": "", "fingerprint": None})
     assert np.array_equal(sharded.denoise(renamed, **SMALL).latents, expected)
 
     (folder / "transformer" / "a-00002-of-00002.safetensors").unlink()
@@ -156,9 +163,8 @@ def edit_weights(checkpoint, folder, edit):
 )
 def test_weights_that_do_not_match_are_named(checkpoint, tmp_path, edit, message):
     pipe = edit_weights(checkpoint, tmp_path / "random-wan", edit)
-    conditioning = tpuvid.load(str(checkpoint)).encode("a cat")
     with pytest.raises(InputError, match=message):
-        pipe.denoise(conditioning, **SMALL)
+        pipe.generate("a cat", **SMALL)
 
 
 def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, monkeypatch):
@@ -177,14 +183,14 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, monkey
     def replaced(value, **changes):
         return type(value)(**{**vars(value), **changes})
 
-    other = replaced(conditioning, model_id="wan2.1-t2v-14b")
-    with pytest.raises(InputError, match="made by wan2.1-t2v-14b, not random-wan"):
+    other = replaced(conditioning, model_id="wan-tiny", fingerprint=None)
+    with pytest.raises(InputError, match="made by wan-tiny, which is another checkpoint than .*random-wan"):
         pipe.denoise(other, **SMALL)
     wide = replaced(conditioning, tensors={k: np.zeros((1, 512, 4096), np.float32) for k in conditioning.tensors})
     with pytest.raises(InputError, match=r"takes \[1, L, 24\]"):
         pipe.denoise(wide, **SMALL)
     short = replaced(conditioning, tensors=dict(conditioning.tensors) | {"negative_prompt_embeds": np.zeros((1, 226, 24), np.float32)})
-    with pytest.raises(InputError, match=r"negative_prompt_embeds has shape \[1, 226, 24\]"):
+    with pytest.raises(InputError, match=r"negative_prompt_embeds is float32 \[1, 226, 24\]"):
         pipe.denoise(short, **SMALL)
     positive = replaced(conditioning, tensors={"prompt_embeds": conditioning.tensors["prompt_embeds"]})
     with pytest.raises(InputError, match="pass guidance_scale=1.0"):
@@ -195,7 +201,10 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, monkey
     with pytest.raises(InputError, match=r"takes \[B, 4, f, h, w\]"):
         pipe.decode(foreign)
     with pytest.raises(InputError, match="these latents were made by other"):
-        pipe.decode(replaced(latents, model_id="other"))
+        pipe.decode(replaced(latents, model_id="other", fingerprint=None))
+    for damage in (np.full_like(latents.latents, np.nan), np.zeros((1, 4, 0, 4, 6), np.float32), np.zeros((1, 4, 3, 4, 6), np.int64)):
+        with pytest.raises(InputError, match="denoise again"):
+            pipe.decode(replaced(latents, latents=damage))
 
 
 def test_second_process_run_compiles_nothing(checkpoint, tmp_path, tpuvid_command, python_env):
@@ -208,7 +217,8 @@ def test_second_process_run_compiles_nothing(checkpoint, tmp_path, tpuvid_comman
 
     def programs():
         subprocess.run(command, env=env, check=True, capture_output=True)
-        seconds = json.loads((tmp_path / "clip.json").read_text())["seconds"]
+        history = json.loads((tmp_path / "clip.json").read_text())["history"]
+        seconds = {name: value for stage in history.values() for name, value in stage["seconds"].items()}
         files = {p.name for p in (tmp_path / "cache" / "xla").iterdir() if p.name.endswith("-cache")}
         return files, sum(s for name, s in seconds.items() if name.startswith("compile"))
 
@@ -224,7 +234,7 @@ def test_wan_2_2_vae_is_refused(checkpoint, tmp_path):
     config = json.loads((folder / "vae" / "config.json").read_text())
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"patch_size": 2}))
     pipe = tpuvid.load(str(folder))
-    latents = Latents(model_id="random-wan", latents=np.zeros((1, 4, 1, 2, 2), np.float32), config=pipe.spec.defaults)
+    latents = Latents(model_id="", latents=np.zeros((1, 4, 1, 2, 2), np.float32), config=pipe.spec.defaults)
     with pytest.raises(InputError, match="Wan 2.2"):
         pipe.decode(latents)
 
@@ -236,7 +246,58 @@ def test_unknown_scheduler_is_refused(checkpoint, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "HeunDiscreteScheduler"}))
     pipe = tpuvid.load(str(folder))
     with pytest.raises(InputError, match="HeunDiscreteScheduler"):
-        pipe.denoise(pipe.encode("a cat"), **SMALL)
+        pipe.generate("a cat", **SMALL)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "tokenizer, text_encoder can't be used"),
+        (lambda f: (f / "text_encoder" / "config.json").write_text("{}"), "tokenizer, text_encoder can't be used"),
+        (lambda f: edit_json(f / "transformer" / "config.json", num_layers="two"), "transformer, scheduler can't be used"),
+        (lambda f: edit_json(f / "transformer" / "config.json", num_layers=3), r"transformer: weights don't match config.json: 2\d missing"),
+        (lambda f: edit_json(f / "vae" / "config.json", base_dim=8), "vae: .* has shape .*, config.json asks for"),
+        (lambda f: edit_json(f / "vae" / "config.json", patch_size=2), "Wan 2.2"),
+        (lambda f: edit_json(f / "scheduler" / "scheduler_config.json", solver_type="bh1"), "scheduler_config.json: .* infinite or undefined"),
+        (lambda f: truncate(f / "vae" / "diffusion_pytorch_model.safetensors"), "truncated or foreign"),
+    ],
+)
+def test_a_broken_checkpoint_is_found_before_the_first_weight_is_read(checkpoint, tmp_path, monkeypatch, damage, message):
+    """Even what only the last stage would have met."""
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    damage(folder)
+    for stage in ("encode", "denoise", "decode"):
+        monkeypatch.setattr(f"tpuvid_wan.{stage}.load_parameters", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match=message):
+        tpuvid.load(str(folder)).generate("a cat", **SMALL)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def test_weights_that_give_nan_make_no_video(checkpoint, tmp_path):
+    pipe = edit_weights(checkpoint, tmp_path / "nan", lambda t: t.update({"proj_out.bias": np.full_like(t["proj_out.bias"], np.nan)}))
+    with pytest.raises(TpuvidError, match="latents hold NaN or infinity"):
+        pipe.generate("a cat", **SMALL)
+
+
+def test_stage_files_lead_to_the_weights_that_made_them(checkpoint, tmp_path):
+    """A fine-tune in a folder has the shapes of its base; each stage must still run with it, and refuse another."""
+    fine_tune = tmp_path / "fine-tune"
+    edit_weights(checkpoint, fine_tune, lambda t: t.update({"proj_out.bias": t["proj_out.bias"] + 0.1}))
+    conditioning = tpuvid.load(str(fine_tune)).encode("a cat")
+    assert conditioning.model_id == str(fine_tune)
+    with pytest.raises(InputError, match="made by .*fine-tune, which is another checkpoint than .*random-wan"):
+        tpuvid.load(str(checkpoint)).denoise(conditioning, **SMALL)
+    moved = tmp_path / "moved"
+    fine_tune.rename(moved)
+    tpuvid.load(str(moved)).denoise(conditioning, **SMALL)
 
 
 def test_flow_shift_follows_the_resolution(pipe):

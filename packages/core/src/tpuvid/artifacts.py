@@ -24,7 +24,7 @@ import numpy as np
 
 from tpuvid.checkpoint import readable_safetensors
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.stages import Conditioning, Latents
+from tpuvid.stages import Conditioning, History, Latents
 
 EMBEDDINGS = "stage1_embeddings.safetensors"
 LATENTS = "stage2_latents.safetensors"
@@ -41,7 +41,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 
 @contextmanager
 def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place once it is complete; a killed run leaves no half-written file.
+    """A temporary file beside `path` that takes its place once it is complete; a killed run leaves `path` as it was.
 
     Raises `InputError` if `path` exists and `overwrite` is false, `TpuvidError` if the disk refuses the write.
     """
@@ -80,9 +80,13 @@ def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise `InputError` if `path` can't be written as asked: to be called before the work whose result goes there."""
-    if path.is_dir():
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except OSError as error:
+        raise InputError(f"{str(path)[:80]}…: is no usable file name ({error.strerror}); choose a shorter one") from None
+    if is_folder:
         raise InputError(f"{path}: is a folder; give a file name")
-    if path.exists() and not overwrite:
+    if exists and not overwrite:
         raise InputError(f"{path}: already exists; choose another name or pass --overwrite")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir():
@@ -121,6 +125,8 @@ class StageFile:
     tensors: Mapping[str, np.ndarray]
     settings: Mapping[str, Any]
     model_id: str | None
+    fingerprint: str | None
+    history: History
 
 
 def read_stage_file(path: Path) -> StageFile:
@@ -131,17 +137,28 @@ def read_stage_file(path: Path) -> StageFile:
     with readable_safetensors(path), safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    stored = _parse_dtypes(path, metadata.get("dtype_info"))
+    stored = _parse_object(path, "dtype_info", metadata)
     tensors = {name: _restore_dtype(value, stored.get(name)) for name, value in tensors.items()}
-    return StageFile(path, tensors, parse_settings(metadata, path), metadata.get("model_id"))
+    return StageFile(
+        path=path,
+        tensors=tensors,
+        settings=parse_settings(metadata, path),
+        model_id=metadata.get("model_id"),
+        fingerprint=metadata.get("fingerprint"),
+        history=_parse_object(path, "history", metadata),
+    )
 
 
-def _parse_dtypes(path: Path, text: str | None) -> dict[str, str]:
+def _parse_object(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON object in one metadata value; empty where there is none."""
+    text = metadata.get(key, "{}")
     try:
-        dtypes = json.loads(text or "{}")
-        return {str(name): str(dtype) for name, dtype in dtypes.items()}
-    except (ValueError, AttributeError):
-        raise InputError(f"{path}: metadata dtype_info={text!r} is no JSON object; make the file again") from None
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: metadata {key}={text!r} is no JSON object; make the file again")
+    return value
 
 
 def _restore_dtype(value: np.ndarray, stored: str | None) -> np.ndarray:
@@ -187,11 +204,26 @@ def save_conditioning(folder: Path, conditioning: Conditioning, *, overwrite: bo
         "prompt": conditioning.prompt,
         "negative_prompt": conditioning.negative_prompt,
         "max_sequence_length": conditioning.max_sequence_length,
-        "model_id": conditioning.model_id,
+        **_origin(conditioning),
     }
-    write_tensors(path, conditioning.tensors, about, overwrite=overwrite)
+    write_tensors(path, conditioning.tensors, about | _history(conditioning), overwrite=overwrite)
     write_json(folder / CONFIG, about, overwrite=True)
     return path
+
+
+def _origin(result: Conditioning | Latents) -> dict[str, str | None]:
+    return {"model_id": result.model_id, "fingerprint": result.fingerprint}
+
+
+def _history(result: Conditioning | Latents) -> dict[str, str]:
+    return {"history": json.dumps(result.history, ensure_ascii=False)}
+
+
+def check_config(folder: Path, *, overwrite: bool) -> None:
+    """Raise `InputError` if the folder's generation_config.json is not one that a stage wrote: it would be replaced."""
+    path = folder / CONFIG
+    if path.is_dir() or (path.exists() and not overwrite and "model_id" not in read_config(path)):
+        raise InputError(f"{path}: exists and is not a stage's settings; choose another --output-dir or pass --overwrite")
 
 
 def load_conditioning(path: Path) -> Conditioning:
@@ -205,13 +237,15 @@ def load_conditioning(path: Path) -> Conditioning:
         negative_prompt=file.settings.get("negative_prompt", ""),
         max_sequence_length=file.settings.get("max_sequence_length"),
         tensors=file.tensors,
+        history=file.history,
+        fingerprint=file.fingerprint,
     )
 
 
 def save_latents(folder: Path, latents: Latents, *, overwrite: bool) -> Path:
     path = folder / LATENTS
-    about = latents.config.to_dict() | {"model_id": latents.model_id}
-    write_tensors(path, {"latents": latents.latents}, about, overwrite=overwrite)
+    about = latents.config.to_dict() | _origin(latents)
+    write_tensors(path, {"latents": latents.latents}, about | _history(latents), overwrite=overwrite)
     write_json(folder / CONFIG, about, overwrite=True)
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from tpuvid.lora import Lora
 
 INDEX = "model_index.json"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 256, 64 * 1024  # per file: small files whole, a 10 GB shard in 16 MB
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,33 @@ class Checkpoint:
         return path
 
     def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
-        return read_json(self.component(component) / file)
+        """One JSON file of a component; of a Hub repository, that file alone is fetched."""
+        root = self.folder or _download(self.repo_id, f"{component}/{file}")
+        return read_json(root / component / file)
+
+    @property
+    def source(self) -> str:
+        """Where the weights are, for people and for the record."""
+        return self.repo_id or str(self.folder)
+
+    def fingerprint(self) -> str | None:
+        """Tells one local checkpoint from another that has the same shapes, wherever the folder lies.
+
+        A hash of the configs, sizes and samples of all weights; None for a repository, which its id names.
+        """
+        if self.folder is None:
+            return None
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.glob("*/*")):
+            if path.suffix not in (".json", ".safetensors"):
+                continue
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(self.folder)} {size} ".encode())
+            with path.open("rb") as file:
+                for i in range(FINGERPRINT_SAMPLES):
+                    file.seek(size * i // FINGERPRINT_SAMPLES)
+                    digest.update(file.read(FINGERPRINT_BYTES))
+        return digest.hexdigest()[:32]
 
     def require(self, components: tuple[str, ...]) -> None:
         """Raise `InputError` unless each component is there, with its config (and weights, where it has any)."""
@@ -68,6 +96,8 @@ def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
     Raises `InputError` where it is none of them, or its family has no plugin.
     """
     known = registry()
+    if not model:
+        raise InputError("model is empty; give a registered id, a diffusers folder or a Hub id")
     if model in known.models:
         spec = known.models[model]
         return spec, _registered_checkpoint(spec)
@@ -76,7 +106,7 @@ def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
         if not path.is_dir():
             problem = "is a file" if path.exists() else "does not exist"
             raise InputError(f"model {model!r} {problem}; give a diffusers folder (with {INDEX}) or a model id")
-        return _identify(Checkpoint(path.resolve().name, folder=path))
+        return _identify(Checkpoint(str(path.resolve()), folder=path.resolve()))
     if HUB_ID.fullmatch(model):
         for spec in known.models.values():
             if spec.checkpoint == model:
@@ -98,19 +128,31 @@ def _identify(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str):
         raise InputError(f"{root / INDEX}: names no _class_name; it is no diffusers pipeline")
-    spec, exact = registry().match(pipeline_class, checkpoint.config("transformer"))
-    if exact:
-        return spec, replace(checkpoint, model_id=spec.model_id)
-    return replace(spec, model_id=checkpoint.model_id), checkpoint
+    registry().require_class(pipeline_class)
+    spec = registry().match(pipeline_class, checkpoint.config("transformer"))
+    needed = {name for components in spec.components.values() for name in components}
+    for name, value in index.items():
+        component = isinstance(value, list) and value and value[-1] is not None
+        if (component and name not in needed) or (not isinstance(value, list) and value and not name.startswith("_")):
+            raise InputError(f"{root / INDEX}: {name}={value!r} is not supported by {spec.family} yet; this is another variant of the model")
+    return replace(spec, model_id=checkpoint.model_id, twin=spec.model_id), checkpoint
 
 
 def _download(repo_id: str, pattern: str) -> Path:
     """The local snapshot of a Hub repository, holding at least the files of `pattern`; safetensors only."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(repo_id, allow_patterns=[pattern], ignore_patterns=["*.bin", "*.pt", "*.pth", "*.msgpack"]))
+    except HFValidationError:
+        raise InputError(f"{repo_id!r} is neither a folder nor a valid Hub id; give one of the form owner/name") from None
     except GatedRepoError:
         raise InputError(f"{repo_id}: is gated; accept its terms on the Hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
@@ -139,7 +181,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one component, by its index where it has one; raises `InputError` if any is missing."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        names = set(read_json(indexes[0]).get("weight_map", {}).values())
+        weight_map = read_json(indexes[0]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{indexes[0]}: has no weight_map; download the checkpoint again")
+        names = set(weight_map.values())
         if any(os.path.basename(str(name)) != name for name in names):
             raise InputError(f"{indexes[0]}: names files outside its folder; download the checkpoint again")
         shards = [folder / name for name in sorted(names)]
@@ -161,6 +206,7 @@ class Weights(Mapping[str, tuple[int, ...]]):
     def __init__(self, shards: list[Path]):
         from safetensors import safe_open
 
+        self.folder = shards[0].parent
         self._slices = {}
         for shard in shards:
             with readable_safetensors(shard):

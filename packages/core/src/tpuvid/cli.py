@@ -24,8 +24,9 @@ from tpuvid.registry import registry
 from tpuvid.stages import GenerationConfig
 
 if TYPE_CHECKING:
+    from tpuvid.checkpoint import Checkpoint
     from tpuvid.pipeline import Pipeline
-    from tpuvid.stages import Latents, Video
+    from tpuvid.stages import Latents, ModelSpec, Video
 
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
@@ -62,7 +63,7 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"tpuvid: error: {message}", err=True)
+    click.echo(f"tpuvid: error: {' '.join(message.splitlines())}", err=True)
     return code
 
 
@@ -96,14 +97,27 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
         return
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds a {type(values).__name__}; needs lines of the form 'num_frames: 81'")
-    known = {p.name for p in context.command.params if isinstance(p, click.Option)} - {"config_file", "help"}
-    found = {str(key).replace("-", "_"): value for key, value in values.items()}
-    for name in found:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+    # one file may serve all commands: what only another one has is left to that one
+    known = {flag: option for command in cli.commands.values() for flag, option in _flags(command).items()}
+    own = _flags(context.command)
+    defaults = {}
+    for key, value in values.items():
+        flag = str(key).replace("_", "-")
+        if flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise InputError(f"{path}: {name!r} is no setting of tpuvid {context.command.name}; {hint}")
-    context.default_map = found
+            raise InputError(f"{path}: {key!r} is no flag of tpuvid; {hint}")
+        if isinstance(value, (dict, list)) or (isinstance(value, bool) and not known[flag].is_flag):
+            raise InputError(f"{path}: {key}={value!r}: needs one {known[flag].type.name}, as on the command line")
+        if flag in own and value is not None:
+            defaults[own[flag].name] = value if isinstance(value, bool) else str(value)
+    context.default_map = defaults
+
+
+def _flags(command: click.Command) -> dict[str, click.Option]:
+    """The options of a command that a YAML file may give, by every name that they have on the command line."""
+    options = [p for p in command.params if isinstance(p, click.Option) and p.name not in ("config_file", "help", "as_json")]
+    return {name.lstrip("-"): option for option in options for name in option.opts if name.startswith("--")}
 
 
 def _options(*decorators: Callable) -> Callable:
@@ -131,6 +145,7 @@ sampling_options = _options(
     click.option("--flow-shift", type=float, help="Timestep shift; default by resolution or checkpoint."),
     click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
 )
+mesh_option = click.option("--mesh", help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.")
 fps_option = click.option("--fps", type=int, help="Frames per second of the mp4.")
 save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
 lora_options = _options(
@@ -144,7 +159,6 @@ config_option = click.option(
 )  # fmt: skip
 runtime_options = _options(
     click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Default: bfloat16; float32 on a CPU."),
-    click.option("--mesh", help="Device layout like dp=2,tp=4. Default by devices and heads."),
     click.option("--attention-backend", type=click.Choice(["auto", "xla", "splash", "cudnn"]), default="auto", show_default=True),
 )
 
@@ -172,7 +186,7 @@ class Outputs:
         for path in self.files.values():
             check_output(path, overwrite=self.overwrite)
 
-    def write(self, video: Video, provenance: Mapping[str, Any]) -> None:
+    def write(self, video: Video) -> None:
         from tpuvid.artifacts import save_frames, write_json
         from tpuvid.video import save_contact_sheet
 
@@ -181,9 +195,7 @@ class Outputs:
         save_contact_sheet(video.frames[0], self.files["contact sheet"], overwrite=self.overwrite)
         if self.save_frames:
             save_frames(self.video.parent, video.frames, about, overwrite=self.overwrite)
-        timings = {name: round(seconds, 3) for name, seconds in video.seconds.items()}
-        record = about | provenance | {"seconds": timings, "tpuvid_version": tpuvid.__version__}
-        write_json(self.files["settings"], record, overwrite=self.overwrite)
+        write_json(self.files["settings"], about | {"history": video.history}, overwrite=self.overwrite)
         for name, path in self.files.items():
             click.echo(f"{name}: {path}")
 
@@ -224,18 +236,21 @@ def list_models(as_json: bool) -> None:
 @prompt_options
 @sampling_options
 @lora_options
+@mesh_option
 @fps_option
 @click.option("--output", "-o", type=_path, help="The mp4. Default: a name in --output-dir that says prompt, seed and time.")
-@click.option("--output-dir", type=_path, default=Path("outputs"), show_default=True)
+@click.option("--output-dir", type=_path, help="Folder for a named file. [default: outputs]")
 @save_frames_option
 @overwrite_option
 @runtime_options
-def generate(model: str, prompt: str | None, prompt_file: Path | None, output: Path | None, output_dir: Path,
+def generate(model: str, prompt: str | None, prompt_file: Path | None, output: Path | None, output_dir: Path | None,
              save_frames: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Prompt → mp4, in one go."""
     from tpuvid.checkpoint import resolve_model
 
     prompts = _prompts(prompt, prompt_file)
+    if output and output_dir:
+        raise InputError(f"give either --output={output} or --output-dir={output_dir}")
     if output and len(prompts) > 1:
         raise InputError(f"--output names one file, {prompt_file} holds {len(prompts)} prompts; use --output-dir")
     if save_frames and len(prompts) > 1:
@@ -244,12 +259,13 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
     settings, options = _split(given)
     configs = [spec.configure(prompt=p, **settings).with_drawn_seed() for p in prompts]
     names = [_file_name(config, i if len(prompts) > 1 else None) for i, config in enumerate(configs)]
-    outputs = [Outputs(output or output_dir / name, overwrite, save_frames) for name in names]
+    outputs = [Outputs(output or (output_dir or Path("outputs")) / name, overwrite, save_frames) for name in names]
     for out in outputs:
         out.check()
     for stage in spec.components.values():
         checkpoint.require(stage)  # after all that is free to check: this may fetch
     pipe = _load(model, options)
+    pipe.verify()
     failures = _generate_all(pipe, configs, outputs)
     for config, error in failures:
         click.echo(f"tpuvid: error: {config.prompt!r}: {error}", err=True)
@@ -267,14 +283,14 @@ def _generate_all(pipe: Pipeline, configs: list[GenerationConfig], outputs: list
                 continue
             try:
                 done[i] = work(i, value)
-            except TpuvidError as error:
+            except Exception as error:  # whatever stops one video is that video's
                 if len(done) == 1:
                     raise
                 done[i] = None
-                failures.append((configs[i], str(error)))
+                failures.append((configs[i], str(error) if isinstance(error, TpuvidError) else _unexpected(error)))
 
     def save(i: int, latents: Latents) -> None:
-        outputs[i].write(pipe.decode(latents), pipe.provenance())
+        outputs[i].write(pipe.decode(latents))
         click.echo(f"seed: {configs[i].seed}")
 
     each(lambda i, config: pipe.encode_config(config))
@@ -295,13 +311,14 @@ def _generate_all(pipe: Pipeline, configs: list[GenerationConfig], outputs: list
 @runtime_options
 def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
     """Stage 1: prompt → stage1_embeddings.safetensors."""
-    from tpuvid.artifacts import EMBEDDINGS, check_output, save_conditioning
+    from tpuvid.artifacts import EMBEDDINGS, check_config, check_output, save_conditioning
     from tpuvid.checkpoint import resolve_model
 
     spec, checkpoint = resolve_model(model)
     settings, options = _split(given)
     spec.configure(**settings)
     check_output(output_dir / EMBEDDINGS, overwrite=overwrite)
+    check_config(output_dir, overwrite=overwrite)
     checkpoint.require(spec.components["encode"])
     conditioning = _load(model, options).encode(**settings)
     click.echo(f"embeddings: {save_conditioning(output_dir, conditioning, overwrite=overwrite)}")
@@ -313,27 +330,26 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 @click.option("--input-dir", type=_path, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 1 is.")
 @sampling_options
 @lora_options
+@mesh_option
 @fps_option
 @click.option("--output-dir", type=_path, help="Default: --input-dir.")
 @overwrite_option
 @runtime_options
 def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwrite: bool, **given: Any) -> None:
     """Stage 2: stage1_embeddings.safetensors → stage2_latents.safetensors."""
-    from tpuvid.artifacts import EMBEDDINGS, LATENTS, check_output, load_conditioning, save_latents
-    from tpuvid.checkpoint import resolve_model
+    from tpuvid.artifacts import EMBEDDINGS, LATENTS, check_config, check_output, load_conditioning, save_latents
 
     output_dir = output_dir or input_dir
     conditioning = load_conditioning(input_dir / EMBEDDINGS)
-    model = _stage_model(model, input_dir, conditioning.model_id)
-    spec, checkpoint = resolve_model(model)
+    model, spec, checkpoint = _stage_model(model, input_dir / EMBEDDINGS, conditioning.model_id)
     settings, options = _split(given)
-    config = spec.configure(**settings)
+    spec.configure(**settings)
     check_output(output_dir / LATENTS, overwrite=overwrite)
+    check_config(output_dir, overwrite=overwrite)
     checkpoint.require(spec.components["denoise"])
     latents = _load(model, options).denoise(conditioning, **settings)
     click.echo(f"latents: {save_latents(output_dir, latents, overwrite=overwrite)}")
-    if config.seed != latents.config.seed:
-        click.echo(f"seed: {latents.config.seed}")
+    click.echo(f"seed: {latents.config.seed}")
 
 
 @cli.command()
@@ -348,23 +364,28 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
 def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_frames: bool, overwrite: bool, **given: Any) -> None:
     """Stage 3: stage2_latents.safetensors → output_video.mp4."""
     from tpuvid.artifacts import CONFIG, LATENTS, load_latents, read_config
-    from tpuvid.checkpoint import resolve_model
     from tpuvid.stages import Latents, check_sampling
 
     array, file = load_latents(input_dir / LATENTS)
     beside = read_config(input_dir / CONFIG)
     beside_model = beside.pop("model_id", None)
-    model = _stage_model(model, input_dir, file.model_id or beside_model)
-    spec, checkpoint = resolve_model(model)
+    if len(array) != 1:
+        raise InputError(f"{file.path}: holds {len(array)} videos; decode takes one, split the file")
+    model, spec, checkpoint = _stage_model(model, file.path, file.model_id or beside_model)
     given_settings, options = _split(given)
     config = spec.defaults.override(**(beside | dict(file.settings) | given_settings))
     check_sampling(config)
     outputs = Outputs((output_dir or input_dir) / "output_video.mp4", overwrite, save_frames)
     outputs.check()
     checkpoint.require(spec.components["decode"])
-    latents = Latents(model_id=file.model_id or beside_model or "", latents=array, config=config)
-    pipe = _load(model, options)
-    outputs.write(pipe.decode(latents), pipe.provenance())
+    latents = Latents(
+        model_id=file.model_id or beside_model or "",
+        latents=array,
+        config=config,
+        history=file.history,
+        fingerprint=file.fingerprint,
+    )
+    outputs.write(_load(model, options).decode(latents))
 
 
 @cli.command("inspect")
@@ -403,11 +424,18 @@ def _load(model: str, options: Mapping[str, Any]) -> Pipeline:
         return tpuvid.load(model, progress=progress, **options)
 
 
-def _stage_model(given: str | None, folder: Path, recorded: str | None) -> str:
-    model = given or recorded
-    if not model:
-        raise InputError(f"{folder}: the stage file names no model; pass --model")
-    return model
+def _stage_model(given: str | None, file: Path, recorded: str | None) -> tuple[str, ModelSpec, Checkpoint]:
+    """The model that a stage runs with: what the user says, or else what made the stage file."""
+    from tpuvid.checkpoint import resolve_model
+
+    if given is not None:
+        return given, *resolve_model(given)
+    if not recorded:
+        raise InputError(f"{file}: names no model; pass --model")
+    try:
+        return recorded, *resolve_model(recorded)
+    except TpuvidError as error:
+        raise InputError(f"{file}: was made by {recorded}, which can't be had here ({error}); pass --model") from None
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:

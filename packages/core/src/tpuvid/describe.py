@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from tpuvid.artifacts import CONFIG, read_config
+from tpuvid.artifacts import CONFIG
 from tpuvid.checkpoint import INDEX, read_json, readable_safetensors, weight_files
 from tpuvid.errors import InputError
 
@@ -19,18 +20,20 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_file():
         return _file(path)
     if not path.is_dir():
-        raise InputError(f"{path}: does not exist")
+        raise InputError(f"{path}: {'is neither a file nor a folder' if path.exists() else 'does not exist'}; give a file or a folder")
     if (path / INDEX).exists():
         return _checkpoint(path)
+    if (path / "config.json").exists():
+        return {"kind": "component", "path": str(path), **_component(path)}
     files = sorted(path.glob("*.safetensors"))
     if not files and not (path / CONFIG).exists():
         raise InputError(f"{path}: holds neither a {INDEX} nor safetensors files; give a stage file, a stage folder or a checkpoint")
-    return {"kind": "folder", "path": str(path), "settings": read_config(path / CONFIG), "files": [_file(f) for f in files]}
+    return {"kind": "folder", "path": str(path), "settings": read_json(path / CONFIG) if (path / CONFIG).exists() else {}, "files": [_file(f) for f in files]}
 
 
 def _file(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
-        return {"kind": "settings", "path": str(path), "settings": read_config(path)}
+        return {"kind": "settings", "path": str(path), "settings": read_json(path)}
     tensors, metadata = _header(path)
     return {"kind": "safetensors", "path": str(path), "tensors": tensors, "metadata": metadata}
 
@@ -53,22 +56,27 @@ def _header(path: Path) -> tuple[dict[str, dict], dict[str, Any]]:
 def _checkpoint(path: Path) -> dict[str, Any]:
     index = read_json(path / INDEX)
     components = {}
-    for name in sorted(k for k, v in index.items() if isinstance(v, list) and v[-1] is not None):
+    for name in sorted(k for k, v in index.items() if isinstance(v, list) and v and v[-1] is not None):
         folder = path / name
         entry: dict[str, Any] = {"class": index[name][-1]}
-        if not folder.is_dir():
-            entry["missing"] = True
-        elif list(folder.glob("*.safetensors*")):
-            headers = [_header(file)[0] for file in weight_files(folder)]
-            tensors = {k: v for header in headers for k, v in header.items()}
-            entry |= {
-                "files": len(headers),
-                "tensors": len(tensors),
-                "parameters": sum(_size(t["shape"]) for t in tensors.values()),
-                "dtypes": sorted({t["dtype"] for t in tensors.values()}),
-            }
+        try:
+            entry |= _component(folder)
+        except InputError as error:  # the others are still worth a look
+            entry["error"] = str(error)
         components[name] = entry
     return {"kind": "checkpoint", "path": str(path), "pipeline": index.get("_class_name"), "components": components}
+
+
+def _component(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is missing")
+    configs = [folder / name for name in ("config.json", "scheduler_config.json") if (folder / name).exists()]
+    entry: dict[str, Any] = {"settings": read_json(configs[0]) if configs else {}}
+    if list(folder.glob("*.safetensors*")):
+        files = weight_files(folder)
+        tensors = {name: tensor for file in files for name, tensor in _header(file)[0].items()}
+        entry |= {"files": len(files), "parameters": sum(_size(t["shape"]) for t in tensors.values()), "tensors": tensors}
+    return entry
 
 
 def _size(shape: list[int]) -> int:
@@ -78,18 +86,32 @@ def _size(shape: list[int]) -> int:
     return size
 
 
+def _grouped(tensors: dict[str, dict]) -> list[str]:
+    """A line for all tensors that differ only in numbers in their names and are alike in dtype and shape."""
+    groups: dict[tuple, list[str]] = {}
+    for name, tensor in tensors.items():
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1), tensor["dtype"], tuple(tensor["shape"]))
+        groups.setdefault(key, []).append(name)
+    return [
+        f"{pattern if len(names) > 1 else names[0]:<60} {dtype:<5} {list(shape)}{f' ×{len(names)}' if len(names) > 1 else ''}"
+        for (pattern, dtype, shape), names in groups.items()
+    ]
+
+
 def render(about: dict[str, Any]) -> str:
     """`describe`'s result for people."""
     lines = [f"{about['path']}: {about['kind']}"]
     if about["kind"] == "checkpoint":
         lines[0] += f" of {about['pipeline']}"
         for name, entry in about["components"].items():
-            detail = "MISSING" if entry.get("missing") else "no weights"
+            detail = entry.get("error", "no weights")
             if "tensors" in entry:
-                detail = f"{entry['parameters']:,} parameters in {entry['tensors']} tensors, {entry['files']} file(s), {', '.join(entry['dtypes'])}"
-            lines.append(f"  {name:<14} {entry['class']}: {detail}")
-    for name, tensor in about.get("tensors", {}).items():
-        lines.append(f"  {name:<28} {tensor['dtype']:<5} {tensor['shape']}")
+                detail = f"{entry['parameters']:,} parameters in {len(entry['tensors'])} tensors, {entry['files']} file(s)"
+            lines.append(f"  {name}: {entry['class']}: {detail}")
+            settings = {k: v for k, v in entry.get("settings", {}).items() if not k.startswith("_")}
+            lines += [f"      {key} = {value}" for key, value in settings.items()]
+            lines += [f"      {line}" for line in _grouped(entry.get("tensors", {}))]
+    lines += [f"  {line}" for line in _grouped(about.get("tensors", {}))]
     for key, value in (about.get("metadata") or about.get("settings") or {}).items():
         lines.append(f"  {key} = {value}")
     for file in about.get("files", []):

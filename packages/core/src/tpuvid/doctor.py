@@ -10,6 +10,8 @@ from typing import Any
 
 from tpuvid.registry import registry
 
+TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")  # of older and of newer TPU machines
+
 PACKAGES = (
     "tpuvid-core", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "diffusers-tpu", "transformers",
     "safetensors", "pluggy", "av",
@@ -23,6 +25,8 @@ def examine() -> dict[str, Any]:
     problems += [f"plugin {p.name} ({p.package}) does not load: {p.error}" for p in registry().broken]
     if not registry().models:
         problems.append("no model is registered; pip install tpuvid-wan")
+    problems += [f"{name} is not installed, and the installed models need it" for name in ("diffusers", "transformers")
+                 if registry().models and not versions[name] and not (name == "diffusers" and versions["diffusers-tpu"])]  # fmt: skip
     problems += _diffusers_problems(versions)
     devices, problem = _devices()
     problems += [problem] if problem else []
@@ -69,7 +73,7 @@ def _devices() -> tuple[list[str], str | None]:
         devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
     except Exception as error:  # whatever a backend raises while it starts is what the user needs to read
         return [], f"JAX finds no device: {str(error).splitlines()[0]}"
-    if jax.default_backend() == "cpu" and os.path.exists("/dev/accel0"):
+    if jax.default_backend() == "cpu" and any(map(os.path.exists, TPU_DEVICE_FILES)):
         return devices, "this machine has a TPU that JAX doesn't use; pip install 'tpuvid-core[tpu]'"
     return devices, None
 

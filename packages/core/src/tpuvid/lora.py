@@ -72,7 +72,7 @@ class AdaptedWeights(Weights):
 
     def __init__(self, base: Weights, deltas: Mapping[str, Sequence[Delta]], source: str):
         """Raises `InputError` naming `source` where a delta has no weight, or not its shape."""
-        self._slices = base._slices
+        self.folder, self._slices = base.folder, base._slices
         self._deltas = deltas
         if stray := sorted(set(deltas) - set(base)):
             more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""

@@ -29,7 +29,7 @@ class MeshConfig:
     def parse(cls, text: str) -> MeshConfig:
         """From "dp=2,tp=4"; raises `InputError`."""
         sizes = re.fullmatch(r"(?:dp=(\d+))?,?(?:tp=(\d+))?", text.replace(" ", ""))
-        config = cls(*(int(size or 1) for size in sizes.groups())) if sizes and text else None
+        config = cls(*(int(size or 1) for size in sizes.groups())) if sizes and any(sizes.groups()) else None
         if config is None or config.dp < 1 or config.tp < 1:
             raise InputError(f"mesh={text!r}: needs the form dp=2,tp=4 with whole numbers ≥ 1")
         return config

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import tpuvid
 from tpuvid.checkpoint import Checkpoint, resolve_model
-from tpuvid.errors import InputError
+from tpuvid.errors import InputError, TpuvidError
 from tpuvid.lora import Lora
 from tpuvid.mesh import MeshConfig
 from tpuvid.progress import Progress
@@ -63,7 +65,8 @@ class Pipeline:
 
     def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, runtime: Runtime, *, keep_loaded: bool = True):
         self.spec, self.checkpoint, self.runtime, self.keep_loaded = spec, checkpoint, runtime, keep_loaded
-        self._stages: dict[str, Any] = {}
+        self._opened: dict[str, Any] = {}
+        self._loaded: set[str] = set()
 
     def generate(self, prompt: str, *, on_step: StepCallback | None = None, **settings: Any) -> Video:
         """A video of `prompt`. `settings` are the fields of `GenerationConfig`; what is not given is the model's default.
@@ -71,8 +74,7 @@ class Pipeline:
         Raises `InputError` for settings that break the model's rules, before anything is loaded.
         """
         config = self.spec.configure(prompt=prompt, **settings).with_drawn_seed()
-        for components in self.spec.components.values():
-            self.checkpoint.require(components)
+        self.verify()
         return self.decode(self.denoise_config(self.encode_config(config), config, on_step=on_step))
 
     def encode(self, prompt: str, negative_prompt: str = "", *, max_sequence_length: int | None = None) -> Conditioning:
@@ -87,26 +89,28 @@ class Pipeline:
         negative = config.do_classifier_free_guidance if negative is None else negative
         with self._stage("encode") as encoder:
             tensors = encoder.encode(config, negative=negative)
+        _check_finite("embeddings", *tensors.values())
         return Conditioning(
             model_id=self.spec.model_id,
             prompt=config.prompt,
             negative_prompt=config.negative_prompt,
             max_sequence_length=config.max_sequence_length,
             tensors=tensors,
-            seconds=self.runtime.progress.take(),
+            history={"encode": self._record()},
+            fingerprint=self._fingerprint,
         )
 
     def denoise(self, conditioning: Conditioning, *, on_step: StepCallback | None = None, **settings: Any) -> Latents:
         """Stage 2: noise → latents. `settings` as in `generate`; raises `InputError` for another model's conditioning."""
-        about = ("prompt", "negative_prompt", "max_sequence_length")
-        settings |= {name: getattr(conditioning, name) for name in about}
+        length = conditioning.max_sequence_length or conditioning.tensors["prompt_embeds"].shape[1]
+        settings |= {"prompt": conditioning.prompt, "negative_prompt": conditioning.negative_prompt, "max_sequence_length": length}
         return self.denoise_config(conditioning, self.spec.configure(**settings).with_drawn_seed(), on_step=on_step)
 
     def denoise_config(
         self, conditioning: Conditioning, config: GenerationConfig, *, on_step: StepCallback | None = None
     ) -> Latents:
         """Stage 2 for a checked config."""
-        self._check_origin("embeddings", conditioning.model_id)
+        self._check_origin("embeddings", conditioning)
         if config.do_classifier_free_guidance and "negative_prompt_embeds" not in conditioning.tensors:
             raise InputError(
                 f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "
@@ -114,56 +118,115 @@ class Pipeline:
             )
         with self._stage("denoise", lambda denoiser: denoiser.check(conditioning.tensors)) as denoiser:
             latents = denoiser.denoise(conditioning.tensors, config, on_step or (lambda done, total: None))
-        seconds = {**conditioning.seconds, **self.runtime.progress.take()}
-        return Latents(model_id=self.spec.model_id, latents=latents, config=config, seconds=seconds)
+        _check_finite("latents", latents)
+        return Latents(
+            model_id=self.spec.model_id,
+            latents=latents,
+            config=config,
+            history={**conditioning.history, "denoise": self._record()},
+            fingerprint=self._fingerprint,
+        )
 
     def decode(self, latents: Latents) -> Video:
         """Stage 3: latents → frames."""
         frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
         _, num_frames, height, width, _ = frames.shape  # what a foreign file says of them may be missing or wrong
         config = latents.config.override(num_frames=num_frames, height=height, width=width)
-        seconds = {**latents.seconds, **self.runtime.progress.take()}
-        return Video(model_id=self.spec.model_id, frames=frames, config=config, seconds=seconds)
+        history = {**latents.history, "decode": self._record()}
+        return Video(model_id=self.spec.model_id, frames=frames, config=config, history=history)
 
     def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:
         """Stage 3, as chunks of frames [B, n, H, W, C] in [0, 1] that come while the next ones are computed."""
-        self._check_origin("latents", latents.model_id)
+        self._check_origin("latents", latents)
+        if not (np.issubdtype(latents.latents.dtype, np.floating) or latents.latents.dtype.name == "bfloat16"):
+            raise InputError(f"latents are {latents.latents.dtype}, not floating point; denoise again")
+        if 0 in latents.latents.shape or not np.isfinite(latents.latents.astype(np.float32)).all():
+            raise InputError(f"latents {list(latents.latents.shape)} are empty or hold NaN or infinity; denoise again")
         with self._stage("decode", lambda decoder: decoder.check(latents.latents)) as decoder:
-            yield from decoder.decode(latents.latents)
+            for frames in decoder.decode(latents.latents):
+                _check_finite("frames", frames)
+                yield frames
 
-    def provenance(self) -> dict[str, Any]:
-        """Where the weights came from and how they ran, JSON-ready, to be kept with a video."""
+    def verify(self) -> None:
+        """Raise `InputError` unless all three stages are complete and their weights fit, by names and shapes: quick."""
+        for components in self.spec.components.values():
+            self.checkpoint.require(components)
+        for name in LOADERS:
+            self._open(name)
+
+    def _record(self) -> dict[str, Any]:
+        """What a stage keeps with its result about how it ran, JSON-ready."""
         devices = self.runtime.devices
+        seconds = {name: round(value, 3) for name, value in self.runtime.progress.take().items()}
         return {
-            "checkpoint": self.checkpoint.repo_id or self.spec.checkpoint,
+            "checkpoint": self.checkpoint.source,
             "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in self.checkpoint.loras],
             "dtype": self.runtime.dtype.name,
             "devices": f"{len(devices)} × {devices[0].device_kind}",
+            "tpuvid_version": tpuvid.__version__,
+            "seconds": seconds,
         }
+
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        return self.checkpoint.fingerprint()
 
     def free(self) -> None:
         """Forget every stage's weights and compiled programs; they load again when needed."""
-        self._stages.clear()
+        for name in LOADERS:
+            if name in self._loaded:
+                self._forget(name)
 
-    def _check_origin(self, what: str, model_id: str) -> None:
-        # files of earlier tools carry the Hub id, or nothing
-        if model_id and model_id not in (self.spec.model_id, self.spec.checkpoint):
-            raise InputError(
-                f"these {what} were made by {model_id}, not {self.spec.model_id}; make them again, or pass --model {model_id}"
-            )
+    def _check_origin(self, what: str, made: Conditioning | Latents) -> None:
+        if made.fingerprint and self._fingerprint:
+            if made.fingerprint == self._fingerprint:
+                return
+        # a registered model's files fit a local copy of it; files of earlier tools carry the Hub id, or nothing
+        elif made.model_id in ("", self.spec.model_id, self.spec.checkpoint, self.spec.twin):
+            return
+        raise InputError(
+            f"these {what} were made by {made.model_id}, which is another checkpoint than {self.spec.model_id}; "
+            "make them again with this model, or run this stage with that one"
+        )
+
+    def _open(self, name: str) -> Any:
+        """The stage `name`, made from its configs and found to fit its weights, which are not loaded yet."""
+        if name not in self._opened:
+            self.checkpoint.require(self.spec.components[name])
+            with self.runtime.progress.phase(f"open {LOADERS[name].replace('_', ' ')}"):
+                try:
+                    stage = self.spec.load(LOADERS[name], self.checkpoint, self.runtime)
+                    stage.verify()
+                except (TpuvidError, ImportError):
+                    raise
+                except Exception as error:  # whatever a library makes of a config that it can't use
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    parts = ", ".join(self.spec.components[name])
+                    raise InputError(f"{self.checkpoint.source}: {parts} can't be used ({reason}); download the checkpoint again") from error
+            self._opened[name] = stage
+        return self._opened[name]
 
     @contextmanager
     def _stage(self, name: str, check: Callable[[Any], None] = lambda stage: None) -> Iterator[Any]:
         """The stage `name`, its inputs checked and then its weights loaded; freed afterwards unless `keep_loaded`."""
-        stage = self._stages.get(name)
-        if stage is None:
-            self.checkpoint.require(self.spec.components[name])
+        stage = self._open(name)
+        check(stage)
+        if name not in self._loaded:
             with self.runtime.progress.phase(f"load {LOADERS[name].replace('_', ' ')}"):
-                stage = self.spec.load(LOADERS[name], self.checkpoint, self.runtime)
-                check(stage)
                 stage.load()
-            if self.keep_loaded:
-                self._stages[name] = stage
-        else:
-            check(stage)
-        yield stage
+            self._loaded.add(name)
+        try:
+            yield stage
+        finally:
+            if not self.keep_loaded:
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._opened.pop(name, None)
+        self._loaded.discard(name)
+
+
+def _check_finite(what: str, *values: np.ndarray) -> None:
+    for value in values:
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise TpuvidError(f"the {what} hold NaN or infinity; check the weights (and LoRA), or try --dtype float32")

@@ -55,8 +55,12 @@ class ConsoleProgress(Progress):
         hint = " (can take minutes the first time; kept for later runs)" if name.startswith("compile") else ""
         self._show(f"{name}{hint} …")
         before = self.seconds.get(name, 0.0)
-        with super().phase(name):
-            yield
+        try:
+            with super().phase(name):
+                yield
+        except BaseException:
+            self._show("\n")  # what is said next starts its own line
+            raise
         self._show(f"\r{name}: {self.seconds[name] - before:.1f} s\033[K\n")
 
     @contextmanager

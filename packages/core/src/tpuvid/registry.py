@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -34,6 +35,8 @@ class Plugin:
 @dataclass(frozen=True, slots=True)
 class Registry:
     plugins: tuple[Plugin, ...]
+    conflicts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Model ids that several packages register, with those packages: none of them gets it."""
 
     @property
     def models(self) -> dict[str, ModelSpec]:
@@ -48,24 +51,29 @@ class Registry:
         models = self.models
         if model_id in models:
             return models[model_id]
+        if model_id in self.conflicts:
+            packages = " and ".join(self.conflicts[model_id])
+            raise InputError(f"model {model_id!r} is registered by {packages}; uninstall one, or exclude it with {PLUGINS_VARIABLE}=-name")
         raise InputError(f"model {model_id!r} is not known; {_suggest(model_id, models)}{self._hint()}")
 
-    def match(self, pipeline_class: str, transformer_config: dict) -> tuple[ModelSpec, bool]:
-        """The spec for a checkpoint of `pipeline_class`, and whether it is exactly that model.
-
-        A checkpoint that is no registered model takes the first spec of the package that implements its family.
-        """
-        family = [(p, s) for p in self.plugins for s in p.models if s.pipeline_class == pipeline_class]
-        if not family:
-            supported = sorted({s.pipeline_class for s in self.models.values()})
+    def require_class(self, pipeline_class: str) -> None:
+        """Raise `InputError` if no plugin runs this pipeline."""
+        supported = sorted({s.pipeline_class for s in self.models.values()})
+        if pipeline_class not in supported:
             raise InputError(
                 f"pipeline {pipeline_class!r} has no plugin; installed plugins run {', '.join(supported) or 'nothing'}{self._hint()}"
             )
+
+    def match(self, pipeline_class: str, transformer_config: dict) -> ModelSpec:
+        """The spec that a checkpoint of `pipeline_class` runs with: the model that has its transformer's signature,
+        or else the first one of the package that implements its family."""
+        self.require_class(pipeline_class)
+        family = [(p, s) for p in self.plugins for s in p.models if s.pipeline_class == pipeline_class]
         for _, spec in family:
-            if spec.signature.items() <= transformer_config.items():
-                return spec, True
+            if all(transformer_config.get(name) == value for name, value in spec.signature.items()):
+                return spec
         own = [spec for plugin, spec in family if spec.load_denoiser.split(".")[0] == plugin.module.split(".")[0]]
-        return (own or [spec for _, spec in family])[0], False
+        return (own or [spec for _, spec in family])[0]
 
     def _hint(self) -> str:
         names = ", ".join(plugin.package for plugin in self.broken)
@@ -84,7 +92,7 @@ def load_plugins(found: Iterable[EntryPoint], selection: str | None = None) -> R
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     plugins: list[Plugin] = []
-    owners: dict[str, str] = {}
+    owners: dict[str, list[str]] = defaultdict(list)
     for point in sorted(found, key=lambda p: p.name):
         dist = point.dist
         plugin = Plugin(point.name, dist.name if dist else point.module, dist.version if dist else "?", point.module)
@@ -92,16 +100,28 @@ def load_plugins(found: Iterable[EntryPoint], selection: str | None = None) -> R
             continue
         try:
             models = _models_of(manager, point)
-            for spec in models:
-                if spec.model_id in owners:
-                    raise ValueError(f"model id {spec.model_id!r} is already registered by {owners[spec.model_id]}")
         except (Exception, SystemExit) as error:  # whatever a plugin raises while it loads is its own row
             plugin = replace(plugin, error=f"{type(error).__name__}: {error}".splitlines()[0])
         else:
-            owners.update((spec.model_id, plugin.package) for spec in models)
+            for spec in models:
+                owners[spec.model_id].append(plugin.package)
             plugin = replace(plugin, models=models)
         plugins.append(plugin)
-    return Registry(tuple(plugins))
+    found_names = {plugin.name for plugin in plugins}
+    for name in sorted(_words(selection)):
+        if name.lstrip("-") not in found_names and not name.startswith("-"):
+            plugins.append(Plugin(name, "?", "?", "?", error=f"{PLUGINS_VARIABLE} names it, but no such plugin is installed"))
+    conflicts = {model_id: tuple(packages) for model_id, packages in owners.items() if len(packages) > 1}
+    return Registry(tuple(_without(plugin, conflicts) for plugin in plugins), conflicts)
+
+
+def _without(plugin: Plugin, conflicts: Mapping[str, tuple[str, ...]]) -> Plugin:
+    """The plugin less the model ids that another one registers too, and a word about it."""
+    shared = [spec.model_id for spec in plugin.models if spec.model_id in conflicts]
+    if not shared:
+        return plugin
+    models = tuple(spec for spec in plugin.models if spec.model_id not in conflicts)
+    return replace(plugin, models=models, error=f"model id {shared[0]!r} is registered by {' and '.join(conflicts[shared[0]])}")
 
 
 def _models_of(manager: pluggy.PluginManager, point: EntryPoint) -> tuple[ModelSpec, ...]:
@@ -125,9 +145,13 @@ def _models_of(manager: pluggy.PluginManager, point: EntryPoint) -> tuple[ModelS
     return models
 
 
+def _words(selection: str | None) -> list[str]:
+    return [word.strip() for word in (selection or "").split(",") if word.strip()]
+
+
 def _selected(name: str, selection: str | None) -> bool:
     """TPUVID_PLUGINS is "wan,tiny" (only these) or "-wan" (all but these)."""
-    words = [word.strip() for word in (selection or "").split(",") if word.strip()]
+    words = _words(selection)
     denied = {word[1:] for word in words if word.startswith("-")}
     allowed = {word for word in words if not word.startswith("-")}
     return name not in denied and (not allowed or name in allowed)

@@ -31,12 +31,16 @@ def default_dtype() -> str:
 def enable_compilation_cache() -> Path:
     """Keep compiled programs in TPUVID_CACHE_DIR (default: the user's cache folder) for later processes.
 
-    A cache that the user has configured in JAX stays as it is.
+    A cache that the user has configured in JAX stays as it is. Raises `InputError` where the folder can't be made.
     """
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get(CACHE_VARIABLE) or home / "tpuvid") / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: can't be made ({error.strerror}); set {CACHE_VARIABLE} to a writable folder") from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a second run compiles nothing
     return folder

@@ -47,17 +47,19 @@ def tabulate(scheduler: Any, num_inference_steps: int) -> Schedule:
     generator = torch.Generator().manual_seed(0)
     rows = []
     for timestep in scheduler.timesteps:
-        # one batch entry per basis vector, and a random mixture of all of them to prove that the step is linear
-        mixture = torch.randn(size, generator=generator, dtype=torch.float64)
-        inputs = torch.cat([torch.eye(size, dtype=torch.float64), mixture[None]]).reshape(size + 1, size, 1, 1, 1)
+        # one batch entry per basis vector, and random mixtures of all of them, small and large, that show whether the step is linear
+        mixtures = torch.randn(2, size, generator=generator, dtype=torch.float64) * torch.tensor([[1.0], [1000.0]])
+        inputs = torch.cat([torch.eye(size, dtype=torch.float64), mixtures]).reshape(size + 2, size, 1, 1, 1)
         for slot, (owner, key) in enumerate(_memory_places(scheduler), start=1):
             owner[key] = inputs[:, slot]
         sample = scheduler.step(inputs[:, -1], timestep, inputs[:, 0], return_dict=False)[0]
         kept = [owner[key] for owner, key in _memory_places(scheduler)]
         kept += [torch.zeros_like(sample)] * (slots - len(kept))  # a multistep method fills its memories as it goes
-        outputs = torch.stack([sample, *kept], dim=1).reshape(size + 1, slots + 1)
-        matrix, mixed = outputs[:size].T, outputs[size]
-        if not torch.allclose(matrix @ mixture, mixed, rtol=1e-4, atol=1e-5):
+        outputs = torch.stack([sample, *kept], dim=1).reshape(size + 2, slots + 1)
+        matrix, mixed = outputs[:size].T, outputs[size:]
+        if not torch.isfinite(outputs).all():
+            raise ValueError(f"{type(scheduler).__name__} gives infinite or undefined samples with this configuration")
+        if not torch.allclose(mixtures @ matrix.T, mixed, rtol=1e-4, atol=1e-5 * mixtures.abs().max().item()):
             raise ValueError(f"{type(scheduler).__name__} is not linear with this configuration; it is not supported")
         rows.append(matrix.numpy())
     return Schedule(scheduler.timesteps.double().numpy().astype(np.float32), np.stack(rows).astype(np.float32))

@@ -94,6 +94,16 @@ def _nearest(value: int, step: int, offset: int, low: int, high: int) -> str:
 
 def check_sampling(config: GenerationConfig) -> None:
     """Raise `InputError` for a setting that no model could run with."""
+    for name in ("prompt", "negative_prompt"):
+        if not isinstance(getattr(config, name), str):
+            raise InputError(f"{name}={getattr(config, name)!r}: needs a string; run several prompts one by one")
+    for name in ("height", "width", "num_frames", "fps", "num_inference_steps", "seed", "max_sequence_length"):
+        if type(getattr(config, name)) is not int:
+            raise InputError(f"{name}={getattr(config, name)!r}: needs a whole number")
+    for name in ("guidance_scale", "flow_shift"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+            raise InputError(f"{name}={value!r}: needs a number")
     positive = {"num_inference_steps": 1000, "fps": 240, "max_sequence_length": 4096}
     for name, most in positive.items():
         if not 1 <= getattr(config, name) <= most:
@@ -105,6 +115,10 @@ def check_sampling(config: GenerationConfig) -> None:
         raise InputError(f"flow_shift={shift}: needs a finite number > 0; leave it out for the model's own")
     if not -1 <= config.seed <= MAX_SEED:
         raise InputError(f"seed={config.seed}: needs a whole number from 0 to {MAX_SEED}, or -1 to draw one")
+
+
+History = Mapping[str, Mapping[str, Any]]
+"""By stage ("encode", "denoise", "decode"): where its weights came from, how they ran, and the seconds that each part took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +135,9 @@ class Conditioning:
     max_sequence_length: int | None
     """None where a foreign file does not say."""
     tensors: Mapping[str, np.ndarray]
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall-clock time by part, so far: what was loaded, compiled and run."""
+    history: History = field(default_factory=dict)
+    fingerprint: str | None = None
+    """Of a local checkpoint: see `Checkpoint.fingerprint`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +147,9 @@ class Latents:
     model_id: str
     latents: np.ndarray
     config: GenerationConfig
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    history: History = field(default_factory=dict)
+    fingerprint: str | None = None
+    """Of a local checkpoint: see `Checkpoint.fingerprint`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +159,7 @@ class Video:
     model_id: str
     frames: np.ndarray
     config: GenerationConfig
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    history: History = field(default_factory=dict)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write an H.264 mp4; raise `InputError` where `path` exists and `overwrite` is false."""
@@ -156,7 +173,10 @@ StepCallback = Callable[[int, int], None]
 
 
 class Stage(Protocol):
-    """One loaded part of a model. Making it reads configs only, so that inputs are checked before any weight is loaded."""
+    """One part of a model. Making it reads configs only, so that inputs are checked before any weight is loaded."""
+
+    def verify(self) -> None:
+        """Raise `InputError` unless weights and configs fit together, by names and shapes alone."""
 
     def load(self) -> None:
         """Put the weights on the devices."""
@@ -208,6 +228,8 @@ class ModelSpec:
     load_decoder: str
     """Each "module:callable", called with (Checkpoint, Runtime) when its stage first runs; gives a `Stage`."""
     api_version: int = API_VERSION
+    twin: str | None = None
+    """Of a folder or repository that is not registered: the registered model whose description it runs with."""
 
     def configure(self, **settings: Any) -> GenerationConfig:
         """The model's defaults with `settings` (None: not given), checked; raises `InputError`."""

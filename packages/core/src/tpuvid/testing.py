@@ -82,7 +82,8 @@ def _check_staged(model: str, folder: Path, whole: Any, settings: dict[str, Any]
     array, file = load_latents(path)
     assert array.ndim == 5 and array.dtype == np.float32, f"latents are {array.dtype} {array.shape}"
     pipe = tpuvid.load(model)
-    latents = Latents(model_id=file.model_id, latents=array, config=pipe.spec.defaults.override(**file.settings))
+    config = pipe.spec.defaults.override(**file.settings)
+    latents = Latents(model_id=file.model_id, latents=array, config=config, fingerprint=file.fingerprint)
     video = pipe.decode(latents)
     assert video.config == whole.config, f"settings changed on the way: {video.config} and {whole.config}"
     assert np.array_equal(video.frames, whole.frames), "staged and one-shot videos differ"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tpuvid.artifacts import atomic_path
-from tpuvid.errors import TpuvidError
+from tpuvid.errors import InputError, TpuvidError
 
 SHEET_FRAMES = 12
 SHEET_TILE = 192  # pixels: small clips are enlarged to about this, so that a person can see them
@@ -19,13 +19,15 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
 
 
 def save_mp4(frames: np.ndarray, path: str | Path, *, fps: int, overwrite: bool = False) -> Path:
-    """Write frames [F, H, W, 3] in [0, 1] as H.264 (yuv420p, index first). Raises `InputError` if `path` exists.
+    """Write frames [F, H, W, 3] in [0, 1] as H.264 (yuv420p, index first). Raises `InputError` if `path` exists or is no .mp4.
 
     Sides must be even, as 4:2:0 chroma wants; every supported model's are.
     """
     import av
 
     path = Path(path)
+    if path.suffix != ".mp4":
+        raise InputError(f"{path}: videos are written as .mp4; give a name that ends so")
     with atomic_path(path, overwrite=overwrite) as temporary:
         try:
             with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:

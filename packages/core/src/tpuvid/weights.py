@@ -14,6 +14,34 @@ from tpuvid.errors import InputError
 from tpuvid.mesh import Rule, shard_parameters
 
 
+def match_parameters(traced: TracedModule, weights: Weights, *, ignore: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The checkpoint's tensors of each parameter of `traced`: of each block, where it is stacked.
+
+    `ignore` are prefixes of checkpoint names that this stage has no use for. Raises `InputError` naming the tensors
+    where the checkpoint and the module don't match: all must be found with their shapes, none may be left over.
+    """
+    structs = traced.parameters(np.dtype(np.float32))
+    sources, missing = {}, []
+    for name, aliases in traced.sources().items():
+        candidates = [_members(traced, alias) for alias in aliases]
+        found = next((members for members in candidates if all(m in weights for m in members)), None)
+        if found is None:
+            missing += [m for m in candidates[0] if m not in weights]
+            continue
+        sources[name] = found
+        shape = structs[name].shape[1:] if "*" in name else structs[name].shape
+        if wrong := next((m for m in found if weights[m] != shape), None):
+            raise InputError(
+                f"{weights.folder}: {wrong} has shape {weights[wrong]}, config.json asks for {shape}; download the component again"
+            )
+    known = {m for aliases in traced.sources().values() for alias in aliases for m in _members(traced, alias)}
+    unexpected = [name for name in weights if name not in known and not name.startswith(tuple(ignore))]
+    if missing or unexpected:
+        problems = f"{_list('missing', missing)}{_list('left over', unexpected)}"
+        raise InputError(f"{weights.folder}: weights don't match config.json: {problems}download the component again")
+    return sources
+
+
 def load_parameters(
     traced: TracedModule,
     weights: Weights,
@@ -25,26 +53,11 @@ def load_parameters(
 ) -> Params:
     """Every parameter of `traced`, laid out on `mesh` by `rules` and cast to `dtype` (or float32 where it keeps that).
 
-    `ignore` are prefixes of checkpoint names that this stage has no use for. Raises `InputError` naming the tensors
-    where the checkpoint and the module don't match: all must be found, none may be left over.
+    Raises `InputError` as `match_parameters` does.
     """
     structs = traced.parameters(dtype)
     shardings = shard_parameters(structs, rules, mesh)
-    sources, missing = {}, []
-    for name, aliases in traced.sources().items():
-        candidates = [_members(traced, alias) for alias in aliases]
-        found = next((members for members in candidates if all(m in weights for m in members)), None)
-        if found is None:
-            missing += [m for m in candidates[0] if m not in weights]
-            continue
-        sources[name] = found
-        shape = structs[name].shape[1:] if "*" in name else structs[name].shape
-        if wrong := next((m for m in found if weights[m] != shape), None):
-            raise InputError(f"weight {wrong} has shape {weights[wrong]}, the config asks for {shape}; config and weights differ")
-    known = {m for aliases in traced.sources().values() for alias in aliases for m in _members(traced, alias)}
-    unexpected = [name for name in weights if name not in known and not name.startswith(tuple(ignore))]
-    if missing or unexpected:
-        raise InputError(f"weights don't match the model: {_list('missing', missing)}{_list('left over', unexpected)}".strip("; "))
+    sources = match_parameters(traced, weights, ignore=ignore)
 
     def load(name: str) -> jax.Array:
         struct, members = structs[name], sources[name]

@@ -22,7 +22,9 @@ from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.errors import InputError
 from tpuvid.runtime import Runtime, replicated
-from tpuvid.weights import load_parameters
+from tpuvid.weights import load_parameters, match_parameters
+
+ENCODER_HALF = ("encoder.", "quant_conv.")  # the checkpoint's other half
 
 CHUNK = 8
 """Latent frames per call at most: 32 video frames reach the host while the next ones are computed."""
@@ -58,9 +60,12 @@ class WanDecoder:
         self.checkpoint = checkpoint
         self.programs = runtime.programs(self.mesh)
 
+    def verify(self) -> None:
+        match_parameters(self.traced, self.checkpoint.weights("vae"), ignore=ENCODER_HALF)
+
     def load(self) -> None:
         self.params = load_parameters(
-            self.traced, self.checkpoint.weights("vae"), mesh=self.mesh, dtype=self.runtime.dtype, ignore=("encoder.", "quant_conv.")
+            self.traced, self.checkpoint.weights("vae"), mesh=self.mesh, dtype=self.runtime.dtype, ignore=ENCODER_HALF
         )
 
     def check(self, latents: np.ndarray) -> None:

@@ -13,13 +13,13 @@ from diffusers import WanTransformer3DModel
 from jax import Array
 from jaxtyping import Float
 from tpuvid.bridge import TracedModule, build
-from tpuvid.checkpoint import Checkpoint
+from tpuvid.checkpoint import Checkpoint, Weights
 from tpuvid.errors import InputError
 from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
 from tpuvid.schedule import Schedule, advance, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
-from tpuvid.weights import load_parameters
+from tpuvid.weights import load_parameters, match_parameters
 
 from tpuvid_wan.lora import adapt
 from tpuvid_wan.sharding import TRANSFORMER
@@ -35,7 +35,10 @@ def make_schedule(config: Mapping, num_inference_steps: int, flow_shift: float |
         raise InputError(f"scheduler {name!r}: Wan runs with {' or '.join(SCHEDULERS)}; change scheduler_config.json")
     shift_name = "flow_shift" if name == "UniPCMultistepScheduler" else "shift"
     changes = {} if flow_shift is None else {shift_name: flow_shift}
-    return tabulate(getattr(diffusers, name).from_config(config, **changes), num_inference_steps)
+    try:
+        return tabulate(getattr(diffusers, name).from_config(config, **changes), num_inference_steps)
+    except ValueError as error:
+        raise InputError(f"scheduler_config.json: {error}; change the setting") from None
 
 
 def make_noise(shape: tuple[int, ...], seed: int) -> Float[np.ndarray, "B C f h w"]:
@@ -57,19 +60,26 @@ class WanDenoiser:
         self.checkpoint = checkpoint
         self.programs = runtime.programs(self.mesh)
 
+    def verify(self) -> None:
+        match_parameters(self.traced, self._weights())
+        make_schedule(self.scheduler_config, 2, None)
+
     def load(self) -> None:
         self.params = load_parameters(
-            self.traced, adapt(self.checkpoint.weights("transformer"), self.checkpoint.loras), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
+            self.traced, self._weights(), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
         )
         self.params |= jax.device_put(self.traced.buffers(), replicated(self.mesh))
+
+    def _weights(self) -> Weights:
+        return adapt(self.checkpoint.weights("transformer"), self.checkpoint.loras)
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         width = self.traced.module.config.text_dim
         length = tensors["prompt_embeds"].shape[1:2]
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             embeds = tensors.get(name)
-            if embeds is not None and embeds.shape != (1, *length, width):
-                raise InputError(f"{name} has shape {list(embeds.shape)}, this model takes [1, L, {width}], both alike; encode with this model")
+            if embeds is not None and (embeds.shape != (1, *length, width) or 0 in embeds.shape or embeds.dtype.kind in "biu"):
+                raise InputError(f"{name} is {embeds.dtype} {list(embeds.shape)}, this model takes [1, L, {width}], both alike; encode with this model")
 
     def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback) -> Float[np.ndarray, "1 C f h w"]:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)

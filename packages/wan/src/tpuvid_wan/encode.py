@@ -16,7 +16,7 @@ from tpuvid.checkpoint import Checkpoint
 from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, replicated
 from tpuvid.stages import GenerationConfig
-from tpuvid.weights import load_parameters
+from tpuvid.weights import load_parameters, match_parameters
 from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
 
 from tpuvid_wan.sharding import TEXT_ENCODER
@@ -39,6 +39,9 @@ class WanTextEncoder:
         self.mesh = runtime.encoder_mesh({config.num_heads, *widths})
         self.checkpoint = checkpoint
         self.programs = runtime.programs(self.mesh)
+
+    def verify(self) -> None:
+        match_parameters(self.traced, self.checkpoint.weights("text_encoder"))
 
     def load(self) -> None:
         self.params = load_parameters(
