@@ -54,7 +54,7 @@ def with_tpuvid(args: argparse.Namespace) -> Generate:
     """The same checkpoint through tpuvid."""
     import tpuvid
 
-    model = tpuvid.load("wan-tiny")
+    model = tpuvid.load(str(args.model))
 
     def one(scene: Scene, seed: int) -> np.ndarray:
         return model.generate(
