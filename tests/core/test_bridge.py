@@ -118,9 +118,36 @@ def test_nearest_upsampling(mode, shape, factor):
     assert np.array_equal(found, expected)
 
 
-def test_unsupported_interpolation_is_an_error():
-    with pytest.raises(ValueError, match="bilinear"):
-        run_op(lambda x: nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear"), torch.randn(1, 1, 2, 2))
+@pytest.mark.parametrize("shape, size", [((1, 2, 1, 4, 5), (1, 8, 15)), ((1, 2, 2, 4, 5), torch.Size((8, 4, 10))), ((2, 1, 3), 6)])
+def test_nearest_upsampling_to_a_size(shape, size):
+    found, expected = run_op(lambda x: nn.functional.interpolate(x, size=size), torch.randn(shape))
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("options", [dict(scale_factor=2.0, mode="bilinear"), dict(size=(3, 4)), dict(size=(1, 2)), dict(scale_factor=0.5)], ids=str)
+def test_unsupported_interpolation_is_an_error(options):
+    with pytest.raises(ValueError, match="is not supported"):
+        run_op(lambda x: nn.functional.interpolate(x, **options), torch.randn(1, 1, 2, 2))
+
+
+NORMS = {
+    "layer": (lambda x, w, b: nn.functional.layer_norm(x, (4, 48), w.expand(4, 48), b.expand(4, 48), 1e-6), (3, 6, 4, 48), 48),
+    "layer, no weights": (lambda x, w, b: nn.functional.layer_norm(x, (48,)), (3, 5, 48), 48),
+    "group": (lambda x, w, b: nn.functional.group_norm(x, 4, w, b, 1e-6), (2, 8, 3, 16, 24), 8),
+    "group, no weights": (lambda x, w, b: nn.functional.group_norm(x, 2), (2, 8, 5), 8),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_take_their_statistics_in_float32(norm, dtype):
+    """A mean far from zero, which bfloat16 statistics would round away: no further from float64 than torch is."""
+    op, shape, width = NORMS[norm]
+    torch.manual_seed(0)
+    args = [(torch.randn(n) * 3 + offset).to(dtype) for n, offset in ((shape, 20), (width, 1), (width, 0))]
+    found, torchs = run_op(op, *args)
+    exact = op(*(a.double() for a in args)).numpy()
+    assert np.abs(found - exact).max() <= 1.01 * np.abs(torchs - exact).max() + 1e-5
 
 
 def test_type_as_really_casts():

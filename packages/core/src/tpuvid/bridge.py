@@ -67,6 +67,8 @@ def environment() -> Any:
     env.override_op_definition(nn.functional.conv2d, on_arrays(partial(_convolution, convolution_2d, 2)))
     env.override_op_definition(nn.functional.conv3d, on_arrays(partial(_convolution, convolution_3d, 3)))
     env.override_op_definition(nn.functional.interpolate, on_arrays(_interpolate_nearest))
+    env.override_op_definition(nn.functional.layer_norm, on_arrays(_layer_norm))
+    env.override_op_definition(nn.functional.group_norm, on_arrays(_group_norm))
     return env
 
 
@@ -106,12 +108,38 @@ def _convolution(kernel, ndim, input, weight, bias=None, stride=1, padding=0, di
 
 def _interpolate_nearest(x, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False):
     """Nearest upsampling of [B, C, *spatial] by whole factors, as broadcast + reshape: no gathers."""
-    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * (x.ndim - 2)
-    if size is not None or mode not in ("nearest", "nearest-exact") or any(f is None or f != int(f) for f in factors):
-        raise ValueError(f"interpolation with {size=}, {scale_factor=}, {mode=} is not supported")
+    ndim = x.ndim - 2
+    if size is not None:
+        sizes = size if isinstance(size, (tuple, list)) else [size] * ndim
+        factors = [new / old for new, old in zip(sizes, x.shape[2:], strict=True)]
+    else:
+        factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * ndim
+    if mode not in ("nearest", "nearest-exact") or any(f is None or f < 1 or f != int(f) for f in factors):
+        raise ValueError(f"interpolation with {size=}, {scale_factor=}, {mode=} of {x.shape} is not supported")
     for axis, factor in enumerate(map(int, factors), start=2):
         x = jnp.repeat(x, factor, axis=axis) if factor > 1 else x
     return x
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """`F.layer_norm`; statistics and scaling in float32 as in torch, where torchax's own take those of bfloat16 in bfloat16."""
+    out = _normalized(input.astype(jnp.float32), tuple(range(-len(normalized_shape), 0)), eps)
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias).astype(input.dtype)
+
+
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    """`F.group_norm` of [B, C, *spatial]; float32 within, as `_layer_norm`."""
+    groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1)
+    out = _normalized(groups, (-1,), eps).reshape(input.shape)
+    per_channel = (-1, *(1,) * (input.ndim - 2))
+    out = out if weight is None else out * weight.reshape(per_channel)
+    return (out if bias is None else out + bias.reshape(per_channel)).astype(input.dtype)
+
+
+def _normalized(x, axes: tuple[int, ...], eps: float):
+    centred = x - jnp.mean(x, axes, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, axes, keepdims=True) + eps)
 
 
 class ScannedBlocks(nn.Module):
