@@ -88,10 +88,10 @@ def test_building_takes_no_memory_but_keeps_buffers():
 def test_tracing_leaves_torch_as_it_was(tmp_path):
     from torchax.tensor import Tensor
 
-    stock = Tensor.type_as
+    stock, stock_set = Tensor.type_as, Tensor.__setitem__
     traced, params = load(Model(), tmp_path)
     traced.function("forward")(params, jnp.zeros((1, 2, 4)), jnp.zeros((1, 1, 6)))
-    assert Tensor.type_as is stock
+    assert Tensor.type_as is stock and Tensor.__setitem__ is stock_set
     assert type(torch.zeros(2) + 1) is torch.Tensor
     assert torch.get_default_dtype() == torch.float32
 
@@ -128,6 +128,49 @@ def test_nearest_upsampling_to_a_size(shape, size):
 def test_unsupported_interpolation_is_an_error(options):
     with pytest.raises(ValueError, match="is not supported"):
         run_op(lambda x: nn.functional.interpolate(x, **options), torch.randn(1, 1, 2, 2))
+
+
+class Rotated(nn.Module):
+    """Attention as in CogVideoX: norms, then a rotary embedding written over a part of queries and keys."""
+
+    def __init__(self, heads=2, dim=16):
+        super().__init__()
+        self.heads = heads
+        self.qk = nn.Linear(heads * dim, heads * dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x, cos):
+        q = self.norm(self.qk(x).unflatten(2, (self.heads, -1)).transpose(1, 2))
+        k = self.norm(self.qk(x * 2).unflatten(2, (self.heads, -1)).transpose(1, 2))
+        for part in (q, k):
+            part[:, :, 5:] = part[:, :, 5:] * cos + part[:, :, 5:].flip(-1)
+        return nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_slices_are_written_right_under_jit(batch):
+    torch.manual_seed(0)
+    module, x, cos = Rotated().eval(), torch.randn(batch, 15, 32), torch.randn(10, 16)
+    params = {name: jnp.asarray(p.detach().numpy()) for name, p in module.named_parameters()}
+    run = jax.jit(TracedModule(module).function("forward"))
+    found = run(params, jnp.asarray(x.numpy()), jnp.asarray(cos.numpy()))
+    np.testing.assert_allclose(found, module(x, cos).detach(), atol=1e-5)
+
+
+def write_slices(x):
+    x = x.clone()
+    x[1:, -2:] = 5.0
+    x[..., :2] = x[..., 1:3] + 1
+    x[:, 1, 1:] = x[:, 0, 1:]
+    x[..., ::2] = x[..., 1::2] * 3
+    x[:, 1:2] = x[:, :1]
+    x[:, :2][..., 1:3] = 7.0
+    return x
+
+
+def test_every_kind_of_slice_is_written_as_torch_does():
+    found, expected = run_op(write_slices, torch.randn(2, 3, 4))
+    assert np.array_equal(found, expected)
 
 
 NORMS = {

@@ -77,17 +77,47 @@ def _tracing() -> Iterator[Any]:
     """The environment, entered, for as long as a module is traced."""
     env = environment()
     from torchax.tensor import Tensor
+    from torchax.view import NarrowInfo
 
-    stock = Tensor.type_as
-    # torchax's own casts in place and leaves a stale dtype behind, which convolutions then refuse
+    stock = Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor
+
+    def set_item(tensor: Any, key: Any, value: Any) -> None:
+        if _is_plain_slice(key):
+            tensor._elem = _write_slice(tensor._elem, key, env.t2j_iso(value))
+        else:
+            stock[1](tensor, key, value)
+
+    def update_tensor(view: Any, value: jax.Array, array: jax.Array) -> jax.Array:
+        return _write_slice(array, view.slices, value) if _is_plain_slice(view.slices) else stock[2](view, value, array)
+
+    # torchax's own type_as casts in place and leaves a stale dtype behind, which convolutions then refuse
     Tensor.type_as = lambda tensor, other: tensor.to(other.dtype)
+    Tensor.__setitem__, NarrowInfo.update_tensor = set_item, update_tensor
     try:
         with env, torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # torch's index type; int32 will do
             warnings.filterwarnings("ignore", message="scatter inputs have incompatible types")  # torch casts on assignment too
             yield env
     finally:
-        Tensor.type_as = stock
+        Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor = stock
+
+
+def _is_plain_slice(key: Any) -> bool:
+    """Whether `key` is made of slices without a stride."""
+    return all(isinstance(part, slice) and part.step in (None, 1) for part in (key if isinstance(key, tuple) else (key,)))
+
+
+def _write_slice(array: jax.Array, key: slice | tuple[slice, ...], value: Any) -> jax.Array:
+    """`array` with `value` at `key`, put together from parts. torchax writes it as a scatter, which XLA's CPU backend
+    (jaxlib 0.10.2) does in place: attention with a rotary embedding at batch 1 then reads what is already overwritten."""
+    slices = key if isinstance(key, tuple) else (key,)
+    ranges = [slice(*part.indices(size)) for part, size in zip(slices, array.shape)]
+    value = jnp.broadcast_to(value, array[tuple(ranges)].shape).astype(array.dtype)
+    for axis in reversed(range(len(ranges))):
+        outer, here = tuple(ranges[:axis]), ranges[axis]
+        parts = array[*outer, : here.start], value, array[*outer, here.stop :]
+        value = jnp.concatenate([part for part in parts if part.shape[axis]], axis)
+    return value
 
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
