@@ -20,9 +20,10 @@ test-aot: setup
 	scripts/setup.sh tpu
 	$(BIN)/python -m pytest -m aot $(PYTEST_ARGS)
 
-# tpuvid against stock diffusers, stage by stage: prints the table of docs/fidelity.md.
+# tpuvid against stock diffusers, stage by stage: prints the tables of docs/fidelity.md.
 fidelity: setup
 	PYTHONPATH=tests $(BIN)/python -W ignore -m wan.fidelity
+	PYTHONPATH=tests $(BIN)/python -W ignore -m cogvideox.fidelity
 
 benchmark: setup
 	$(BIN)/python benchmarks/against_diffusers.py

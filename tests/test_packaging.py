@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = {"core": ["core"], "wan": ["core", "wan"], "tiny": ["core", "wan", "tiny"]}
-MODELS = {"core": [], "wan": ["wan2.1-t2v-14b", "wan2.1-t2v-1.3b"], "tiny": ["wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "wan-tiny"]}
+ORDER = {"core": ["core"], "wan": ["core", "wan"], "cogvideox": ["core", "cogvideox"], "tiny": ["core", "wan", "tiny"]}
+WAN = ["wan2.1-t2v-14b", "wan2.1-t2v-1.3b"]
+MODELS = {"core": [], "wan": WAN, "cogvideox": ["cogvideox1.5-5b"], "tiny": [*WAN, "wan-tiny"]}
 
 
 def uv(*arguments, **options):
@@ -46,7 +47,7 @@ def test_wheel_works_alone(package, wheels, tmp_path):
     command = [str(python.with_name("tpuvid"))]
     listed = subprocess.run([*command, "list-models"], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert listed.returncode == 0 and listed.stderr == ""
-    for model in MODELS["tiny"]:
+    for model in {model for models in MODELS.values() for model in models}:
         assert (model in listed.stdout) == (model in MODELS[package])
     if package == "core":
         assert "pip install tpuvid-wan" in listed.stdout

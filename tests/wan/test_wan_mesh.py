@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tpuvid import t5
 from tpuvid.bridge import TracedModule, build
 from tpuvid.mesh import shard_parameters
 from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
-from tpuvid_wan.sharding import TEXT_ENCODER, TRANSFORMER
+from tpuvid_wan.sharding import TRANSFORMER
 from wan.random_checkpoint import RandomWan
 
 TESTS = Path(__file__).parents[1]
@@ -54,4 +55,4 @@ def test_rules_fit_the_full_size_models(spec):
     if spec is WAN_14B:
         config = UMT5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=256384)
         encoder = TracedModule(build(lambda: UMT5EncoderModel(config))).parameters(np.dtype(np.float32))
-        shard_parameters(encoder, TEXT_ENCODER, mesh)
+        shard_parameters(encoder, t5.RULES, mesh)

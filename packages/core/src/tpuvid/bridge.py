@@ -67,6 +67,8 @@ def environment() -> Any:
     env.override_op_definition(nn.functional.conv2d, on_arrays(partial(_convolution, convolution_2d, 2)))
     env.override_op_definition(nn.functional.conv3d, on_arrays(partial(_convolution, convolution_3d, 3)))
     env.override_op_definition(nn.functional.interpolate, on_arrays(_interpolate_nearest))
+    env.override_op_definition(nn.functional.layer_norm, on_arrays(_layer_norm))
+    env.override_op_definition(nn.functional.group_norm, on_arrays(_group_norm))
     return env
 
 
@@ -75,17 +77,47 @@ def _tracing() -> Iterator[Any]:
     """The environment, entered, for as long as a module is traced."""
     env = environment()
     from torchax.tensor import Tensor
+    from torchax.view import NarrowInfo
 
-    stock = Tensor.type_as
-    # torchax's own casts in place and leaves a stale dtype behind, which convolutions then refuse
+    stock = Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor
+
+    def set_item(tensor: Any, key: Any, value: Any) -> None:
+        if _is_plain_slice(key):
+            tensor._elem = _write_slice(tensor._elem, key, env.t2j_iso(value))
+        else:
+            stock[1](tensor, key, value)
+
+    def update_tensor(view: Any, value: jax.Array, array: jax.Array) -> jax.Array:
+        return _write_slice(array, view.slices, value) if _is_plain_slice(view.slices) else stock[2](view, value, array)
+
+    # torchax's own type_as casts in place and leaves a stale dtype behind, which convolutions then refuse
     Tensor.type_as = lambda tensor, other: tensor.to(other.dtype)
+    Tensor.__setitem__, NarrowInfo.update_tensor = set_item, update_tensor
     try:
         with env, torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # torch's index type; int32 will do
             warnings.filterwarnings("ignore", message="scatter inputs have incompatible types")  # torch casts on assignment too
             yield env
     finally:
-        Tensor.type_as = stock
+        Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor = stock
+
+
+def _is_plain_slice(key: Any) -> bool:
+    """Whether `key` is made of slices without a stride."""
+    return all(isinstance(part, slice) and part.step in (None, 1) for part in (key if isinstance(key, tuple) else (key,)))
+
+
+def _write_slice(array: jax.Array, key: slice | tuple[slice, ...], value: Any) -> jax.Array:
+    """`array` with `value` at `key`, put together from parts. torchax writes it as a scatter, which XLA's CPU backend
+    (jaxlib 0.10.2) does in place: attention with a rotary embedding at batch 1 then reads what is already overwritten."""
+    slices = key if isinstance(key, tuple) else (key,)
+    ranges = [slice(*part.indices(size)) for part, size in zip(slices, array.shape)]
+    value = jnp.broadcast_to(value, array[tuple(ranges)].shape).astype(array.dtype)
+    for axis in reversed(range(len(ranges))):
+        outer, here = tuple(ranges[:axis]), ranges[axis]
+        parts = array[*outer, : here.start], value, array[*outer, here.stop :]
+        value = jnp.concatenate([part for part in parts if part.shape[axis]], axis)
+    return value
 
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -106,12 +138,38 @@ def _convolution(kernel, ndim, input, weight, bias=None, stride=1, padding=0, di
 
 def _interpolate_nearest(x, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False):
     """Nearest upsampling of [B, C, *spatial] by whole factors, as broadcast + reshape: no gathers."""
-    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * (x.ndim - 2)
-    if size is not None or mode not in ("nearest", "nearest-exact") or any(f is None or f != int(f) for f in factors):
-        raise ValueError(f"interpolation with {size=}, {scale_factor=}, {mode=} is not supported")
+    ndim = x.ndim - 2
+    if size is not None:
+        sizes = size if isinstance(size, (tuple, list)) else [size] * ndim
+        factors = [new / old for new, old in zip(sizes, x.shape[2:], strict=True)]
+    else:
+        factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * ndim
+    if mode not in ("nearest", "nearest-exact") or any(f is None or f < 1 or f != int(f) for f in factors):
+        raise ValueError(f"interpolation with {size=}, {scale_factor=}, {mode=} of {x.shape} is not supported")
     for axis, factor in enumerate(map(int, factors), start=2):
         x = jnp.repeat(x, factor, axis=axis) if factor > 1 else x
     return x
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """`F.layer_norm`; statistics and scaling in float32 as in torch, where torchax's own take those of bfloat16 in bfloat16."""
+    out = _normalized(input.astype(jnp.float32), tuple(range(-len(normalized_shape), 0)), eps)
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias).astype(input.dtype)
+
+
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    """`F.group_norm` of [B, C, *spatial]; float32 within, as `_layer_norm`."""
+    groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1)
+    out = _normalized(groups, (-1,), eps).reshape(input.shape)
+    per_channel = (-1, *(1,) * (input.ndim - 2))
+    out = out if weight is None else out * weight.reshape(per_channel)
+    return (out if bias is None else out + bias.reshape(per_channel)).astype(input.dtype)
+
+
+def _normalized(x, axes: tuple[int, ...], eps: float):
+    centred = x - jnp.mean(x, axes, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, axes, keepdims=True) + eps)
 
 
 class ScannedBlocks(nn.Module):

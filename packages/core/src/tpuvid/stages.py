@@ -221,6 +221,8 @@ class ModelSpec:
     rules: SizeRules
     flow_shifts: tuple[tuple[int, float], ...] = ()
     """(least pixels per frame, flow_shift), largest first; below the last, the checkpoint's own shift holds."""
+    takes_flow_shift: bool = True
+    """False where the schedule is no flow-matching one."""
     components: Mapping[str, tuple[str, ...]]
     """The checkpoint's subfolders that each of the stages "encode", "denoise" and "decode" needs."""
     load_text_encoder: str
@@ -234,6 +236,8 @@ class ModelSpec:
     def configure(self, **settings: Any) -> GenerationConfig:
         """The model's defaults with `settings` (None: not given), checked; raises `InputError`."""
         config = self.defaults.override(**settings)
+        if config.flow_shift is not None and not self.takes_flow_shift:
+            raise InputError(f"flow_shift={config.flow_shift}: {self.model_id} has no flow-matching schedule; leave it out")
         if config.flow_shift is None:
             pixels = config.height * config.width
             shift = next((shift for least, shift in self.flow_shifts if pixels >= least), None)

@@ -8,7 +8,6 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from diffusers import WanTransformer3DModel
 from jax import Array
 from jaxtyping import Float
@@ -17,6 +16,7 @@ from tpuvid.checkpoint import Checkpoint, Weights
 from tpuvid.errors import InputError
 from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
+from tpuvid.sampling import guide, initial_state, make_generator, make_noise, run_steps
 from tpuvid.schedule import Schedule, advance, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.weights import load_parameters, match_parameters
@@ -39,12 +39,6 @@ def make_schedule(config: Mapping, num_inference_steps: int, flow_shift: float |
         return tabulate(getattr(diffusers, name).from_config(config, **changes), num_inference_steps)
     except ValueError as error:
         raise InputError(f"scheduler_config.json: {error}; change the setting") from None
-
-
-def make_noise(shape: tuple[int, ...], seed: int) -> Float[np.ndarray, "B C f h w"]:
-    """Standard normal noise from a CPU torch generator: the noise that diffusers draws for this seed."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
 
 
 class WanDenoiser:
@@ -88,19 +82,17 @@ class WanDenoiser:
         if guided:
             embeds = np.concatenate([embeds, tensors["negative_prompt_embeds"]])
         text = jax.device_put(embeds.astype(self.runtime.dtype), batch_sharded(self.mesh, len(embeds)))
-        noise = make_noise((1, *self._latent_shape(config)), config.seed)
-        state = np.concatenate([noise[None], np.zeros((schedule.memories, *noise.shape), np.float32)])
-        state = jax.device_put(state, replicated(self.mesh))
+        noise = make_noise((1, *self._latent_shape(config)), make_generator(config.seed))
+        state = jax.device_put(initial_state(noise, schedule), replicated(self.mesh))
         guidance = np.float32(config.guidance_scale)
 
         example = (self.params, state, text, schedule.timesteps[0], schedule.weights[0], guidance)
-        step = self.programs.get("denoiser", self._function(guided), *example, donate=(1,))
-        with self.runtime.progress.steps("denoise", config.num_inference_steps) as report:
-            for i, (timestep, weights) in enumerate(zip(schedule.timesteps, schedule.weights), start=1):
-                state = jax.block_until_ready(step(self.params, state, text, timestep, weights, guidance))
-                report(i)
-                on_step(i, config.num_inference_steps)
-        return np.asarray(state[0])
+        compiled = self.programs.get("denoiser", self._function(guided), *example, donate=(1,))
+
+        def step(state, timestep, weights):
+            return compiled(self.params, state, text, timestep, weights, guidance)
+
+        return run_steps(step, state, schedule, self.runtime.progress, on_step)
 
     def _latent_shape(self, config: GenerationConfig) -> tuple[int, int, int, int]:
         channels = self.traced.module.config.in_channels
@@ -125,8 +117,7 @@ class WanDenoiser:
             timesteps = jnp.broadcast_to(timestep, len(latents))
             velocity = forward(params, latents, timesteps, text)[0].astype(jnp.float32)
             if guided:
-                conditional, unconditional = jnp.split(velocity, 2)
-                velocity = unconditional + guidance * (conditional - unconditional)
+                velocity = guide(velocity, guidance)
             return advance(weights, state, velocity)
 
         return step

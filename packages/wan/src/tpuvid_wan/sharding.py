@@ -11,11 +11,3 @@ TRANSFORMER = (
     (r"condition_embedder\.(time|text)_embedder\.linear_1\.bias", ("tp",)),
     (r"condition_embedder\.(time|text)_embedder\.linear_2\.weight", (None, "tp")),
 )
-
-TEXT_ENCODER = (
-    (r"shared\.weight", ("tp", None)),
-    (r".*\.SelfAttention\.[qkv]\.weight", ("tp", None)),
-    (r".*\.SelfAttention\.o\.weight", (None, "tp")),
-    (r".*\.DenseReluDense\.wi_[01]\.weight", ("tp", None)),
-    (r".*\.DenseReluDense\.wo\.weight", (None, "tp")),
-)

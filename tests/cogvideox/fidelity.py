@@ -1,0 +1,108 @@
+"""tpuvid against stock `diffusers.CogVideoXPipeline`, stage by stage, on one checkpoint folder. Run as a script, it prints the table."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tpuvid
+from cogvideox.random_checkpoint import RandomCogVideoX
+from diffusers import CogVideoXPipeline
+from tpuvid.stages import Latents
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    checkpoint: RandomCogVideoX
+    settings: dict
+    prompt: str = "a red cat &amp; the  moon"
+    negative_prompt: str = "blue dog"
+
+
+CASES = (
+    Case(
+        "DDIM, 9 frames (latents padded from 3 to 4)",
+        RandomCogVideoX(),
+        dict(height=48, width=80, num_frames=9, num_inference_steps=6, guidance_scale=3.0, seed=3),
+    ),
+    Case(
+        "DPM, 17 frames, three heads of 32",
+        RandomCogVideoX(heads=3, head_dim=32, channels=6, dpm=True, seed=1),
+        dict(height=32, width=112, num_frames=17, num_inference_steps=7, guidance_scale=6.0, seed=11, max_sequence_length=226),
+    ),
+    Case(
+        "DPM, 13 frames (4 latents, not padded), guidance off",
+        RandomCogVideoX(layers=3, dpm=True, seed=2, vae_widths=(8, 8, 16, 16)),
+        dict(height=80, width=16, num_frames=13, num_inference_steps=4, guidance_scale=1.0, seed=0),
+        negative_prompt="",
+    ),
+    Case(
+        "DDIM, one frame, no negative prompt, five heads",
+        RandomCogVideoX(heads=5, layers=1, seed=4),
+        dict(height=16, width=48, num_frames=1, num_inference_steps=3, guidance_scale=2.0, seed=2**40, max_sequence_length=7),
+        negative_prompt="",
+    ),
+    Case(
+        "CogVideoX 1.0 (no patches in time), DPM",
+        RandomCogVideoX(patch_size_t=None, dpm=True, snr_shift_scale=3.0, seed=5),
+        dict(height=64, width=48, num_frames=9, num_inference_steps=5, guidance_scale=6.0, seed=8),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Largest absolute difference of each stage, relative to the reference tensor's largest value; frames in steps of 255."""
+
+    embeds: float
+    latents: float
+    decoded: float
+    frames: float
+
+
+def measure(case: Case, folder: Path) -> Fidelity:
+    """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
+    source = str(case.checkpoint.save(folder))
+    pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1")
+    reference = CogVideoXPipeline.from_pretrained(source, torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    settings = {"max_sequence_length": 226} | case.settings
+
+    def stock(output_type: str):
+        arguments = {k: v for k, v in settings.items() if k != "seed"}
+        generator = torch.Generator().manual_seed(settings["seed"])
+        return reference(case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments).frames
+
+    latents, frames = stock("latent"), stock("np")
+    # with output_type="latent" the stock pipeline leaves the additional frames in
+    real = (settings["num_frames"] - 1) // 4 + 1
+    latents = latents[:, latents.shape[1] - real :].permute(0, 2, 1, 3, 4).numpy()
+    length = settings["max_sequence_length"]
+    with torch.no_grad():
+        embeds, _ = reference.encode_prompt(case.prompt, do_classifier_free_guidance=False, max_sequence_length=length)
+
+    conditioning = pipe.encode(case.prompt, case.negative_prompt, max_sequence_length=length)
+    found = pipe.denoise(conditioning, **{k: v for k, v in settings.items() if k != "max_sequence_length"})
+    decoded = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=latents, config=found.config)).frames
+    whole = pipe.generate(case.prompt, negative_prompt=case.negative_prompt, **settings).frames
+    return Fidelity(
+        embeds=_relative(conditioning.tensors["prompt_embeds"], embeds.numpy()),
+        latents=_relative(found.latents, latents),
+        decoded=_relative(decoded, frames),
+        frames=float(np.abs(whole - frames).max() * 255),
+    )
+
+
+def _relative(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+if __name__ == "__main__":
+    print("| checkpoint | embeddings | latents | decode | frames (of 255) |\n|---|---|---|---|---|")
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            f = measure(case, Path(folder))
+        print(f"| {case.name} | {f.embeds:.1e} | {f.latents:.1e} | {f.decoded:.1e} | {f.frames:.4f} |", flush=True)
