@@ -28,8 +28,7 @@ RULES = (
 
 
 class T5TextEncoder:
-    """A `tpuvid.stages.TextEncoder` over an encoder module of transformers. A family says how it treats text in
-    `prepare` and `embed`."""
+    """A `tpuvid.stages.TextEncoder` over an encoder module of transformers; a family says in `embed` what it does with padding."""
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime, *, module: nn.Module, tokenizer: Any):
         self.checkpoint, self.runtime, self.tokenizer = checkpoint, runtime, tokenizer
@@ -43,8 +42,8 @@ class T5TextEncoder:
         self.params = load_parameters(self.traced, weights, mesh=self.mesh, rules=RULES, dtype=self.runtime.dtype)
 
     def prepare(self, prompt: str) -> str:
-        """What of `prompt` goes to the tokenizer."""
-        raise NotImplementedError
+        """What the tokenizer gets for `prompt`: the prompt itself, unless a family cleans it."""
+        return prompt
 
     def embed(self, params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:
         """The embeddings of padded tokens; traced."""
