@@ -17,9 +17,6 @@ class CogVideoXTextEncoder(T5TextEncoder):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.component("tokenizer"))
         super().__init__(checkpoint, runtime, module=build(lambda: T5EncoderModel(config)), tokenizer=tokenizer)
 
-    def prepare(self, prompt: str) -> str:
-        return prompt
-
     def embed(self, params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:
         # the model was trained on embeddings made without the mask: text attends to padding, and padding's rows are kept
         return self.traced.function("forward", return_dict=False)(params, input_ids=input_ids)[0]

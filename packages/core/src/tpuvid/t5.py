@@ -29,8 +29,7 @@ RULES = (
 
 
 class T5TextEncoder(ABC):
-    """A `tpuvid.stages.TextEncoder` over an encoder module of transformers. A family says how it treats text in
-    `prepare` and `embed`."""
+    """A `tpuvid.stages.TextEncoder` over an encoder module of transformers; a family says in `embed` what it does with padding."""
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime, *, module: nn.Module, tokenizer: Any):
         self.checkpoint, self.runtime, self.tokenizer = checkpoint, runtime, tokenizer
@@ -46,9 +45,9 @@ class T5TextEncoder(ABC):
         weights = self.checkpoint.weights("text_encoder")
         self.params = load_parameters(self.traced, weights, mesh=self.mesh, rules=RULES, dtype=self.runtime.dtype)
 
-    @abstractmethod
     def prepare(self, prompt: str) -> str:
-        """What of `prompt` goes to the tokenizer."""
+        """What the tokenizer gets for `prompt`: the prompt itself, unless a family cleans it."""
+        return prompt
 
     @abstractmethod
     def embed(self, params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:
