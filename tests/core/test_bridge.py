@@ -168,6 +168,23 @@ def write_slices(x):
     return x
 
 
+@pytest.mark.parametrize("size", [7, 8])
+@pytest.mark.parametrize("part", [slice(0, None, 2), slice(1, None, 2), slice(2, None, 3), slice(1, 6, 2), slice(3, 5, 1), slice(5, 6, 4)])
+def test_strided_slices_are_written_as_torch_does(size, part):
+    """Rotary embeddings write even and odd entries: into a fresh tensor, and into one that is read again."""
+
+    def write(x, y):
+        fresh, again = torch.empty_like(x), x * 1.0
+        fresh[...] = 0.0
+        fresh[..., part] = y[..., part] * 2
+        again[..., part] = y[..., part] + again[..., part]
+        again[:, part] = 3.0
+        return torch.cat([fresh, again])
+
+    found, expected = run_op(write, torch.randn(2, size, size), torch.randn(2, size, size))
+    assert np.array_equal(found, expected)
+
+
 def test_every_kind_of_slice_is_written_as_torch_does():
     found, expected = run_op(write_slices, torch.randn(2, 3, 4))
     assert np.array_equal(found, expected)

@@ -82,13 +82,15 @@ def _tracing() -> Iterator[Any]:
     stock = Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor
 
     def set_item(tensor: Any, key: Any, value: Any) -> None:
-        if _is_plain_slice(key):
-            tensor._elem = _write_slice(tensor._elem, key, env.t2j_iso(value))
-        else:
+        ranges = _ranges(key, tensor._elem.shape)
+        if ranges is None:
             stock[1](tensor, key, value)
+        else:
+            tensor._elem = _write_slice(tensor._elem, ranges, env.t2j_iso(value))
 
     def update_tensor(view: Any, value: jax.Array, array: jax.Array) -> jax.Array:
-        return _write_slice(array, view.slices, value) if _is_plain_slice(view.slices) else stock[2](view, value, array)
+        ranges = _ranges(view.slices, array.shape)
+        return stock[2](view, value, array) if ranges is None else _write_slice(array, ranges, value)
 
     # torchax's own type_as casts in place and leaves a stale dtype behind, which convolutions then refuse
     Tensor.type_as = lambda tensor, other: tensor.to(other.dtype)
@@ -96,27 +98,41 @@ def _tracing() -> Iterator[Any]:
     try:
         with env, torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # torch's index type; int32 will do
-            warnings.filterwarnings("ignore", message="scatter inputs have incompatible types")  # torch casts on assignment too
             yield env
     finally:
         Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor = stock
 
 
-def _is_plain_slice(key: Any) -> bool:
-    """Whether `key` is made of slices without a stride."""
-    return all(isinstance(part, slice) and part.step in (None, 1) for part in (key if isinstance(key, tuple) else (key,)))
+def _ranges(key: Any, shape: tuple[int, ...]) -> list[slice] | None:
+    """`key` as one forward slice per dimension of `shape`; None if it holds anything but such slices."""
+    parts = list(key) if isinstance(key, tuple) else [key]
+    if parts.count(Ellipsis) == 1:
+        at = parts.index(Ellipsis)
+        parts[at : at + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+    if not all(isinstance(part, slice) and (part.step is None or part.step > 0) for part in parts):
+        return None
+    return [slice(*part.indices(size)) for part, size in zip(parts, shape)]
 
 
-def _write_slice(array: jax.Array, key: slice | tuple[slice, ...], value: Any) -> jax.Array:
-    """`array` with `value` at `key`, put together from parts. torchax writes it as a scatter, which XLA's CPU backend
+def _write_slice(array: jax.Array, ranges: list[slice], value: Any) -> jax.Array:
+    """`array` with `value` at `ranges`, put together from parts. torchax writes it as a scatter, which XLA's CPU backend
     (jaxlib 0.10.2) does in place: attention with a rotary embedding at batch 1 then reads what is already overwritten."""
-    slices = key if isinstance(key, tuple) else (key,)
-    ranges = [slice(*part.indices(size)) for part, size in zip(slices, array.shape)]
     value = jnp.broadcast_to(value, array[tuple(ranges)].shape).astype(array.dtype)
     for axis in reversed(range(len(ranges))):
         outer, here = tuple(ranges[:axis]), ranges[axis]
-        parts = array[*outer, : here.start], value, array[*outer, here.stop :]
-        value = jnp.concatenate([part for part in parts if part.shape[axis]], axis)
+        if here.step == 1:
+            parts = array[*outer, : here.start], value, array[*outer, here.stop :]
+            value = jnp.concatenate([part for part in parts if part.shape[axis]], axis)
+        else:
+            old = array[tuple(outer)]
+            spread = jnp.repeat(value, here.step, axis)  # entry i stands at i·step, where start moves it to its place
+            after = max(0, old.shape[axis] - here.start - spread.shape[axis])
+            pads = [(0, 0)] * old.ndim
+            pads[axis] = (here.start, after)
+            spread = jax.lax.slice_in_dim(jnp.pad(spread, pads), 0, old.shape[axis], axis=axis)
+            place = jax.lax.broadcasted_iota(jnp.int32, old.shape, axis)
+            chosen = (place >= here.start) & (place < here.stop) & ((place - here.start) % here.step == 0)
+            value = jnp.where(chosen, spread, old)
     return value
 
 
