@@ -20,7 +20,7 @@ test-aot: setup
 	scripts/setup.sh tpu
 	$(BIN)/python -m pytest -m aot $(PYTEST_ARGS)
 
-# tpuvid against stock diffusers, stage by stage: prints the tables of docs/fidelity.md.
+# tpuvid against stock diffusers, stage by stage: prints the tables of docs/results.md.
 fidelity: setup
 	PYTHONPATH=tests $(BIN)/python -W ignore -m wan.fidelity
 	PYTHONPATH=tests $(BIN)/python -W ignore -m cogvideox.fidelity
