@@ -15,7 +15,12 @@ SOURCES = [(package, path) for package in LIBRARIES for path in sorted((PACKAGES
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     """Every module that a file imports, dotted; those under `if TYPE_CHECKING` don't count."""
     tree = ast.parse(path.read_text())
-    skipped = {n for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) for n in ast.walk(node)}
+    skipped = {
+        n
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for n in ast.walk(node)
+    }
     nodes = tree.body if top_level_only else ast.walk(tree)
     found = set()
     for node in nodes:
@@ -55,7 +60,23 @@ def test_who_imports_whom(package, path):
 
 @pytest.mark.parametrize(
     "path",
-    [p for _, p in SOURCES if p.name in {"hookspecs.py", "registry.py", "stages.py", "cli.py", "errors.py", "plugin.py", "checkpoint.py", "artifacts.py", "describe.py", "doctor.py"}],
+    [
+        p
+        for _, p in SOURCES
+        if p.name
+        in {
+            "hookspecs.py",
+            "registry.py",
+            "stages.py",
+            "cli.py",
+            "errors.py",
+            "plugin.py",
+            "checkpoint.py",
+            "artifacts.py",
+            "describe.py",
+            "doctor.py",
+        }
+    ],
     ids=lambda p: p.name,
 )
 def test_light_modules_import_nothing_heavy(path):

@@ -42,7 +42,18 @@ def test_wheel_works_alone(package, wheels, tmp_path):
     (tmp_path / "pins.txt").write_text("\n".join(p for p in pins if not p.startswith("tpuvid")))
     links = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS")
     find = ["--find-links", links] if links else []
-    uv("pip", "install", "--quiet", "--python", python, *find, "--constraint", tmp_path / "pins.txt", *(wheels[p] for p in ORDER[package]), cwd=tmp_path)
+    uv(
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        python,
+        *find,
+        "--constraint",
+        tmp_path / "pins.txt",
+        *(wheels[p] for p in ORDER[package]),
+        cwd=tmp_path,
+    )
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     command = [str(python.with_name("tpuvid"))]
     listed = subprocess.run([*command, "list-models"], env=env, cwd=tmp_path, capture_output=True, text=True)

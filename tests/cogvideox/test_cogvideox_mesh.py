@@ -22,8 +22,17 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, python_env):
     folder = RandomCogVideoX(heads=4, dpm=True).save(tmp_path_factory.mktemp("mesh") / "four-heads")
-    env = python_env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-W", "ignore", str(TESTS / "cogvideox" / "mesh_parity.py"), str(folder)], env=env, capture_output=True, text=True)
+    env = python_env | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(TESTS),
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(TESTS / "cogvideox" / "mesh_parity.py"), str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -43,7 +52,9 @@ def test_rules_fit_the_full_size_model():
     spec = COGVIDEOX_1_5_5B
     mesh = Mesh(np.array([jax.devices()[0]] * 8).reshape(2, 4), ("dp", "tp"))
     # transformer/config.json of the published checkpoint, as far as it differs from diffusers' defaults
-    config = dict(sample_height=300, sample_width=300, patch_bias=False, use_rotary_positional_embeddings=True, sample_frames=81)
+    config = dict(
+        sample_height=300, sample_width=300, patch_bias=False, use_rotary_positional_embeddings=True, sample_frames=81
+    )
     module = build(lambda: CogVideoXTransformer3DModel(**config, **spec.signature))
     parameters = TracedModule(module, scan={"transformer_blocks": 2}).parameters(np.dtype(np.float32))
     count = sum(int(np.prod(s.shape)) for s in parameters.values())
@@ -51,6 +62,8 @@ def test_rules_fit_the_full_size_model():
     shardings = shard_parameters(parameters, TRANSFORMER, mesh)
     split = sum(int(np.prod(parameters[k].shape)) for k, s in shardings.items() if "tp" in s.spec)
     assert split > 0.84 * count, "the rest is mostly the modulation of each block"
-    t5_xxl = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu")
+    t5_xxl = T5Config(
+        d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu"
+    )
     encoder = TracedModule(build(lambda: T5EncoderModel(t5_xxl))).parameters(np.dtype(np.float32))
     shard_parameters(encoder, t5.RULES, mesh)

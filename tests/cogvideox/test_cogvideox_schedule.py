@@ -34,7 +34,9 @@ def run_stock_dpm(config, steps, seed):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 50])
-@pytest.mark.parametrize("changes", [{}, {"snr_shift_scale": 3.0}, {"timestep_spacing": "leading", "rescale_betas_zero_snr": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"snr_shift_scale": 3.0}, {"timestep_spacing": "leading", "rescale_betas_zero_snr": False}], ids=str
+)
 def test_dpm_table_equals_scheduler(steps, changes):
     config = PUBLISHED | changes
     expected, generator_state = run_stock_dpm(config, steps, seed=5)

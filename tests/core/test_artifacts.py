@@ -28,7 +28,17 @@ from tpuvid.errors import InputError, TpuvidError
 from tpuvid.stages import Conditioning, GenerationConfig, Latents
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
-CONFIGURED = GenerationConfig(prompt="a „cat“\nand 🐕", height=64, width=96, num_frames=17, fps=8, num_inference_steps=10, guidance_scale=4.5, flow_shift=3.0, seed=2**60)
+CONFIGURED = GenerationConfig(
+    prompt="a „cat“\nand 🐕",
+    height=64,
+    width=96,
+    num_frames=17,
+    fps=8,
+    num_inference_steps=10,
+    guidance_scale=4.5,
+    flow_shift=3.0,
+    seed=2**60,
+)
 
 
 def test_conditioning_round_trip(tmp_path):
@@ -44,18 +54,27 @@ def test_conditioning_round_trip(tmp_path):
         assert loaded.tensors[name].dtype == value.dtype and np.array_equal(loaded.tensors[name], value)
     assert loaded.max_sequence_length == 5
     assert loaded.history == {"encode": {"seconds": {"load": 1.5}}} and loaded.fingerprint == "abc"
-    assert read_config(tmp_path / CONFIG) == {"prompt": "a „cat“", "negative_prompt": "", "max_sequence_length": 5, "model_id": "m"}
+    assert read_config(tmp_path / CONFIG) == {
+        "prompt": "a „cat“",
+        "negative_prompt": "",
+        "max_sequence_length": 5,
+        "model_id": "m",
+    }
 
 
 def test_latents_round_trip_with_every_setting(tmp_path):
-    saved = Latents(model_id="m", latents=np.random.default_rng(0).normal(size=(1, 4, 2, 3, 3)).astype(np.float32), config=CONFIGURED)
+    saved = Latents(
+        model_id="m", latents=np.random.default_rng(0).normal(size=(1, 4, 2, 3, 3)).astype(np.float32), config=CONFIGURED
+    )
     array, file = load_latents(save_latents(tmp_path, saved, overwrite=False))
     assert np.array_equal(array, saved.latents)
     assert GenerationConfig(**file.settings) == CONFIGURED
     assert file.model_id == "m"
 
 
-@pytest.mark.parametrize("recorded, stored", [("bfloat16", np.float32), ("torch.bfloat16", ml_dtypes.bfloat16), ("torch.bfloat16", np.float32)])
+@pytest.mark.parametrize(
+    "recorded, stored", [("bfloat16", np.float32), ("torch.bfloat16", ml_dtypes.bfloat16), ("torch.bfloat16", np.float32)]
+)
 def test_both_bfloat16_conventions_are_read(tmp_path, recorded, stored):
     value = np.linspace(-3, 3, 24).reshape(1, 2, 3, 2, 2).astype(ml_dtypes.bfloat16)
     save_file({"latents": value.astype(stored)}, tmp_path / "f", {"dtype_info": json.dumps({"latents": recorded})})
@@ -70,7 +89,9 @@ def test_float32_stays_float32(tmp_path):
 
 @pytest.mark.parametrize("old", ["frames", "num_frames", "video_length"])
 def test_old_names_of_the_frame_count(tmp_path, old):
-    save_file({"latents": np.zeros((1, 1, 1, 1, 1), np.float32)}, tmp_path / "f", {old: "49", "guidance_scale": "6.0", "other": "x"})
+    save_file(
+        {"latents": np.zeros((1, 1, 1, 1, 1), np.float32)}, tmp_path / "f", {old: "49", "guidance_scale": "6.0", "other": "x"}
+    )
     assert read_stage_file(tmp_path / "f").settings == {"num_frames": 49, "guidance_scale": 6.0}
 
 
@@ -90,7 +111,12 @@ def test_a_real_file_of_another_tool():
 
 @pytest.mark.parametrize(
     "metadata, message",
-    [({"dtype_info": "{"}, "dtype_info"), ({"history": "[]"}, "history"), ({"dtype_info": "[1]"}, "dtype_info"), ({"num_frames": "many"}, "num_frames='many' is no int")],
+    [
+        ({"dtype_info": "{"}, "dtype_info"),
+        ({"history": "[]"}, "history"),
+        ({"dtype_info": "[1]"}, "dtype_info"),
+        ({"num_frames": "many"}, "num_frames='many' is no int"),
+    ],
 )
 def test_damaged_metadata_is_refused(tmp_path, metadata, message):
     save_file({"latents": np.zeros(1, np.float32)}, tmp_path / "f", metadata)

@@ -63,9 +63,17 @@ def test_xla_takes_additive_and_full_masks(shape):
 def test_xla_chunks_equal_one_piece(monkeypatch):
     q, k, v = inputs(101, 64, 32)
     mask = jnp.asarray(np.random.default_rng(4).random((2, 1, 101, 64)) < 0.5)
-    whole = [attention_xla(q, k, v), attention_xla(q, k, v, mask=mask), attention_xla(q, k, v, mask=key_mask(64)[:, None, None])]
+    whole = [
+        attention_xla(q, k, v),
+        attention_xla(q, k, v, mask=mask),
+        attention_xla(q, k, v, mask=key_mask(64)[:, None, None]),
+    ]
     monkeypatch.setattr("tpuvid.kernels.xla.SCORE_BYTES", 20_000)
-    pieces = [attention_xla(q, k, v), attention_xla(q, k, v, mask=mask), attention_xla(q, k, v, mask=key_mask(64)[:, None, None])]
+    pieces = [
+        attention_xla(q, k, v),
+        attention_xla(q, k, v, mask=mask),
+        attention_xla(q, k, v, mask=key_mask(64)[:, None, None]),
+    ]
     for a, b in zip(whole, pieces):
         assert error(b, a) < 1e-6
 

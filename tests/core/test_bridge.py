@@ -107,7 +107,9 @@ class Ops(nn.Module):
 
 def run_op(op, *args):
     module = Ops(op)
-    found = TracedModule(module).function("forward")({}, *(jnp.asarray(a.float().numpy(), jnp.bfloat16 if a.dtype == torch.bfloat16 else None) for a in args))
+    found = TracedModule(module).function("forward")(
+        {}, *(jnp.asarray(a.float().numpy(), jnp.bfloat16 if a.dtype == torch.bfloat16 else None) for a in args)
+    )
     return np.asarray(found, np.float32), op(*args).float().numpy()
 
 
@@ -118,13 +120,17 @@ def test_nearest_upsampling(mode, shape, factor):
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("shape, size", [((1, 2, 1, 4, 5), (1, 8, 15)), ((1, 2, 2, 4, 5), torch.Size((8, 4, 10))), ((2, 1, 3), 6)])
+@pytest.mark.parametrize(
+    "shape, size", [((1, 2, 1, 4, 5), (1, 8, 15)), ((1, 2, 2, 4, 5), torch.Size((8, 4, 10))), ((2, 1, 3), 6)]
+)
 def test_nearest_upsampling_to_a_size(shape, size):
     found, expected = run_op(lambda x: nn.functional.interpolate(x, size=size), torch.randn(shape))
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("options", [dict(scale_factor=2.0, mode="bilinear"), dict(size=(3, 4)), dict(size=(1, 2)), dict(scale_factor=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(scale_factor=2.0, mode="bilinear"), dict(size=(3, 4)), dict(size=(1, 2)), dict(scale_factor=0.5)], ids=str
+)
 def test_unsupported_interpolation_is_an_error(options):
     with pytest.raises(ValueError, match="is not supported"):
         run_op(lambda x: nn.functional.interpolate(x, **options), torch.randn(1, 1, 2, 2))
@@ -169,7 +175,9 @@ def write_slices(x):
 
 
 @pytest.mark.parametrize("size", [7, 8])
-@pytest.mark.parametrize("part", [slice(0, None, 2), slice(1, None, 2), slice(2, None, 3), slice(1, 6, 2), slice(3, 5, 1), slice(5, 6, 4)])
+@pytest.mark.parametrize(
+    "part", [slice(0, None, 2), slice(1, None, 2), slice(2, None, 3), slice(1, 6, 2), slice(3, 5, 1), slice(5, 6, 4)]
+)
 def test_strided_slices_are_written_as_torch_does(size, part):
     """Rotary embeddings write even and odd entries: into a fresh tensor, and into one that is read again."""
 
@@ -225,5 +233,7 @@ def test_attention_is_ours_and_never_nan():
     mask[..., 3:] = False
     found, expected = run_op(lambda q: nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask.to(q.device)), q)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    nothing, _ = run_op(lambda q: nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=(q[:, :1, :1, :7] > 1e9)[..., :7]), q[..., :7])
+    nothing, _ = run_op(
+        lambda q: nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=(q[:, :1, :1, :7] > 1e9)[..., :7]), q[..., :7]
+    )
     assert np.array_equal(nothing, np.zeros_like(nothing))

@@ -55,7 +55,9 @@ def test_fingerprints_tell_checkpoints_of_one_shape_apart(folder, tmp_path):
 )
 def test_another_variant_of_the_pipeline_is_refused(folder, entry):
     """Wan 2.2 has the same class and, in each transformer, the same shapes."""
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "transformer_2": [None, None], "boundary_ratio": None} | entry))
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "WanPipeline", "transformer_2": [None, None], "boundary_ratio": None} | entry)
+    )
     with pytest.raises(InputError, match=f"{next(iter(entry))}=.* is not supported by wan yet"):
         resolve_model(str(folder))
 
@@ -78,6 +80,7 @@ def test_of_a_hub_repository_only_what_is_needed_is_fetched(folder, monkeypatch)
     with pytest.raises(InputError, match="has no plugin"):
         resolve_model("someone/flux")
     assert asked == ["model_index.json"]
+
 
 def test_the_hub_id_of_a_registered_model_is_that_model():
     spec, checkpoint = resolve_model("Wan-AI/Wan2.1-T2V-14B-Diffusers")
@@ -107,7 +110,14 @@ def test_an_unreachable_hub_is_a_run_time_error_with_a_remedy(monkeypatch):
 
 @pytest.mark.parametrize(
     "model, message",
-    [("./nowhere", "does not exist; give a diffusers folder"), ("wan2.1-t2v", "did you mean"), ("a/b/c", "is not known"), ("", "model is empty"), ("-x/y", "is not known"), ("foo--bar/..", "is not known|valid Hub id")],
+    [
+        ("./nowhere", "does not exist; give a diffusers folder"),
+        ("wan2.1-t2v", "did you mean"),
+        ("a/b/c", "is not known"),
+        ("", "model is empty"),
+        ("-x/y", "is not known"),
+        ("foo--bar/..", "is not known|valid Hub id"),
+    ],
 )
 def test_what_is_no_model_is_refused(model, message):
     with pytest.raises(InputError, match=message):

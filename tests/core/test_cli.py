@@ -80,10 +80,20 @@ def test_list_models_shows_a_broken_plugin(tmp_path, tpuvid_command, python_env)
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-one\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[tpuvid]\nbroken = broken_one.plugin\n")
-    done = subprocess.run([tpuvid_command, "list-models"], env=python_env | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [tpuvid_command, "list-models"], env=python_env | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "wan-tiny" in done.stdout
-    assert done.stderr == "warning: plugin broken (broken-one 1.0) does not load: ModuleNotFoundError: No module named 'broken_one'\n"
-    denied = subprocess.run([tpuvid_command, "list-models"], env=python_env | {"PYTHONPATH": str(tmp_path), "TPUVID_PLUGINS": "-broken"}, capture_output=True, text=True)
+    assert (
+        done.stderr
+        == "warning: plugin broken (broken-one 1.0) does not load: ModuleNotFoundError: No module named 'broken_one'\n"
+    )
+    denied = subprocess.run(
+        [tpuvid_command, "list-models"],
+        env=python_env | {"PYTHONPATH": str(tmp_path), "TPUVID_PLUGINS": "-broken"},
+        capture_output=True,
+        text=True,
+    )
     assert denied.stderr == ""
 
 
@@ -102,8 +112,14 @@ def test_yaml_gives_defaults_and_flags_win(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("num_framez: 3", "'num_framez' is no flag of tpuvid; did you mean num-frames?"), ("- a", "holds a list"), ("a: [", "no readable YAML"),
-     ("output: [x]", "output=['x']: needs one path"), ("seed: true", "seed=True: needs one integer"), ("prompt: {a: b}", "needs one text")],
+    [
+        ("num_framez: 3", "'num_framez' is no flag of tpuvid; did you mean num-frames?"),
+        ("- a", "holds a list"),
+        ("a: [", "no readable YAML"),
+        ("output: [x]", "output=['x']: needs one path"),
+        ("seed: true", "seed=True: needs one integer"),
+        ("prompt: {a: b}", "needs one text"),
+    ],
 )
 def test_yaml_that_makes_no_sense_is_refused(tmp_path, capsys, text, message):
     (tmp_path / "c.yaml").write_text(text)
@@ -120,7 +136,9 @@ def test_yaml_values_have_the_flags_types(tmp_path, capsys):
 
 def test_one_yaml_serves_all_commands(tmp_path, capsys):
     """What a command doesn't have is another's; an empty value is not given."""
-    (tmp_path / "c.yaml").write_text(f"model: ./nowhere\nprompt: x\nheight: 64\nlora-path:\ninput_dir: {tmp_path}\noverwrite: true\n")
+    (tmp_path / "c.yaml").write_text(
+        f"model: ./nowhere\nprompt: x\nheight: 64\nlora-path:\ninput_dir: {tmp_path}\noverwrite: true\n"
+    )
     assert "'./nowhere' does not exist" in fails(capsys, "encode", "--config", str(tmp_path / "c.yaml"))[1]
     assert "stage1_embeddings.safetensors: does not exist" in fails(capsys, "denoise", "--config", str(tmp_path / "c.yaml"))[1]
 
@@ -153,7 +171,8 @@ def test_an_interrupt_is_130(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "error, says", [(RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "out of memory"), (KeyError("x"), "unexpected; TPUVID_DEBUG=1 shows")]
+    "error, says",
+    [(RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "out of memory"), (KeyError("x"), "unexpected; TPUVID_DEBUG=1 shows")],
 )
 def test_a_failure_while_running_is_one_line_and_1(monkeypatch, capsys, error, says):
     def fail(*args, **kwargs):
@@ -164,7 +183,14 @@ def test_a_failure_while_running_is_one_line_and_1(monkeypatch, capsys, error, s
     assert code == 1 and says in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option, message", [(["--mesh", "ep=2"], "dp=2,tp=4"), (["--mesh", "tp=64"], "needs 64 devices"), (["--attention-backend", "splash"], "runs on tpu")])
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (["--mesh", "ep=2"], "dp=2,tp=4"),
+        (["--mesh", "tp=64"], "needs 64 devices"),
+        (["--attention-backend", "splash"], "runs on tpu"),
+    ],
+)
 def test_what_these_devices_cannot_do_is_refused(tmp_path, capsys, option, message):
     code, err = fails(capsys, "generate", "--model", "wan-tiny", "--prompt", "x", "-o", str(tmp_path / "a.mp4"), *option)
     assert code == 2 and message in err and err.count("\n") == 1
@@ -181,8 +207,24 @@ def test_one_failed_prompt_does_not_stop_the_others(tmp_path, capsys, monkeypatc
         return denoise(self, conditioning, config, **options)
 
     monkeypatch.setattr(Pipeline, "denoise_config", sometimes)
-    (tmp_path / "p.txt").write_text("a red circle growing on a black background\na blue one\na green square growing on a black background\n")
-    code = run(["generate", "--model", "wan-tiny", "--prompt-path", str(tmp_path / "p.txt"), "--steps", "2", "--num-frames", "5", "--output-dir", str(tmp_path / "out")])
+    (tmp_path / "p.txt").write_text(
+        "a red circle growing on a black background\na blue one\na green square growing on a black background\n"
+    )
+    code = run(
+        [
+            "generate",
+            "--model",
+            "wan-tiny",
+            "--prompt-path",
+            str(tmp_path / "p.txt"),
+            "--steps",
+            "2",
+            "--num-frames",
+            "5",
+            "--output-dir",
+            str(tmp_path / "out"),
+        ]
+    )
     captured = capsys.readouterr()
     assert code == 3 and "'a blue one': out of memory (RESOURCE_EXHAUSTED: the blue one failed)" in captured.err
     assert sorted(p.name.split("_")[0] for p in (tmp_path / "out").glob("*.mp4")) == [

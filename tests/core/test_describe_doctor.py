@@ -35,7 +35,9 @@ def test_a_checkpoint():
 
 
 def test_a_missing_component_is_shown(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"], "x": []}))
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"], "x": []})
+    )
     assert "vae: AutoencoderKLWan" in render(describe(tmp_path)) and "is missing" in render(describe(tmp_path))
 
 
@@ -58,7 +60,12 @@ def test_doctor_finds_nothing_wrong_here(capsys):
 
 @pytest.mark.parametrize(
     "stock, fork, says",
-    [("0.42.1", None, "stock 0.42.1"), ("0.37.0.dev0", None, "fork"), (None, "0.37.0.dev0", "fork"), (None, None, "not installed")],
+    [
+        ("0.42.1", None, "stock 0.42.1"),
+        ("0.37.0.dev0", None, "fork"),
+        (None, "0.37.0.dev0", "fork"),
+        (None, None, "not installed"),
+    ],
 )
 def test_doctor_tells_the_fork_from_stock(stock, fork, says):
     assert diffusers_kind({"diffusers": stock, "diffusers-tpu": fork}).startswith(says)
@@ -67,8 +74,20 @@ def test_doctor_tells_the_fork_from_stock(stock, fork, says):
 def test_doctor_reports_what_is_wrong(monkeypatch, capsys):
     import tpuvid.doctor as doctor
 
-    versions = {"diffusers": "0.42.1", "diffusers-tpu": "0.37.0.dev0", "jax": "1", "torch": "1", "torchax": "1", "av": None, "transformers": None}
+    versions = {
+        "diffusers": "0.42.1",
+        "diffusers-tpu": "0.37.0.dev0",
+        "jax": "1",
+        "torch": "1",
+        "torchax": "1",
+        "av": None,
+        "transformers": None,
+    }
     monkeypatch.setattr(doctor, "_version", versions.get)
     assert run(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "problem: av is not installed" in out and "problem: transformers is not installed" in out and "overwrite each other" in out
+    assert (
+        "problem: av is not installed" in out
+        and "problem: transformers is not installed" in out
+        and "overwrite each other" in out
+    )

@@ -1,5 +1,6 @@
 import sys
 import types
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -7,7 +8,6 @@ from tpuvid.errors import InputError
 from tpuvid.hookspecs import hookimpl
 from tpuvid.registry import Registry, load_plugins
 from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
-from dataclasses import replace
 
 
 @pytest.fixture
@@ -96,7 +96,9 @@ def test_missing_module_is_one_row(plugin):
     assert registry.get(WAN_14B.model_id) is WAN_14B
 
 
-@pytest.mark.parametrize("selection, left", [("good", {"good"}), ("-good", {"other"}), ("good, other", {"good", "other"}), ("", {"good", "other"})])
+@pytest.mark.parametrize(
+    "selection, left", [("good", {"good"}), ("-good", {"other"}), ("good, other", {"good", "other"}), ("", {"good", "other"})]
+)
 def test_selection(plugin, selection, left):
     registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)], selection)
     assert {p.name for p in registry.plugins} == left

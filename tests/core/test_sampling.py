@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from tpuvid.errors import InputError
 from tpuvid.progress import Progress
-from tpuvid.sampling import guide, initial_state, make_generator, make_noise, run_steps
+from tpuvid.sampling import check_embeds, guide, initial_state, make_generator, make_noise, run_steps
 from tpuvid.schedule import advance, tabulate
 
 
@@ -46,3 +47,22 @@ def test_an_exception_in_the_callback_stops_the_run():
     with pytest.raises(KeyboardInterrupt):
         run_steps(lambda state, *_: ran.append(state) or state, jnp.zeros((1, 2)), schedule, Progress(), cancel)
     assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    "negative, message",
+    [
+        (np.zeros((1, 4, 6), np.float32), "1, 4, 6"),
+        (np.zeros((1, 3, 5), np.float32), "3, 5"),
+        (np.zeros((1, 3, 6), np.int32), "int32"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused(negative, message):
+    good = np.zeros((1, 3, 6), np.float32)
+    check_embeds({"prompt_embeds": good, "negative_prompt_embeds": good}, 6)
+    check_embeds({"prompt_embeds": good}, 6)
+    with pytest.raises(InputError, match=f"negative_prompt_embeds is .*{message}.*this model takes"):
+        check_embeds({"prompt_embeds": good, "negative_prompt_embeds": negative}, 6)
+    for bad in (np.zeros((2, 3, 6), np.float32), np.zeros((1, 0, 6), np.float32), np.zeros((3, 6), np.float32)):
+        with pytest.raises(InputError, match="prompt_embeds is"):
+            check_embeds({"prompt_embeds": bad}, 6)

@@ -48,7 +48,7 @@ def test_nearest_frames_are_themselves_valid(step, frames):
     ],
 )  # fmt: skip
 def test_settings_that_no_model_could_run_are_refused(change):
-    (name, value), = change.items()
+    ((name, value),) = change.items()
     with pytest.raises(InputError, match=rf"{name}={re.escape(repr(value))}: needs"):
         check_sampling(dataclasses.replace(CONFIG, **change))
 

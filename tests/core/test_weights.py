@@ -53,7 +53,9 @@ def test_loading_holds_no_second_copy(tmp_path):
     values = {f"blocks.{i}.{j}.weight": rng.random((512, 512), dtype=np.float32) for i in range(32) for j in range(8)}
     for part in range(4):
         save_file({k: v for k, v in values.items() if int(k.split(".")[1]) % 4 == part}, tmp_path / f"{part}.safetensors")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE, str(tmp_path), "float32"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURE, str(tmp_path), "float32"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["size"] == 8 * 32 * 512 * 512 * 4

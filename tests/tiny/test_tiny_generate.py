@@ -27,6 +27,11 @@ def test_the_mp4_shows_the_prompt(scene, tmp_path, capsys):
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert frames.shape == (17, 64, 64, 3)
     reading = read_clip(frames.astype(np.float32) / 255)
-    assert (reading.colour, reading.shape, reading.motion, reading.background) == (scene.colour, scene.shape, scene.motion, scene.background)
+    assert (reading.colour, reading.shape, reading.motion, reading.background) == (
+        scene.colour,
+        scene.shape,
+        scene.motion,
+        scene.background,
+    )
     settings = json.loads((tmp_path / "clip.json").read_text())
     assert settings["prompt"] == scene.caption() and settings["model_id"] == "wan-tiny"

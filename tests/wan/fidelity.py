@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import tpuvid
 from diffusers import WanPipeline
-from wan.random_checkpoint import RandomWan
 from tpuvid.stages import Latents
+from wan.random_checkpoint import RandomWan
 
 
 @dataclass(frozen=True)

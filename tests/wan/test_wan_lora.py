@@ -30,7 +30,9 @@ def random_lora(style):
             else:
                 name = f"diffusion_model.blocks.{block}.{original}"
                 state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(6.0)}
-    modules = [name.removeprefix("transformer.").removesuffix(".lora_A.weight") for name in state if name.endswith("lora_A.weight")]
+    modules = [
+        name.removeprefix("transformer.").removesuffix(".lora_A.weight") for name in state if name.endswith("lora_A.weight")
+    ]
     adapter = {"transformer.r": RANK, "transformer.lora_alpha": 6, "transformer.target_modules": modules}
     return state, {"format": "pt", "lora_adapter_metadata": json.dumps(adapter)} if style == "diffusers" else {"format": "pt"}
 
@@ -46,7 +48,9 @@ def test_merged_equals_diffusers(checkpoint, pipe, tmp_path, style, scale):
     stock.load_lora_weights(str(tmp_path), weight_name="lora.safetensors", adapter_name="a")
     stock.set_adapters("a", scale)
     arguments = {k: v for k, v in SMALL.items() if k != "seed"}
-    expected = stock("a cat", generator=torch.Generator().manual_seed(SMALL["seed"]), output_type="latent", **arguments).frames.numpy()
+    expected = stock(
+        "a cat", generator=torch.Generator().manual_seed(SMALL["seed"]), output_type="latent", **arguments
+    ).frames.numpy()
 
     adapted = tpuvid.load(str(checkpoint), lora_path=path, lora_scale=scale)
     found = adapted.denoise(adapted.encode("a cat"), **SMALL).latents
@@ -58,8 +62,16 @@ def test_merged_equals_diffusers(checkpoint, pipe, tmp_path, style, scale):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: {k.replace("blocks.1", "blocks.7"): v for k, v in s.items()}, "blocks.7.attn1.to_q.weight.*made for another model"),
-        (lambda s: {k: (v[:, :5].contiguous() if k.endswith("blocks.0.attn1.to_q.lora_A.weight") else v) for k, v in s.items()}, r"here it is \(32, 32\)"),
+        (
+            lambda s: {k.replace("blocks.1", "blocks.7"): v for k, v in s.items()},
+            "blocks.7.attn1.to_q.weight.*made for another model",
+        ),
+        (
+            lambda s: {
+                k: (v[:, :5].contiguous() if k.endswith("blocks.0.attn1.to_q.lora_A.weight") else v) for k, v in s.items()
+            },
+            r"here it is \(32, 32\)",
+        ),
         (lambda s: {k: v for k, v in s.items() if not k.endswith("blocks.0.attn1.to_q.lora_B.weight")}, "without its lora_B"),
         (lambda s: {"something.else": torch.zeros(2)}, "no LoRA of a Wan transformer"),
     ],

@@ -18,8 +18,17 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, python_env):
     folder = RandomWan(heads=4).save(tmp_path_factory.mktemp("mesh") / "four-heads")
-    env = python_env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-W", "ignore", str(TESTS / "wan" / "mesh_parity.py"), str(folder)], env=env, capture_output=True, text=True)
+    env = python_env | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(TESTS),
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(TESTS / "wan" / "mesh_parity.py"), str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -26,7 +26,10 @@ def test_the_family_conforms(checkpoint, tmp_path):
 def test_commands_staged_equal_one_shot_bit_for_bit(checkpoint, tmp_path, capsys):
     sampling = ["--height", "32", "--width", "48", "--num_frames", "5", "--steps", "2", "--guidance-scale", "4", "--seed", "5"]
     model = ["--model", str(checkpoint)]
-    assert run(["generate", *model, "--prompt", "a cat", *sampling, "-o", str(tmp_path / "one" / "clip.mp4"), "--save-frames"]) == 0
+    assert (
+        run(["generate", *model, "--prompt", "a cat", *sampling, "-o", str(tmp_path / "one" / "clip.mp4"), "--save-frames"])
+        == 0
+    )
     stage = str(tmp_path / "staged")
     assert run(["encode", *model, "--prompt", "a cat", "--output-dir", stage]) == 0
     # the stage files say which model made them
@@ -180,7 +183,9 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, monkey
     wide = replaced(conditioning, tensors={k: np.zeros((1, 512, 4096), np.float32) for k in conditioning.tensors})
     with pytest.raises(InputError, match=r"takes \[1, L, 24\]"):
         pipe.denoise(wide, **SMALL)
-    short = replaced(conditioning, tensors=dict(conditioning.tensors) | {"negative_prompt_embeds": np.zeros((1, 226, 24), np.float32)})
+    short = replaced(
+        conditioning, tensors=dict(conditioning.tensors) | {"negative_prompt_embeds": np.zeros((1, 226, 24), np.float32)}
+    )
     with pytest.raises(InputError, match=r"negative_prompt_embeds is float32 \[1, 226, 24\]"):
         pipe.denoise(short, **SMALL)
     positive = replaced(conditioning, tensors={"prompt_embeds": conditioning.tensors["prompt_embeds"]})
@@ -193,7 +198,11 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, monkey
         pipe.decode(foreign)
     with pytest.raises(InputError, match="these latents were made by other"):
         pipe.decode(replaced(latents, model_id="other", fingerprint=None))
-    for damage in (np.full_like(latents.latents, np.nan), np.zeros((1, 4, 0, 4, 6), np.float32), np.zeros((1, 4, 3, 4, 6), np.int64)):
+    for damage in (
+        np.full_like(latents.latents, np.nan),
+        np.zeros((1, 4, 0, 4, 6), np.float32),
+        np.zeros((1, 4, 3, 4, 6), np.int64),
+    ):
         with pytest.raises(InputError, match="denoise again"):
             pipe.decode(replaced(latents, latents=damage))
 
@@ -246,10 +255,16 @@ def test_unknown_scheduler_is_refused(checkpoint, tmp_path):
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "tokenizer, text_encoder can't be used"),
         (lambda f: (f / "text_encoder" / "config.json").write_text("{}"), "tokenizer, text_encoder can't be used"),
         (lambda f: edit_json(f / "transformer" / "config.json", num_layers="two"), "transformer, scheduler can't be used"),
-        (lambda f: edit_json(f / "transformer" / "config.json", num_layers=3), r"transformer: weights don't match config.json: 2\d missing"),
+        (
+            lambda f: edit_json(f / "transformer" / "config.json", num_layers=3),
+            r"transformer: weights don't match config.json: 2\d missing",
+        ),
         (lambda f: edit_json(f / "vae" / "config.json", base_dim=8), "vae: .* has shape .*, config.json asks for"),
         (lambda f: edit_json(f / "vae" / "config.json", patch_size=2), "Wan 2.2"),
-        (lambda f: edit_json(f / "scheduler" / "scheduler_config.json", solver_type="bh1"), "scheduler_config.json: .* infinite or undefined"),
+        (
+            lambda f: edit_json(f / "scheduler" / "scheduler_config.json", solver_type="bh1"),
+            "scheduler_config.json: .* infinite or undefined",
+        ),
         (lambda f: truncate(f / "vae" / "diffusion_pytorch_model.safetensors"), "truncated or foreign"),
     ],
 )
@@ -273,7 +288,9 @@ def truncate(path):
 
 
 def test_weights_that_give_nan_make_no_video(checkpoint, tmp_path):
-    pipe = edit_weights(checkpoint, tmp_path / "nan", lambda t: t.update({"proj_out.bias": np.full_like(t["proj_out.bias"], np.nan)}))
+    pipe = edit_weights(
+        checkpoint, tmp_path / "nan", lambda t: t.update({"proj_out.bias": np.full_like(t["proj_out.bias"], np.nan)})
+    )
     with pytest.raises(TpuvidError, match="latents hold NaN or infinity"):
         pipe.generate("a cat", **SMALL)
 
@@ -302,5 +319,3 @@ def test_flow_shift_follows_the_resolution(pipe):
     conditioning = pipe.encode("a cat")
     own, other = (pipe.denoise(conditioning, **SMALL, flow_shift=shift).latents for shift in (None, 9.0))
     assert not np.array_equal(own, other)
-
-

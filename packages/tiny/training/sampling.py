@@ -14,10 +14,9 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from text import tokens_of
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-
 from tpuvid_tiny.grammar import SHAPES, Scene, held_out_scenes
 from tpuvid_tiny.score import read_clip
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 TEXT_LENGTH = 512  # WanPipeline's default max_sequence_length
 LATENT_GRID = (5, 8, 8)  # frames, height, width of a 17 x 64 x 64 clip

@@ -7,9 +7,8 @@ import random
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
 from tpuvid_tiny.grammar import EOS, PAD, UNK, vocabulary
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 MAX_WORDS = 16  # the longest caption has 13 words and the end mark
 

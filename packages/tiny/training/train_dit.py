@@ -22,10 +22,9 @@ from muon import Average, Optimisers
 from sampling import Sampler, TextToVideo, accuracy, latent_scale, sample_of_held_out
 from text import dropped, forget_words, make_text_encoder, make_tokenizer, tokens_of
 from torch import Tensor
-from train_vae import to_network
-
 from tpuvid_tiny.grammar import training_scenes
 from tpuvid_tiny.render import render_uint8
+from train_vae import to_network
 
 HEAD = 32
 CAPTION_DROPOUT = 0.10

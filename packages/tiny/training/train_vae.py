@@ -18,7 +18,6 @@ import torch
 from diffusers import AutoencoderKLWan
 from muon import Average, Optimisers
 from torch import Tensor
-
 from tpuvid_tiny.grammar import all_scenes, training_scenes
 from tpuvid_tiny.render import FRAMES, HEIGHT, render_uint8
 

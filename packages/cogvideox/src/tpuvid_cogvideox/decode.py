@@ -96,4 +96,6 @@ class CogVideoXDecoder:
 
 def _carried(cache: Cache) -> Cache:
     """What the next chunk looks back at."""
-    return {name: _carried(value) if isinstance(value, dict) else value for name, value in cache.items() if name not in POINTWISE}
+    return {
+        name: _carried(value) if isinstance(value, dict) else value for name, value in cache.items() if name not in POINTWISE
+    }

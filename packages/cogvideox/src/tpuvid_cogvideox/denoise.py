@@ -20,7 +20,7 @@ from tpuvid.checkpoint import Checkpoint
 from tpuvid.errors import InputError
 from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import guide, initial_state, make_generator, make_noise, run_steps
+from tpuvid.sampling import check_embeds, guide, initial_state, make_generator, make_noise, run_steps
 from tpuvid.schedule import Schedule, advance, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.weights import load_parameters, match_parameters
@@ -60,7 +60,9 @@ class CogVideoXDenoiser:
         module = build(lambda: CogVideoXTransformer3DModel.from_config(config))
         self.config = module.config
         if not self.config.use_rotary_positional_embeddings or self.config.use_learned_positional_embeddings:
-            raise InputError("this transformer adds its positions (as CogVideoX-2b does); tpuvid-cogvideox runs those with rotary ones")
+            raise InputError(
+                "this transformer adds its positions (as CogVideoX-2b does); tpuvid-cogvideox runs those with rotary ones"
+            )
         self.traced = TracedModule(module, scan={"transformer_blocks": 2})
         widths = split_sizes(self.traced.parameters(runtime.dtype), TRANSFORMER)
         self.mesh = runtime.denoiser_mesh({self.config.num_attention_heads, *widths})
@@ -77,14 +79,11 @@ class CogVideoXDenoiser:
         )
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
-        width = self.config.text_embed_dim
-        length = tensors["prompt_embeds"].shape[1:2]
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            embeds = tensors.get(name)
-            if embeds is not None and embeds.shape != (1, *length, width):
-                raise InputError(f"{name} has shape {list(embeds.shape)}, this model takes [1, L, {width}], both alike; encode with this model")
+        check_embeds(tensors, self.config.text_embed_dim)
 
-    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback) -> Float[np.ndarray, "1 C f h w"]:
+    def denoise(
+        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback
+    ) -> Float[np.ndarray, "1 C f h w"]:
         schedule, draws = make_schedule(self.scheduler_config, config.num_inference_steps)
         guided = config.do_classifier_free_guidance
         embeds = tensors["prompt_embeds"]
@@ -135,7 +134,9 @@ class CogVideoXDenoiser:
         ) -> Float[Array, "K B f C h w"]:
             latents = state[0].astype(dtype)
             if guided:  # prompt and negative prompt in one batch
-                latents = jax.lax.with_sharding_constraint(jnp.concatenate([latents, latents]), batch_sharded(self.mesh, len(text)))
+                latents = jax.lax.with_sharding_constraint(
+                    jnp.concatenate([latents, latents]), batch_sharded(self.mesh, len(text))
+                )
             timesteps = jnp.broadcast_to(timestep, len(latents))
             output = forward(params, latents, text, timesteps, image_rotary_emb=rotary)[0].astype(jnp.float32)
             if guided:

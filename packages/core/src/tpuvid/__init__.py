@@ -1,9 +1,9 @@
 """tpuvid: text-to-video inference on Google TPUs.
 
-    import tpuvid
+import tpuvid
 
-    pipe = tpuvid.load("wan-tiny")
-    pipe.generate(prompt="a red circle moving right on a black background").save("circle.mp4")
+pipe = tpuvid.load("wan-tiny")
+pipe.generate(prompt="a red circle moving right on a black background").save("circle.mp4")
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
     except FileExistsError:
         raise InputError(f"{path}: already exists; choose another name or pass --overwrite") from None
     except OSError as error:
-        raise TpuvidError(f"{path}: can't be written ({error.strerror or error}); free space or choose another place") from error
+        raise TpuvidError(
+            f"{path}: can't be written ({error.strerror or error}); free space or choose another place"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

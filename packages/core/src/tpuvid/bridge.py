@@ -152,7 +152,9 @@ def _convolution(kernel, ndim, input, weight, bias=None, stride=1, padding=0, di
     return kernel(input, weight, bias, stride=per_axis(stride), padding=per_axis(padding))
 
 
-def _interpolate_nearest(x, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False):
+def _interpolate_nearest(
+    x, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False
+):
     """Nearest upsampling of [B, C, *spatial] by whole factors, as broadcast + reshape: no gathers."""
     ndim = x.ndim - 2
     if size is not None:

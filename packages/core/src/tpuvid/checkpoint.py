@@ -134,7 +134,9 @@ def _identify(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
     for name, value in index.items():
         component = isinstance(value, list) and value and value[-1] is not None
         if (component and name not in needed) or (not isinstance(value, list) and value and not name.startswith("_")):
-            raise InputError(f"{root / INDEX}: {name}={value!r} is not supported by {spec.family} yet; this is another variant of the model")
+            raise InputError(
+                f"{root / INDEX}: {name}={value!r} is not supported by {spec.family} yet; this is another variant of the model"
+            )
     return replace(spec, model_id=checkpoint.model_id, twin=spec.model_id), checkpoint
 
 
@@ -150,7 +152,9 @@ def _download(repo_id: str, pattern: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[pattern], ignore_patterns=["*.bin", "*.pt", "*.pth", "*.msgpack"]))
+        return Path(
+            snapshot_download(repo_id, allow_patterns=[pattern], ignore_patterns=["*.bin", "*.pt", "*.pth", "*.msgpack"])
+        )
     except HFValidationError:
         raise InputError(f"{repo_id!r} is neither a folder nor a valid Hub id; give one of the form owner/name") from None
     except GatedRepoError:
@@ -195,7 +199,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); download it again")
     if not shards:
         other = next((p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}), None)
-        remedy = f"{other} is a pickle and is not read; convert it with save_pretrained(safe_serialization=True)" if other else "download it again"
+        remedy = (
+            f"{other} is a pickle and is not read; convert it with save_pretrained(safe_serialization=True)"
+            if other
+            else "download it again"
+        )
         raise InputError(f"{folder}: holds no .safetensors weights; {remedy}")
     return shards
 
@@ -237,6 +245,8 @@ def readable_safetensors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{path}: does not exist") from None
     except SafetensorError as error:
-        raise InputError(f"{path}: is no complete safetensors file ({error}); it is truncated or foreign: make or fetch it again") from None
+        raise InputError(
+            f"{path}: is no complete safetensors file ({error}); it is truncated or foreign: make or fetch it again"
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror or error})") from None

@@ -159,7 +159,9 @@ config_option = click.option(
 )  # fmt: skip
 runtime_options = _options(
     click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Default: bfloat16; float32 on a CPU."),
-    click.option("--attention-backend", type=click.Choice(["auto", "xla", "splash", "cudnn"]), default="auto", show_default=True),
+    click.option(
+        "--attention-backend", type=click.Choice(["auto", "xla", "splash", "cudnn"]), default="auto", show_default=True
+    ),
 )
 
 
@@ -175,7 +177,11 @@ class Outputs:
     def files(self) -> dict[str, Path]:
         from tpuvid.artifacts import FRAMES
 
-        files = {"video": self.video, "contact sheet": self.video.with_suffix(".png"), "settings": self.video.with_suffix(".json")}
+        files = {
+            "video": self.video,
+            "contact sheet": self.video.with_suffix(".png"),
+            "settings": self.video.with_suffix(".json"),
+        }
         return files | ({"frames": self.video.with_name(FRAMES)} if self.save_frames else {})
 
     def check(self) -> None:
@@ -254,7 +260,9 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
     if output and len(prompts) > 1:
         raise InputError(f"--output names one file, {prompt_file} holds {len(prompts)} prompts; use --output-dir")
     if save_frames and len(prompts) > 1:
-        raise InputError(f"--save-frames writes one stage3_frames.safetensors, {prompt_file} holds {len(prompts)} prompts; run them one by one")
+        raise InputError(
+            f"--save-frames writes one stage3_frames.safetensors, {prompt_file} holds {len(prompts)} prompts; run them one by one"
+        )
     spec, checkpoint = resolve_model(model)
     settings, options = _split(given)
     configs = [spec.configure(prompt=p, **settings).with_drawn_seed() for p in prompts]
@@ -272,7 +280,9 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
     return EXIT_SOME_FAILED if failures else 0
 
 
-def _generate_all(pipe: Pipeline, configs: list[GenerationConfig], outputs: list[Outputs]) -> list[tuple[GenerationConfig, str]]:
+def _generate_all(
+    pipe: Pipeline, configs: list[GenerationConfig], outputs: list[Outputs]
+) -> list[tuple[GenerationConfig, str]]:
     """Every prompt through each stage before the next stage loads; what fails doesn't stop the others."""
     done: list[Any] = list(configs)
     failures = []
@@ -361,7 +371,9 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
 @save_frames_option
 @overwrite_option
 @runtime_options
-def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_frames: bool, overwrite: bool, **given: Any) -> None:
+def decode(
+    model: str | None, input_dir: Path, output_dir: Path | None, save_frames: bool, overwrite: bool, **given: Any
+) -> None:
     """Stage 3: stage2_latents.safetensors → output_video.mp4."""
     from tpuvid.artifacts import CONFIG, LATENTS, load_latents, read_config
     from tpuvid.stages import Latents, check_sampling

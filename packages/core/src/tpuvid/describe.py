@@ -20,15 +20,24 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_file():
         return _file(path)
     if not path.is_dir():
-        raise InputError(f"{path}: {'is neither a file nor a folder' if path.exists() else 'does not exist'}; give a file or a folder")
+        raise InputError(
+            f"{path}: {'is neither a file nor a folder' if path.exists() else 'does not exist'}; give a file or a folder"
+        )
     if (path / INDEX).exists():
         return _checkpoint(path)
     if (path / "config.json").exists():
         return {"kind": "component", "path": str(path), **_component(path)}
     files = sorted(path.glob("*.safetensors"))
     if not files and not (path / CONFIG).exists():
-        raise InputError(f"{path}: holds neither a {INDEX} nor safetensors files; give a stage file, a stage folder or a checkpoint")
-    return {"kind": "folder", "path": str(path), "settings": read_json(path / CONFIG) if (path / CONFIG).exists() else {}, "files": [_file(f) for f in files]}
+        raise InputError(
+            f"{path}: holds neither a {INDEX} nor safetensors files; give a stage file, a stage folder or a checkpoint"
+        )
+    return {
+        "kind": "folder",
+        "path": str(path),
+        "settings": read_json(path / CONFIG) if (path / CONFIG).exists() else {},
+        "files": [_file(f) for f in files],
+    }
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -36,9 +36,17 @@ def examine() -> dict[str, Any]:
         "versions": {name: v for name, v in versions.items() if v},
         "diffusers": diffusers_kind(versions),
         "devices": devices,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TPUVID_") or k in ("HF_HOME", "HF_HUB_OFFLINE")},
+        "environment": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith("TPUVID_") or k in ("HF_HOME", "HF_HUB_OFFLINE")
+        },
         "plugins": [
-            {"name": p.name, "package": p.package, "version": p.version, "models": [m.model_id for m in p.models], "error": p.error}
+            {
+                "name": p.name,
+                "package": p.package,
+                "version": p.version,
+                "models": [m.model_id for m in p.models],
+                "error": p.error,
+            }
             for p in registry().plugins
         ],
         "problems": problems,
@@ -55,7 +63,9 @@ def diffusers_kind(versions: dict[str, str | None]) -> str:
 
 def _diffusers_problems(versions: dict[str, str | None]) -> list[str]:
     if versions["diffusers"] and versions["diffusers-tpu"]:
-        return ["diffusers and diffusers-tpu are both installed and overwrite each other's files; uninstall both, then reinstall one"]
+        return [
+            "diffusers and diffusers-tpu are both installed and overwrite each other's files; uninstall both, then reinstall one"
+        ]
     return []
 
 

@@ -1,10 +1,10 @@
 """All that a plugin can do. A plugin is a module named by an entry point of the group ``tpuvid``.
 
-    from tpuvid.hookspecs import hookimpl
+from tpuvid.hookspecs import hookimpl
 
-    @hookimpl
-    def tpuvid_models():
-        return [ModelSpec(...)]
+@hookimpl
+def tpuvid_models():
+    return [ModelSpec(...)]
 """
 
 from collections.abc import Iterable

@@ -76,7 +76,9 @@ class AdaptedWeights(Weights):
         self._deltas = deltas
         if stray := sorted(set(deltas) - set(base)):
             more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""
-            raise InputError(f"{source}: adapts {', '.join(stray[:3])}{more}, which this model doesn't have; it was made for another model")
+            raise InputError(
+                f"{source}: adapts {', '.join(stray[:3])}{more}, which this model doesn't have; it was made for another model"
+            )
         for name, changes in deltas.items():
             if wrong := next((d.shape for d in changes if d.shape != base[name]), None):
                 raise InputError(f"{source}: adapts {name} as {wrong}, here it is {base[name]}; it was made for another model")

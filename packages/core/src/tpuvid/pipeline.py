@@ -79,9 +79,7 @@ class Pipeline:
 
     def encode(self, prompt: str, negative_prompt: str = "", *, max_sequence_length: int | None = None) -> Conditioning:
         """Stage 1: embed the prompt and the negative prompt."""
-        config = self.spec.configure(
-            prompt=prompt, negative_prompt=negative_prompt, max_sequence_length=max_sequence_length
-        )
+        config = self.spec.configure(prompt=prompt, negative_prompt=negative_prompt, max_sequence_length=max_sequence_length)
         return self.encode_config(config, negative=True)
 
     def encode_config(self, config: GenerationConfig, *, negative: bool | None = None) -> Conditioning:
@@ -103,7 +101,11 @@ class Pipeline:
     def denoise(self, conditioning: Conditioning, *, on_step: StepCallback | None = None, **settings: Any) -> Latents:
         """Stage 2: noise → latents. `settings` as in `generate`; raises `InputError` for another model's conditioning."""
         length = conditioning.max_sequence_length or conditioning.tensors["prompt_embeds"].shape[1]
-        settings |= {"prompt": conditioning.prompt, "negative_prompt": conditioning.negative_prompt, "max_sequence_length": length}
+        settings |= {
+            "prompt": conditioning.prompt,
+            "negative_prompt": conditioning.negative_prompt,
+            "max_sequence_length": length,
+        }
         return self.denoise_config(conditioning, self.spec.configure(**settings).with_drawn_seed(), on_step=on_step)
 
     def denoise_config(
@@ -202,7 +204,9 @@ class Pipeline:
                 except Exception as error:  # whatever a library makes of a config that it can't use
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     parts = ", ".join(self.spec.components[name])
-                    raise InputError(f"{self.checkpoint.source}: {parts} can't be used ({reason}); download the checkpoint again") from error
+                    raise InputError(
+                        f"{self.checkpoint.source}: {parts} can't be used ({reason}); download the checkpoint again"
+                    ) from error
             self._opened[name] = stage
         return self._opened[name]
 

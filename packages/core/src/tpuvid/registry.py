@@ -53,7 +53,9 @@ class Registry:
             return models[model_id]
         if model_id in self.conflicts:
             packages = " and ".join(self.conflicts[model_id])
-            raise InputError(f"model {model_id!r} is registered by {packages}; uninstall one, or exclude it with {PLUGINS_VARIABLE}=-name")
+            raise InputError(
+                f"model {model_id!r} is registered by {packages}; uninstall one, or exclude it with {PLUGINS_VARIABLE}=-name"
+            )
         raise InputError(f"model {model_id!r} is not known; {_suggest(model_id, models)}{self._hint()}")
 
     def require_class(self, pipeline_class: str) -> None:

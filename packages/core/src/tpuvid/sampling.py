@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,26 @@ import torch
 from jax import Array
 from jaxtyping import Float
 
+from tpuvid.errors import InputError
 from tpuvid.progress import Progress
 from tpuvid.schedule import Schedule
 from tpuvid.stages import StepCallback
 
 Step = Callable[[Array, np.ndarray, np.ndarray], Array]
 """(state [K, …], timestep, weights [K, K+1]) → the next state."""
+
+
+def check_embeds(tensors: Mapping[str, np.ndarray], width: int) -> None:
+    """Raise `InputError` unless the prompts' embeddings are alike, [1, L, width] and floating point."""
+    length = tensors["prompt_embeds"].shape[1:2]
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        embeds = tensors.get(name)
+        if embeds is None:
+            continue
+        if embeds.shape != (1, *length, width) or 0 in embeds.shape or embeds.dtype.kind in "biu":
+            raise InputError(
+                f"{name} is {embeds.dtype} {list(embeds.shape)}, this model takes [1, L, {width}], both alike; encode with this model"
+            )
 
 
 def make_generator(seed: int) -> torch.Generator:

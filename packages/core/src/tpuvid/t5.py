@@ -61,8 +61,12 @@ class T5TextEncoder(ABC):
         return {name: self._encode(prompt, config.max_sequence_length) for name, prompt in prompts.items()}
 
     def _encode(self, prompt: str, length: int) -> Float[np.ndarray, "1 L E"]:
-        tokens = self.tokenizer(self.prepare(prompt), padding="max_length", max_length=length, truncation=True, return_tensors="np")
-        inputs = [jax.device_put(tokens[name].astype(np.int32), replicated(self.mesh)) for name in ("input_ids", "attention_mask")]
+        tokens = self.tokenizer(
+            self.prepare(prompt), padding="max_length", max_length=length, truncation=True, return_tensors="np"
+        )
+        inputs = [
+            jax.device_put(tokens[name].astype(np.int32), replicated(self.mesh)) for name in ("input_ids", "attention_mask")
+        ]
         run = self.programs.get("text encoder", self.embed, self.params, *inputs)
         with self.runtime.progress.phase("encode"):
             return np.asarray(run(self.params, *inputs))

@@ -36,8 +36,15 @@ def check_spec(model_id: str) -> None:
     for stage in ("text_encoder", "denoiser", "decoder"):
         module, _, name = getattr(spec, f"load_{stage}").partition(":")
         assert callable(getattr(importlib.import_module(module), name, None)), f"load_{stage}: {module}:{name} does not exist"
-    assert set(spec.components) == {"encode", "denoise", "decode"}, f"components of {sorted(spec.components)}, not of the three stages"
-    for field, wrong in (("num_frames", 0), ("height", config.height + 1), ("num_inference_steps", 0), ("guidance_scale", float("nan"))):
+    assert set(spec.components) == {"encode", "denoise", "decode"}, (
+        f"components of {sorted(spec.components)}, not of the three stages"
+    )
+    for field, wrong in (
+        ("num_frames", 0),
+        ("height", config.height + 1),
+        ("num_inference_steps", 0),
+        ("guidance_scale", float("nan")),
+    ):
         try:
             spec.configure(prompt=PROMPT, **{field: wrong})
         except InputError as error:
@@ -63,7 +70,9 @@ def check_model(model: str, folder: Path, **settings: Any) -> None:
     whole = pipe.generate(PROMPT, negative_prompt=NEGATIVE_PROMPT, **settings)
     config = whole.config
     assert whole.frames.shape == (1, config.num_frames, config.height, config.width, 3), f"frames {whole.frames.shape}"
-    assert whole.frames.dtype == np.float32 and 0 <= whole.frames.min() and whole.frames.max() <= 1, "frames are not float32 in [0, 1]"
+    assert whole.frames.dtype == np.float32 and 0 <= whole.frames.min() and whole.frames.max() <= 1, (
+        "frames are not float32 in [0, 1]"
+    )
     assert whole.frames.std() > 0, "every pixel is the same"
     again = pipe.generate(PROMPT, negative_prompt=NEGATIVE_PROMPT, **settings)
     assert np.array_equal(again.frames, whole.frames), "the same seed gave another video"

@@ -54,7 +54,8 @@ class WanDecoder:
         vae = build(lambda: AutoencoderKLWan.from_config(config))
         self.runtime, self.mesh = runtime, runtime.single_device()
         self.mean, self.std = (
-            np.asarray(values, np.float32).reshape(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+            np.asarray(values, np.float32).reshape(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         self.traced = TracedModule(build(lambda: FrameDecoder(vae)))
         self.checkpoint = checkpoint
@@ -71,7 +72,9 @@ class WanDecoder:
     def check(self, latents: np.ndarray) -> None:
         channels = self.mean.shape[1]
         if latents.ndim != 5 or latents.shape[1] != channels:
-            raise InputError(f"latents have shape {list(latents.shape)}, this model takes [B, {channels}, f, h, w]; denoise with this model")
+            raise InputError(
+                f"latents have shape {list(latents.shape)}, this model takes [B, {channels}, f, h, w]; denoise with this model"
+            )
 
     def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = (latents.astype(np.float32) * self.std + self.mean).astype(self.runtime.dtype)

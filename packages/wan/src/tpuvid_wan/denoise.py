@@ -16,7 +16,7 @@ from tpuvid.checkpoint import Checkpoint, Weights
 from tpuvid.errors import InputError
 from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import guide, initial_state, make_generator, make_noise, run_steps
+from tpuvid.sampling import check_embeds, guide, initial_state, make_generator, make_noise, run_steps
 from tpuvid.schedule import Schedule, advance, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.weights import load_parameters, match_parameters
@@ -59,23 +59,18 @@ class WanDenoiser:
         make_schedule(self.scheduler_config, 2, None)
 
     def load(self) -> None:
-        self.params = load_parameters(
-            self.traced, self._weights(), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
-        )
+        self.params = load_parameters(self.traced, self._weights(), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype)
         self.params |= jax.device_put(self.traced.buffers(), replicated(self.mesh))
 
     def _weights(self) -> Weights:
         return adapt(self.checkpoint.weights("transformer"), self.checkpoint.loras)
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
-        width = self.traced.module.config.text_dim
-        length = tensors["prompt_embeds"].shape[1:2]
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            embeds = tensors.get(name)
-            if embeds is not None and (embeds.shape != (1, *length, width) or 0 in embeds.shape or embeds.dtype.kind in "biu"):
-                raise InputError(f"{name} is {embeds.dtype} {list(embeds.shape)}, this model takes [1, L, {width}], both alike; encode with this model")
+        check_embeds(tensors, self.traced.module.config.text_dim)
 
-    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback) -> Float[np.ndarray, "1 C f h w"]:
+    def denoise(
+        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback
+    ) -> Float[np.ndarray, "1 C f h w"]:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
         guided = config.do_classifier_free_guidance
         embeds = tensors["prompt_embeds"]
@@ -113,7 +108,9 @@ class WanDenoiser:
         ) -> Float[Array, "K B C f h w"]:
             latents = state[0].astype(dtype)
             if guided:  # prompt and negative prompt in one batch
-                latents = jax.lax.with_sharding_constraint(jnp.concatenate([latents, latents]), batch_sharded(self.mesh, len(text)))
+                latents = jax.lax.with_sharding_constraint(
+                    jnp.concatenate([latents, latents]), batch_sharded(self.mesh, len(text))
+                )
             timesteps = jnp.broadcast_to(timestep, len(latents))
             velocity = forward(params, latents, timesteps, text)[0].astype(jnp.float32)
             if guided:

@@ -34,7 +34,9 @@ def read_lora(lora: Lora) -> dict[str, list[Delta]]:
                 up = tensors.get(f"{layer}.lora_B.weight")
                 if up is None:
                     raise InputError(f"{lora.path}: has {name} without its lora_B; the file is incomplete")
-                deltas[f"{layer}.weight"].append(LowRank(value, up, lora.scale * _alpha(metadata, layer, len(value)) / len(value)))
+                deltas[f"{layer}.weight"].append(
+                    LowRank(value, up, lora.scale * _alpha(metadata, layer, len(value)) / len(value))
+                )
             case "B.weight":
                 pass  # taken with its A
             case "B.bias":

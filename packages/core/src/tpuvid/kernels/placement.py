@@ -37,7 +37,9 @@ def placed_on(mesh: Mesh, attention_backend: str = "auto") -> Iterator[None]:
     if runs_on is None:
         raise ValueError(f"attention backend {attention_backend!r} is not known; choose from {', '.join(ATTENTION_BACKENDS)}")
     if runs_on not in ("any platform", found.platform):
-        raise ValueError(f"attention backend {attention_backend!r} runs on {runs_on}, these devices are {found.platform}; use auto")
+        raise ValueError(
+            f"attention backend {attention_backend!r} runs on {runs_on}, these devices are {found.platform}; use auto"
+        )
     token = _current.set(found)
     try:
         yield
