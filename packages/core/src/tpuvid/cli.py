@@ -5,7 +5,6 @@ Nothing heavy is imported before the arguments have been checked.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -20,6 +19,20 @@ import click
 
 import tpuvid
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.options import (
+    config_option,
+    fps_option,
+    lora_options,
+    mesh_option,
+    model_option,
+    overwrite_option,
+    path_type,
+    prompt_options,
+    runtime_options,
+    sampling_options,
+    save_frames_option,
+    stage_model_option,
+)
 from tpuvid.registry import registry
 from tpuvid.stages import GenerationConfig
 
@@ -80,89 +93,6 @@ def _unexpected(error: Exception) -> str:
 @click.version_option(tpuvid.__version__, prog_name="tpuvid")
 def cli() -> None:
     """Text-to-video inference on Google TPUs (and on GPUs and CPUs)."""
-
-
-def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Flags that a YAML file gives: they stand in for defaults, so that the command line wins."""
-    if path is None:
-        return
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: is no readable YAML ({reason})") from None
-    if values is None:
-        return
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds a {type(values).__name__}; needs lines of the form 'num_frames: 81'")
-    # one file may serve all commands: what only another one has is left to that one
-    known = {flag: option for command in cli.commands.values() for flag, option in _flags(command).items()}
-    own = _flags(context.command)
-    defaults = {}
-    for key, value in values.items():
-        flag = str(key).replace("_", "-")
-        if flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise InputError(f"{path}: {key!r} is no flag of tpuvid; {hint}")
-        if isinstance(value, (dict, list)) or (isinstance(value, bool) and not known[flag].is_flag):
-            raise InputError(f"{path}: {key}={value!r}: needs one {known[flag].type.name}, as on the command line")
-        if flag in own and value is not None:
-            defaults[own[flag].name] = value if isinstance(value, bool) else str(value)
-    context.default_map = defaults
-
-
-def _flags(command: click.Command) -> dict[str, click.Option]:
-    """The options of a command that a YAML file may give, by every name that they have on the command line."""
-    options = [p for p in command.params if isinstance(p, click.Option) and p.name not in ("config_file", "help", "as_json")]
-    return {name.lstrip("-"): option for option in options for name in option.opts if name.startswith("--")}
-
-
-def _options(*decorators: Callable) -> Callable:
-    def apply(command: Callable) -> Callable:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
-
-
-_path = click.Path(path_type=Path)
-model_option = click.option("--model", required=True, help="Registered id, local diffusers folder, or Hub id.")
-stage_model_option = click.option("--model", help="Default: the model that made the stage file.")
-prompt_options = _options(
-    click.option("--negative-prompt", help="What to steer away from."),
-    click.option("--max-sequence-length", type=int, help="Text tokens; longer prompts are cut."),
-)
-sampling_options = _options(
-    click.option("--height", type=int, help="Pixels."),
-    click.option("--width", type=int, help="Pixels."),
-    click.option("--num-frames", type=int),
-    click.option("--num-inference-steps", "--steps", type=int, help="Denoising steps."),
-    click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1.0 switches it off."),
-    click.option("--flow-shift", type=float, help="Timestep shift; default by resolution or checkpoint."),
-    click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
-)
-mesh_option = click.option("--mesh", help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.")
-fps_option = click.option("--fps", type=int, help="Frames per second of the mp4.")
-save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
-lora_options = _options(
-    click.option("--lora-path", type=_path, help="A LoRA (safetensors) to merge into the diffusion model."),
-    click.option("--lora-scale", type=float, default=1.0, show_default=True),
-)
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
-config_option = click.option(
-    "--config", "config_file", type=_path, is_eager=True, expose_value=False, callback=_from_yaml,
-    help="YAML file of these settings; flags win.",
-)  # fmt: skip
-runtime_options = _options(
-    click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Default: bfloat16; float32 on a CPU."),
-    click.option(
-        "--attention-backend", type=click.Choice(["auto", "xla", "splash", "cudnn"]), default="auto", show_default=True
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -238,14 +168,16 @@ def list_models(as_json: bool) -> None:
 @config_option
 @model_option
 @click.option("--prompt", help="What the video shows.")
-@click.option("--prompt-file", "--prompt-path", type=_path, help="One prompt per line; each gives a video.")
+@click.option("--prompt-file", "--prompt-path", type=path_type, help="One prompt per line; each gives a video.")
 @prompt_options
 @sampling_options
 @lora_options
 @mesh_option
 @fps_option
-@click.option("--output", "-o", type=_path, help="The mp4. Default: a name in --output-dir that says prompt, seed and time.")
-@click.option("--output-dir", type=_path, help="Folder for a named file. [default: outputs]")
+@click.option(
+    "--output", "-o", type=path_type, help="The mp4. Default: a name in --output-dir that says prompt, seed and time."
+)
+@click.option("--output-dir", type=path_type, help="Folder for a named file. [default: outputs]")
 @save_frames_option
 @overwrite_option
 @runtime_options
@@ -316,7 +248,7 @@ def _generate_all(
 @model_option
 @click.option("--prompt", required=True, help="What the video shows.")
 @prompt_options
-@click.option("--output-dir", type=_path, default=Path(STAGE_FOLDER), show_default=True)
+@click.option("--output-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True)
 @overwrite_option
 @runtime_options
 def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
@@ -337,12 +269,12 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 @cli.command()
 @config_option
 @stage_model_option
-@click.option("--input-dir", type=_path, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 1 is.")
+@click.option("--input-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 1 is.")
 @sampling_options
 @lora_options
 @mesh_option
 @fps_option
-@click.option("--output-dir", type=_path, help="Default: --input-dir.")
+@click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @overwrite_option
 @runtime_options
 def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwrite: bool, **given: Any) -> None:
@@ -365,9 +297,9 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
 @cli.command()
 @config_option
 @stage_model_option
-@click.option("--input-dir", type=_path, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 2 is.")
+@click.option("--input-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 2 is.")
 @fps_option
-@click.option("--output-dir", type=_path, help="Default: --input-dir.")
+@click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @save_frames_option
 @overwrite_option
 @runtime_options
@@ -401,7 +333,7 @@ def decode(
 
 
 @cli.command("inspect")
-@click.argument("path", type=_path)
+@click.argument("path", type=path_type)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect_command(path: Path, as_json: bool) -> None:
     """What a stage file, a folder of them or a checkpoint holds: tensors, shapes, dtypes, settings."""

@@ -1,0 +1,96 @@
+"""The options of the ``tpuvid`` command, each defined once, and the YAML file that may give them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from tpuvid.errors import InputError
+
+
+def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Flags that a YAML file gives: they stand in for defaults, so that the command line wins."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: is no readable YAML ({reason})") from None
+    if values is None:
+        return
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds a {type(values).__name__}; needs lines of the form 'num_frames: 81'")
+    # one file may serve all commands: what only another one has is left to that one
+    known = {
+        flag: option for command in context.find_root().command.commands.values() for flag, option in _flags(command).items()
+    }
+    own = _flags(context.command)
+    defaults = {}
+    for key, value in values.items():
+        flag = str(key).replace("_", "-")
+        if flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise InputError(f"{path}: {key!r} is no flag of tpuvid; {hint}")
+        if isinstance(value, (dict, list)) or (isinstance(value, bool) and not known[flag].is_flag):
+            raise InputError(f"{path}: {key}={value!r}: needs one {known[flag].type.name}, as on the command line")
+        if flag in own and value is not None:
+            defaults[own[flag].name] = value if isinstance(value, bool) else str(value)
+    context.default_map = defaults
+
+
+def _flags(command: click.Command) -> dict[str, click.Option]:
+    """The options of a command that a YAML file may give, by every name that they have on the command line."""
+    options = [p for p in command.params if isinstance(p, click.Option) and p.name not in ("config_file", "help", "as_json")]
+    return {name.lstrip("-"): option for option in options for name in option.opts if name.startswith("--")}
+
+
+def _options(*decorators: Callable) -> Callable:
+    def apply(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+path_type = click.Path(path_type=Path)
+model_option = click.option("--model", required=True, help="Registered id, local diffusers folder, or Hub id.")
+stage_model_option = click.option("--model", help="Default: the model that made the stage file.")
+prompt_options = _options(
+    click.option("--negative-prompt", help="What to steer away from."),
+    click.option("--max-sequence-length", type=int, help="Text tokens; longer prompts are cut."),
+)
+sampling_options = _options(
+    click.option("--height", type=int, help="Pixels."),
+    click.option("--width", type=int, help="Pixels."),
+    click.option("--num-frames", type=int),
+    click.option("--num-inference-steps", "--steps", type=int, help="Denoising steps."),
+    click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1.0 switches it off."),
+    click.option("--flow-shift", type=float, help="Timestep shift; default by resolution or checkpoint."),
+    click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
+)
+mesh_option = click.option("--mesh", help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.")
+fps_option = click.option("--fps", type=int, help="Frames per second of the mp4.")
+save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
+lora_options = _options(
+    click.option("--lora-path", type=path_type, help="A LoRA (safetensors) to merge into the diffusion model."),
+    click.option("--lora-scale", type=float, default=1.0, show_default=True),
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+config_option = click.option(
+    "--config", "config_file", type=path_type, is_eager=True, expose_value=False, callback=_from_yaml,
+    help="YAML file of these settings; flags win.",
+)  # fmt: skip
+runtime_options = _options(
+    click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Default: bfloat16; float32 on a CPU."),
+    click.option(
+        "--attention-backend", type=click.Choice(["auto", "xla", "splash", "cudnn"]), default="auto", show_default=True
+    ),
+)
