@@ -273,8 +273,8 @@ def test_a_broken_checkpoint_is_found_before_the_first_weight_is_read(checkpoint
     folder = tmp_path / "broken"
     shutil.copytree(checkpoint, folder)
     damage(folder)
-    for stage in ("encode", "denoise", "decode"):
-        monkeypatch.setattr(f"tpuvid_wan.{stage}.load_parameters", lambda *a, **k: pytest.fail("weights were read"))
+    for module in ("tpuvid.t5", "tpuvid_wan.denoise", "tpuvid_wan.decode"):
+        monkeypatch.setattr(f"{module}.load_parameters", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(InputError, match=message):
         tpuvid.load(str(folder)).generate("a cat", **SMALL)
 
