@@ -69,7 +69,7 @@ def test_who_imports_whom(package, path):
             "registry.py",
             "stages.py",
             "cli.py",
-        "options.py",
+            "options.py",
             "errors.py",
             "plugin.py",
             "checkpoint.py",

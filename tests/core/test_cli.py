@@ -3,8 +3,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from tpuvid.cli import run
+from tpuvid.registry import registry
 
 LIGHT = ("jax", "torch", "torchax", "diffusers", "transformers")
 """What must not be imported to answer a question about arguments."""
@@ -159,6 +161,27 @@ def test_prompt_file_and_single_outputs_do_not_mix(tmp_path, capsys):
     assert "holds 2 prompts; run them one by one" in fails(capsys, *base, "--save-frames")[1]
     (tmp_path / "p.txt").write_text("\n")
     assert "holds no prompt" in fails(capsys, *base)[1]
+
+
+def test_a_stage_file_of_another_model_is_refused_before_anything_is_fetched(tmp_path, capsys, monkeypatch):
+    from tpuvid.artifacts import save_conditioning, save_latents
+    from tpuvid.stages import Conditioning, Latents
+
+    def fetch(*args):
+        raise AssertionError("something was fetched")
+
+    monkeypatch.setattr("tpuvid.checkpoint._download", fetch)
+    embeds = np.zeros((1, 4, 128), np.float32)
+    made = dict(model_id="wan-tiny", fingerprint="abc")
+    conditioning = Conditioning(prompt="", negative_prompt="", max_sequence_length=4, tensors={"prompt_embeds": embeds}, **made)
+    save_conditioning(tmp_path, conditioning, overwrite=False)
+    config = registry().get("wan-tiny").configure()
+    save_latents(tmp_path, Latents(latents=np.zeros((1, 16, 1, 4, 4), np.float32), config=config, **made), overwrite=False)
+    for command, what in (("denoise", "embeddings"), ("decode", "latents")):
+        code, err = fails(
+            capsys, command, "--model", "wan2.1-t2v-14b", "--input-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")
+        )
+        assert code == 2 and f"these {what} were made by wan-tiny, which is another checkpoint than wan2.1-t2v-14b" in err
 
 
 def test_an_interrupt_is_130(monkeypatch, capsys):

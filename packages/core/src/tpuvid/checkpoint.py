@@ -22,6 +22,7 @@ from tpuvid.stages import ModelSpec
 
 if TYPE_CHECKING:
     from tpuvid.lora import Lora
+    from tpuvid.stages import Conditioning, Latents
 
 INDEX = "model_index.json"
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 256, 64 * 1024  # per file: small files whole, a 10 GB shard in 16 MB
@@ -113,6 +114,20 @@ def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
                 return spec, _registered_checkpoint(spec)
         return _identify(Checkpoint(model, repo_id=model))
     return known.get(model), Checkpoint(model)  # raises: nothing is registered by that name
+
+
+def check_origin(what: str, made: Conditioning | Latents, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    """Raise `InputError` if a stage's result comes from another checkpoint than the one that is to go on with it."""
+    fingerprint = checkpoint.fingerprint() if made.fingerprint else None
+    if fingerprint is not None:
+        same = made.fingerprint == fingerprint
+    else:  # a registered model's files fit a local copy of it; files of earlier tools carry the Hub id, or nothing
+        same = made.model_id in ("", spec.model_id, spec.checkpoint, spec.twin)
+    if not same:
+        raise InputError(
+            f"these {what} were made by {made.model_id}, which is another checkpoint than {spec.model_id}; "
+            "make them again with this model, or run this stage with that one"
+        )
 
 
 def _registered_checkpoint(spec: ModelSpec) -> Checkpoint:

@@ -280,6 +280,7 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwrite: bool, **given: Any) -> None:
     """Stage 2: stage1_embeddings.safetensors → stage2_latents.safetensors."""
     from tpuvid.artifacts import EMBEDDINGS, LATENTS, check_config, check_output, load_conditioning, save_latents
+    from tpuvid.checkpoint import check_origin
 
     output_dir = output_dir or input_dir
     conditioning = load_conditioning(input_dir / EMBEDDINGS)
@@ -288,6 +289,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
     spec.configure(**settings)
     check_output(output_dir / LATENTS, overwrite=overwrite)
     check_config(output_dir, overwrite=overwrite)
+    check_origin("embeddings", conditioning, spec, checkpoint)
     checkpoint.require(spec.components["denoise"])
     latents = _load(model, options).denoise(conditioning, **settings)
     click.echo(f"latents: {save_latents(output_dir, latents, overwrite=overwrite)}")
@@ -308,6 +310,7 @@ def decode(
 ) -> None:
     """Stage 3: stage2_latents.safetensors → output_video.mp4."""
     from tpuvid.artifacts import CONFIG, LATENTS, load_latents, read_config
+    from tpuvid.checkpoint import check_origin
     from tpuvid.stages import Latents, check_sampling
 
     array, file = load_latents(input_dir / LATENTS)
@@ -321,7 +324,6 @@ def decode(
     check_sampling(config)
     outputs = Outputs((output_dir or input_dir) / "output_video.mp4", overwrite, save_frames)
     outputs.check()
-    checkpoint.require(spec.components["decode"])
     latents = Latents(
         model_id=file.model_id or beside_model or "",
         latents=array,
@@ -329,6 +331,8 @@ def decode(
         history=file.history,
         fingerprint=file.fingerprint,
     )
+    check_origin("latents", latents, spec, checkpoint)
+    checkpoint.require(spec.components["decode"])
     outputs.write(_load(model, options).decode(latents))
 
 

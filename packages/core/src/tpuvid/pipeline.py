@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import tpuvid
-from tpuvid.checkpoint import Checkpoint, resolve_model
+from tpuvid.checkpoint import Checkpoint, check_origin, resolve_model
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.lora import Lora
 from tpuvid.mesh import MeshConfig
@@ -95,7 +94,7 @@ class Pipeline:
             max_sequence_length=config.max_sequence_length,
             tensors=tensors,
             history={"encode": self._record()},
-            fingerprint=self._fingerprint,
+            fingerprint=self.checkpoint.fingerprint(),
         )
 
     def denoise(self, conditioning: Conditioning, *, on_step: StepCallback | None = None, **settings: Any) -> Latents:
@@ -112,7 +111,7 @@ class Pipeline:
         self, conditioning: Conditioning, config: GenerationConfig, *, on_step: StepCallback | None = None
     ) -> Latents:
         """Stage 2 for a checked config."""
-        self._check_origin("embeddings", conditioning)
+        check_origin("embeddings", conditioning, self.spec, self.checkpoint)
         if config.do_classifier_free_guidance and "negative_prompt_embeds" not in conditioning.tensors:
             raise InputError(
                 f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "
@@ -126,7 +125,7 @@ class Pipeline:
             latents=latents,
             config=config,
             history={**conditioning.history, "denoise": self._record()},
-            fingerprint=self._fingerprint,
+            fingerprint=self.checkpoint.fingerprint(),
         )
 
     def decode(self, latents: Latents) -> Video:
@@ -139,7 +138,7 @@ class Pipeline:
 
     def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:
         """Stage 3, as chunks of frames [B, n, H, W, C] in [0, 1] that come while the next ones are computed."""
-        self._check_origin("latents", latents)
+        check_origin("latents", latents, self.spec, self.checkpoint)
         if not (np.issubdtype(latents.latents.dtype, np.floating) or latents.latents.dtype.name == "bfloat16"):
             raise InputError(f"latents are {latents.latents.dtype}, not floating point; denoise again")
         if 0 in latents.latents.shape or not np.isfinite(latents.latents.astype(np.float32)).all():
@@ -169,27 +168,11 @@ class Pipeline:
             "seconds": seconds,
         }
 
-    @cached_property
-    def _fingerprint(self) -> str | None:
-        return self.checkpoint.fingerprint()
-
     def free(self) -> None:
         """Forget every stage's weights and compiled programs; they load again when needed."""
         for name in LOADERS:
             if name in self._loaded:
                 self._forget(name)
-
-    def _check_origin(self, what: str, made: Conditioning | Latents) -> None:
-        if made.fingerprint and self._fingerprint:
-            if made.fingerprint == self._fingerprint:
-                return
-        # a registered model's files fit a local copy of it; files of earlier tools carry the Hub id, or nothing
-        elif made.model_id in ("", self.spec.model_id, self.spec.checkpoint, self.spec.twin):
-            return
-        raise InputError(
-            f"these {what} were made by {made.model_id}, which is another checkpoint than {self.spec.model_id}; "
-            "make them again with this model, or run this stage with that one"
-        )
 
     def _open(self, name: str) -> Any:
         """The stage `name`, made from its configs and found to fit its weights, which are not loaded yet."""
