@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import nn
 from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
-from tpuvid.errors import InputError
 from tpuvid.runtime import Runtime, replicated
+from tpuvid.sampling import check_latents
 from tpuvid.weights import load_parameters, match_parameters
 
 ENCODER_HALF = ("encoder.", "quant_conv.")  # the checkpoint's other half
@@ -64,10 +64,7 @@ class CogVideoXDecoder:
         )
 
     def check(self, latents: np.ndarray) -> None:
-        if latents.ndim != 5 or latents.shape[1] != self.channels:
-            raise InputError(
-                f"latents have shape {list(latents.shape)}, this model takes [B, {self.channels}, f, h, w]; denoise with this model"
-            )
+        check_latents(latents, self.channels)
 
     def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = (latents.astype(np.float32) * self.scale).astype(self.runtime.dtype)

@@ -33,6 +33,14 @@ def check_embeds(tensors: Mapping[str, np.ndarray], width: int) -> None:
             )
 
 
+def check_latents(latents: np.ndarray, channels: int) -> None:
+    """Raise `InputError` unless latents are [B, channels, f, h, w]."""
+    if latents.ndim != 5 or latents.shape[1] != channels:
+        raise InputError(
+            f"latents have shape {list(latents.shape)}, this model takes [B, {channels}, f, h, w]; denoise with this model"
+        )
+
+
 def make_generator(seed: int) -> torch.Generator:
     """A CPU generator, so that a seed gives the noise that diffusers draws for it, whatever the device."""
     return torch.Generator("cpu").manual_seed(seed)

@@ -22,6 +22,7 @@ from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.errors import InputError
 from tpuvid.runtime import Runtime, replicated
+from tpuvid.sampling import check_latents
 from tpuvid.weights import load_parameters, match_parameters
 
 ENCODER_HALF = ("encoder.", "quant_conv.")  # the checkpoint's other half
@@ -70,11 +71,7 @@ class WanDecoder:
         )
 
     def check(self, latents: np.ndarray) -> None:
-        channels = self.mean.shape[1]
-        if latents.ndim != 5 or latents.shape[1] != channels:
-            raise InputError(
-                f"latents have shape {list(latents.shape)}, this model takes [B, {channels}, f, h, w]; denoise with this model"
-            )
+        check_latents(latents, self.mean.shape[1])
 
     def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = (latents.astype(np.float32) * self.std + self.mean).astype(self.runtime.dtype)
