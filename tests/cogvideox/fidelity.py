@@ -9,6 +9,7 @@ import torch
 import tpuvid
 from cogvideox.random_checkpoint import RandomCogVideoX
 from diffusers import CogVideoXPipeline
+from stock_deepcache import deepcached
 from tpuvid.stages import Latents
 
 
@@ -45,6 +46,27 @@ CASES = (
         negative_prompt="",
     ),
     Case(
+        "DDIM, dynamic CFG",
+        RandomCogVideoX(seed=6),
+        dict(height=32, width=48, num_frames=9, num_inference_steps=8, guidance_scale=5.0, seed=9, use_dynamic_cfg=True),
+    ),
+    Case(
+        "DPM, DeepCache, three layers",
+        RandomCogVideoX(layers=3, dpm=True, seed=7),
+        dict(
+            height=32,
+            width=48,
+            num_frames=9,
+            num_inference_steps=9,
+            guidance_scale=4.0,
+            seed=5,
+            cache="deepcache",
+            cache_start_step=2,
+            cache_end_step=8,
+            cache_step_interval=3,
+        ),
+    ),
+    Case(
         "CogVideoX 1.0 (no patches in time), DPM",
         RandomCogVideoX(patch_size_t=None, dpm=True, snr_shift_scale=3.0, seed=5),
         dict(height=64, width=48, num_frames=9, num_inference_steps=5, guidance_scale=6.0, seed=8),
@@ -70,10 +92,18 @@ def measure(case: Case, folder: Path) -> Fidelity:
     reference.set_progress_bar_config(disable=True)
     settings = {"max_sequence_length": 226} | case.settings
 
+    config = pipe.spec.configure(**settings)
+
     def stock(output_type: str):
-        arguments = {k: v for k, v in settings.items() if k != "seed"}
-        generator = torch.Generator().manual_seed(settings["seed"])
-        return reference(case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments).frames
+        arguments = {k: v for k, v in settings.items() if k not in ("seed", "flow_shift") and not k.startswith("cache")}
+        generator = torch.Generator().manual_seed(config.seed)
+        calls = 1
+        transformer = reference.transformer
+        with deepcached(
+            transformer, transformer.transformer_blocks, config, carries=("hidden_states", "encoder_hidden_states"), calls=calls
+        ):
+            output = reference(case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments)
+        return output.frames
 
     latents, frames = stock("latent"), stock("np")
     # with output_type="latent" the stock pipeline leaves the additional frames in

@@ -40,10 +40,10 @@ def run_stock_dpm(config, steps, seed):
 def test_dpm_table_equals_scheduler(steps, changes):
     config = PUBLISHED | changes
     expected, generator_state = run_stock_dpm(config, steps, seed=5)
-    schedule, draws = make_schedule(config | {"_class_name": "CogVideoXDPMScheduler"}, steps)
+    schedule = make_schedule(config | {"_class_name": "CogVideoXDPMScheduler"}, steps)
     generator = make_generator(5)
     state = jnp.asarray(initial_state(make_noise(SHAPE, generator), schedule))
-    for timestep, weights, count in zip(schedule.timesteps, schedule.weights, draws, strict=True):
+    for timestep, weights, count in zip(schedule.timesteps, schedule.weights, schedule.draws, strict=True):
         for slot in range(count):
             state = state.at[1 + slot].set(make_noise(SHAPE, generator))
         state = advance(jnp.asarray(weights), state, model(state[0], float(timestep)))
@@ -53,12 +53,12 @@ def test_dpm_table_equals_scheduler(steps, changes):
 
 
 def test_draws_are_the_first_memories_and_ddim_has_none():
-    schedule, draws = make_schedule(PUBLISHED | {"_class_name": "CogVideoXDPMScheduler"}, 50)
-    assert draws == [1] + [2] * 48 + [1] and schedule.memories == DRAWS + 1
+    schedule = make_schedule(PUBLISHED | {"_class_name": "CogVideoXDPMScheduler"}, 50)
+    assert schedule.draws == (1, *[2] * 48, 1) and schedule.memories == DRAWS + 1
     assert (schedule.weights[1:-1, 0, 1] == 0).all(), "a second-order step throws its first draw away"
     assert (schedule.weights[1:-1, 0, 2] > 0).all()
-    schedule, draws = make_schedule(PUBLISHED | {"_class_name": "CogVideoXDDIMScheduler"}, 4)
-    assert draws == [0] * 4 and schedule.memories == 0
+    schedule = make_schedule(PUBLISHED | {"_class_name": "CogVideoXDDIMScheduler"}, 4)
+    assert schedule.draws == () and schedule.memories == 0
 
 
 def test_other_schedulers_are_refused():

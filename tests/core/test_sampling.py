@@ -1,13 +1,12 @@
-import diffusers
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from tpuvid.errors import InputError
-from tpuvid.progress import Progress
-from tpuvid.sampling import check_embeds, guide, initial_state, make_generator, make_noise, run_steps
-from tpuvid.schedule import advance, tabulate
+from tpuvid.sampling import check_embeds, guidance_scales, guide, initial_state, make_generator, make_noise, with_negative
+from tpuvid.schedule import Schedule
+from tpuvid.stages import GenerationConfig
 
 
 def test_noise_is_what_diffusers_draws():
@@ -22,31 +21,20 @@ def test_guidance_takes_the_prompts_half_first():
     np.testing.assert_allclose(found, [[11.0, 1.0]])
 
 
-def test_steps_run_in_order_and_report():
-    schedule = tabulate(diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), 3)
+def test_the_state_begins_with_the_noise_and_empty_memories():
     noise = make_noise((1, 2, 1, 2, 2), make_generator(0))
-    state, seen, told = initial_state(noise, schedule), [], []
-    assert state.shape == (schedule.memories + 1, *noise.shape) and np.array_equal(state[0], noise) and not state[1:].any()
-
-    def step(state, timestep, weights):
-        told.append(float(timestep))
-        return advance(jnp.asarray(weights), state, state[0] * timestep / 1000)
-
-    found = run_steps(step, jnp.asarray(state), schedule, Progress(), lambda done, total: seen.append((done, total)))
-    assert found.shape == noise.shape and np.isfinite(found).all() and not np.array_equal(found, noise)
-    assert seen == [(1, 3), (2, 3), (3, 3)] and told == list(schedule.timesteps)
+    state = initial_state(noise, Schedule(np.zeros(1), np.zeros((1, 3, 4))))
+    assert state.shape == (3, *noise.shape) and np.array_equal(state[0], noise) and not state[1:].any()
 
 
-def test_an_exception_in_the_callback_stops_the_run():
-    schedule = tabulate(diffusers.FlowMatchEulerDiscreteScheduler(), 4)
-    ran = []
-
-    def cancel(done, total):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_steps(lambda state, *_: ran.append(state) or state, jnp.zeros((1, 2)), schedule, Progress(), cancel)
-    assert len(ran) == 1
+def test_guidance_switched_off_leaves_the_negative_prompt_out():
+    config = GenerationConfig(height=8, width=8, num_frames=1, fps=8, num_inference_steps=3, guidance_scale=4.0)
+    tensors = {"prompt_embeds": np.ones((1, 2)), "negative_prompt_embeds": np.zeros((1, 2))}
+    scales = guidance_scales(config)
+    assert scales.tolist() == [4.0] * 3
+    assert with_negative(tensors, "prompt_embeds", scales).tolist() == [[1, 1], [0, 0]]
+    scales = guidance_scales(config.override(guidance_scale=1.0))
+    assert scales is None and with_negative(tensors, "prompt_embeds", scales).tolist() == [[1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import tpuvid
 from diffusers import WanPipeline
+from stock_deepcache import deepcached
 from tpuvid.stages import Latents
 from wan.random_checkpoint import RandomWan
 
@@ -40,6 +41,12 @@ CASES = (
         RandomWan(heads=5, head_dim=12, layers=1, seed=4),
         dict(height=16, width=48, num_frames=1, num_inference_steps=3, guidance_scale=2.0, seed=2**40, flow_shift=8.0),
     ),
+    Case(
+        "DeepCache, four layers",
+        RandomWan(layers=4, seed=6),
+        dict(height=32, width=48, num_frames=5, num_inference_steps=9, guidance_scale=4.0, seed=5,
+             cache="deepcache", cache_start_step=2, cache_end_step=8, cache_step_interval=3),
+    ),
     Case("wan-tiny", "wan-tiny", dict(height=64, width=64, num_frames=17, num_inference_steps=24, guidance_scale=4.0, seed=42),
          prompt="a red circle moving right on a black background", negative_prompt=""),
 )  # fmt: skip
@@ -69,10 +76,16 @@ def measure(case: Case, folder: Path) -> Fidelity:
     if shift := settings.get("flow_shift"):
         reference.scheduler = type(reference.scheduler).from_config(reference.scheduler.config, flow_shift=shift)
 
+    config = pipe.spec.configure(**settings)
+
     def stock(output_type: str):
-        arguments = {k: v for k, v in settings.items() if k not in ("seed", "flow_shift")}
-        generator = torch.Generator().manual_seed(settings["seed"])
-        return reference(case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments).frames
+        arguments = {k: v for k, v in settings.items() if k not in ("seed", "flow_shift") and not k.startswith("cache")}
+        generator = torch.Generator().manual_seed(config.seed)
+        calls = 2 if config.do_classifier_free_guidance else 1
+        transformer = reference.transformer
+        with deepcached(transformer, transformer.blocks, config, carries=("hidden_states",), calls=calls):
+            output = reference(case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments)
+        return output.frames
 
     latents, frames = stock("latent").numpy(), stock("np")
     length = settings.get("max_sequence_length", 512)

@@ -15,8 +15,10 @@ jax.config.update("jax_platforms", "cpu")
 import numpy as np
 from jax.experimental import topologies
 from tpuvid.checkpoint import Checkpoint
+from tpuvid.denoising import Moment
 from tpuvid.mesh import shard_parameters
 from tpuvid.runtime import DTYPES, Runtime, batch_sharded, replicated
+from tpuvid.stepcache import Uncached
 from tpuvid_wan.denoise import WanDenoiser
 from tpuvid_wan.sharding import TRANSFORMER
 from pathlib import Path
@@ -38,8 +40,8 @@ frames, height, width = size
 state = struct((4, 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), np.float32)
 text = struct((2, 512, 4096), runtime.dtype, batch_sharded(mesh, 2))
 scalar = struct((), np.float32)
-arguments = (params, state, text, scalar, struct((4, 5), np.float32), scalar)
-compiled = denoiser.programs.get("denoiser", denoiser._function(True), *arguments, donate=(1,))
+moment = Moment(scalar, struct((4, 5), np.float32), scalar, struct((0, *state.shape[1:]), np.float32))
+compiled, _ = denoiser.sampler.compile(params, state, text, moment, Uncached())
 memory = compiled.memory_analysis()
 hlo = compiled.as_text()
 print(json.dumps({

@@ -1,6 +1,6 @@
 """Write the trained parts as one diffusers folder that stock `WanPipeline.from_pretrained` loads.
 
-    python export.py --vae runs/vae.pt --dit runs/dit.pt --out ../src/tpuvid_tiny/checkpoint
+python export.py --vae runs/vae.pt --dit runs/dit.pt --out ../src/tpuvid_tiny/checkpoint
 """
 
 from __future__ import annotations

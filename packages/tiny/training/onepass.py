@@ -46,9 +46,7 @@ def over_frames(layers: nn.Sequential, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     else:
         x = F.pad(x, (0, 1, 0, 1))
-    x = F.conv2d(
-        x, convolution.weight.to(x.dtype), convolution.bias.to(x.dtype), convolution.stride, convolution.padding
-    )
+    x = F.conv2d(x, convolution.weight.to(x.dtype), convolution.bias.to(x.dtype), convolution.stride, convolution.padding)
     return x.view(b, f, *x.shape[1:]).permute(0, 2, 1, 3, 4)
 
 

@@ -79,9 +79,7 @@ def sample_of_held_out(count: int) -> list[Scene]:
     return [group[i * len(group) // each] for group in by_shape for i in range(each)]
 
 
-def accuracy(
-    model: TextToVideo, scenes: list[Scene], sampler: Sampler, seed: int = 0, batch: int = 12
-) -> dict[str, float]:
+def accuracy(model: TextToVideo, scenes: list[Scene], sampler: Sampler, seed: int = 0, batch: int = 12) -> dict[str, float]:
     """The share of generated clips that show each attribute of their caption; ``all`` is colour, shape and motion."""
     verdicts = []
     for start in range(0, len(scenes), batch):

@@ -152,9 +152,7 @@ def main() -> None:
         clean = data["latents"][picked].float()
         noise = torch.randn(clean.shape, generator=generator)
         sigma = draw_times(args.batch, generator)
-        clean, noise, sigma, ids, mask, lengths = (
-            value.to(args.device) for value in (clean, noise, sigma, ids, mask, lengths)
-        )
+        clean, noise, sigma, ids, mask, lengths = (value.to(args.device) for value in (clean, noise, sigma, ids, mask, lengths))
 
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None, None])
         words = parts["text_encoder"](ids, mask).last_hidden_state

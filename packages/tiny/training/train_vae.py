@@ -151,8 +151,11 @@ def main() -> None:
         step += 1
         if step % 50 == 0:
             minutes = (time.monotonic() - began) / 60
-            print(f"{minutes:5.1f} min  step {step}  {phase.size}px x {phase.frames}  "
-                  f"train {-10 * np.log10(np.mean(recent)):.2f} dB", flush=True)
+            print(
+                f"{minutes:5.1f} min  step {step}  {phase.size}px x {phase.frames}  "
+                f"train {-10 * np.log10(np.mean(recent)):.2f} dB",
+                flush=True,
+            )
             recent.clear()
         if time.monotonic() - saved > 180:
             print("held-out PSNR: mean %.2f worst %.2f" % save(), flush=True)

@@ -31,11 +31,17 @@ LATENTS = "stage2_latents.safetensors"
 FRAMES = "stage3_frames.safetensors"
 CONFIG = "generation_config.json"
 
+
+def _parse_bool(text: str | bool) -> bool:
+    return {"True": True, "False": False}[str(text)]
+
+
 _OLD_NAMES = {"frames": "num_frames", "video_length": "num_frames", "steps": "num_inference_steps", "shift": "flow_shift"}
 _TYPES: dict[str, Callable[[str], Any]] = {
     "height": int, "width": int, "num_frames": int, "fps": int, "num_inference_steps": int, "seed": int,
     "max_sequence_length": int, "guidance_scale": float, "flow_shift": float,
-    "prompt": str, "negative_prompt": str,
+    "prompt": str, "negative_prompt": str, "use_dynamic_cfg": _parse_bool,
+    "cache": str, "cache_start_step": int, "cache_end_step": int, "cache_step_interval": int,
 }  # fmt: skip
 
 
@@ -95,6 +101,13 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise InputError(f"{path}: {parent} is a file, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{path}: {parent} is not writable; choose another place")
+
+
+def check_folder(path: Path) -> None:
+    """Raise `InputError` if no files can be written into the folder `path`, which need not exist yet."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; give a folder")
+    check_output(path / "file", overwrite=True)
 
 
 def _umask() -> int:
@@ -181,8 +194,8 @@ def parse_settings(raw: Mapping[str, Any], source: Path) -> dict[str, Any]:
             continue
         try:
             settings[name] = _TYPES[name](value)
-        except (TypeError, ValueError):
-            raise InputError(f"{source}: {key}={value!r} is no {_TYPES[name].__name__}; make the file again") from None
+        except (TypeError, ValueError, KeyError):
+            raise InputError(f"{source}: {key}={value!r} is no value of {name}; make the file again") from None
     return settings
 
 

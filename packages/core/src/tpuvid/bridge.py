@@ -11,6 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -190,6 +191,13 @@ def _normalized(x, axes: tuple[int, ...], eps: float):
     return centred * jax.lax.rsqrt(jnp.mean(centred**2, axes, keepdims=True) + eps)
 
 
+@dataclass
+class Tap:
+    """What enters the last block of a scanned stack: None until a trace has set it."""
+
+    value: tuple[jax.Array, ...] | None = None
+
+
 class ScannedBlocks(nn.Module):
     """A list of identical blocks that runs as one `jax.lax.scan`; a model's own ``for block in self.blocks`` sees one block.
 
@@ -202,6 +210,7 @@ class ScannedBlocks(nn.Module):
         self.carries = carries
         self.depth = len(blocks)
         self.layer = blocks[0]
+        self.tap: Tap | None = None
         self._names = list(inspect.signature(type(self.layer).forward).parameters)[1:]
         for name, parameter in list(self.layer.named_parameters()):
             owner, _, leaf = name.rpartition(".")
@@ -225,9 +234,16 @@ class ScannedBlocks(nn.Module):
             with stateless._reparametrize_module(self.layer, env.j2t_iso(weights)):
                 out = self.layer(**dict(zip(carry_names, env.j2t_iso(carry))), **shared)
             out = out if isinstance(out, tuple) else (out,)
-            return tuple(o.jax().astype(c.dtype) for o, c in zip(out, carry, strict=True)), None
+            return tuple(o.jax().astype(c.dtype) for o, c in zip(out, carry, strict=True))
 
-        carry, _ = jax.lax.scan(one_block, carry, stacked)
+        if self.tap is None:
+            carry, _ = jax.lax.scan(lambda carry, weights: (one_block(carry, weights), None), carry, stacked)
+        elif self.tap.value is None:  # every block, and what entered the last one travels along
+            (carry, self.tap.value), _ = jax.lax.scan(
+                lambda pair, weights: ((one_block(pair[0], weights), pair[0]), None), (carry, carry), stacked
+            )
+        else:
+            carry = one_block(self.tap.value, {name: weights[-1] for name, weights in stacked.items()})
         out = env.j2t_iso(carry)
         return out if self.carries > 1 else out[0]
 
@@ -254,11 +270,12 @@ class TracedModule:
         that stay float32 whatever the dtype of the others."""
         self.module = module
         self.keep_in_fp32 = keep_in_fp32
-        self._depth: dict[str, int] = {}
+        self._stacks: dict[str, ScannedBlocks] = {}
+        """By the prefix of their parameters' names."""
         for name, carries in (scan or {}).items():
             blocks = ScannedBlocks(getattr(module, name), carries)
             setattr(module, name, blocks)
-            self._depth[f"{name}.layer."] = blocks.depth
+            self._stacks[f"{name}.layer."] = blocks
 
     def parameters(self, dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter, by checkpoint name; tied parameters once."""
@@ -277,7 +294,23 @@ class TracedModule:
 
     def depth(self, name: str) -> int:
         """How many blocks the stacked parameter `name` has."""
-        return next(depth for prefix, depth in self._depth.items() if name.startswith(prefix.replace(".layer.", ".*.")))
+        return next(s.depth for prefix, s in self._stacks.items() if name.startswith(prefix.replace(".layer.", ".*.")))
+
+    @contextmanager
+    def tapped(self, kept: tuple[jax.Array, ...] | None = None) -> Iterator[Tap]:
+        """Within it, functions run all blocks of the scanned stack and the tap gets what enters the last one; where `kept`
+        is such a value, they run only the last block, on it, and XLA drops all that served the others.
+
+        Raises `ValueError` for a module that has not exactly one scanned stack.
+        """
+        if len(self._stacks) != 1:
+            raise ValueError(f"{type(self.module).__name__} has {len(self._stacks)} scanned stacks of blocks, not one")
+        (stack,) = self._stacks.values()
+        stack.tap = Tap(kept)
+        try:
+            yield stack.tap
+        finally:
+            stack.tap = None
 
     def buffers(self) -> Params:
         """The module's buffers (RoPE tables and the like), computed by its own constructor."""
@@ -303,7 +336,7 @@ class TracedModule:
         return pure
 
     def _public(self, name: str) -> str:
-        for prefix in self._depth:
+        for prefix in self._stacks:
             if name.startswith(prefix):
                 return prefix.replace(".layer.", ".*.") + name.removeprefix(prefix)
         return name

@@ -20,8 +20,11 @@ import click
 import tpuvid
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.options import (
+    cache_options,
     config_option,
+    encoder_options,
     fps_option,
+    loop_options,
     lora_options,
     mesh_option,
     model_option,
@@ -171,8 +174,10 @@ def list_models(as_json: bool) -> None:
 @click.option("--prompt-file", "--prompt-path", type=path_type, help="One prompt per line; each gives a video.")
 @prompt_options
 @sampling_options
+@cache_options
 @lora_options
 @mesh_option
+@loop_options
 @fps_option
 @click.option(
     "--output", "-o", type=path_type, help="The mp4. Default: a name in --output-dir that says prompt, seed and time."
@@ -180,6 +185,7 @@ def list_models(as_json: bool) -> None:
 @click.option("--output-dir", type=path_type, help="Folder for a named file. [default: outputs]")
 @save_frames_option
 @overwrite_option
+@encoder_options
 @runtime_options
 def generate(model: str, prompt: str | None, prompt_file: Path | None, output: Path | None, output_dir: Path | None,
              save_frames: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
@@ -234,6 +240,7 @@ def _generate_all(
     def save(i: int, latents: Latents) -> None:
         outputs[i].write(pipe.decode(latents))
         click.echo(f"seed: {configs[i].seed}")
+        _say_how(latents)
 
     each(lambda i, config: pipe.encode_config(config))
     pipe.free()
@@ -250,6 +257,7 @@ def _generate_all(
 @prompt_options
 @click.option("--output-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True)
 @overwrite_option
+@encoder_options
 @runtime_options
 def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
     """Stage 1: prompt → stage1_embeddings.safetensors."""
@@ -271,8 +279,10 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 @stage_model_option
 @click.option("--input-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 1 is.")
 @sampling_options
+@cache_options
 @lora_options
 @mesh_option
+@loop_options
 @fps_option
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @overwrite_option
@@ -294,6 +304,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
     latents = _load(model, options).denoise(conditioning, **settings)
     click.echo(f"latents: {save_latents(output_dir, latents, overwrite=overwrite)}")
     click.echo(f"seed: {latents.config.seed}")
+    _say_how(latents)
 
 
 @cli.command()
@@ -356,6 +367,15 @@ def doctor(as_json: bool) -> int:
     report = examine()
     click.echo(json.dumps(report, indent=2) if as_json else render(report))
     return 1 if report["problems"] else 0
+
+
+def _say_how(latents: Latents) -> None:
+    """Which steps the cache served, and where the profile is."""
+    about = latents.history["denoise"]
+    if cache := about.get("cache"):
+        click.echo(f"cache: {cache['name']}: full steps {cache['full']}; cached steps {cache['cached']}")
+    if profile := about.get("profile"):
+        click.echo(f"profile: {profile} (open it with xprof, or its perfetto_trace.json.gz in Perfetto)")
 
 
 def _split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

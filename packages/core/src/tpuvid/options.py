@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from tpuvid.errors import InputError
+from tpuvid.stepcache import CACHES
 
 
 def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -51,6 +52,14 @@ def _flags(command: click.Command) -> dict[str, click.Option]:
     return {name.lstrip("-"): option for option in options for name in option.opts if name.startswith("--")}
 
 
+def _usable_folder(context: click.Context, _: click.Parameter, folder: Path | None) -> Path | None:
+    if folder is not None:
+        from tpuvid.artifacts import check_folder
+
+        check_folder(folder)
+    return folder
+
+
 def _options(*decorators: Callable) -> Callable:
     def apply(command: Callable) -> Callable:
         for decorator in reversed(decorators):
@@ -74,11 +83,28 @@ sampling_options = _options(
     click.option("--num-inference-steps", "--steps", type=int, help="Denoising steps."),
     click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1.0 switches it off."),
     click.option("--flow-shift", type=float, help="Timestep shift; default by resolution or checkpoint."),
+    click.option("--use-dynamic-cfg", is_flag=True, default=None, help="CogVideoX: guidance that grows from step to step."),
     click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
+)
+cache_options = _options(
+    click.option("--cache", type=click.Choice(CACHES), help="Reuse parts of one denoising step in the next ones."),
+    click.option("--cache-start-step", type=int, help="First step that may be cached. [default: 11]"),
+    click.option("--cache-end-step", type=int, help="From this step on, none is cached. [default: 45]"),
+    click.option("--cache-step-interval", type=int, help="Between them, one step in so many is full. [default: 4]"),
 )
 mesh_option = click.option("--mesh", help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.")
 fps_option = click.option("--fps", type=int, help="Frames per second of the mp4.")
 save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
+encoder_options = _options(
+    click.option(
+        "--text-encoder-device", type=click.Choice(["device", "cpu"]), default="device", show_default=True,
+        help="Where text encoders run: on the accelerator, which they leave before denoising, or on the CPU.",
+    ),
+)  # fmt: skip
+loop_options = _options(
+    click.option("--warmup-steps", type=click.IntRange(0), default=0, show_default=True, help="Runs before the first step."),
+    click.option("--profile", type=path_type, callback=_usable_folder, help="Folder for a JAX profile of denoising steps."),
+)
 lora_options = _options(
     click.option("--lora-path", type=path_type, help="A LoRA (safetensors) to merge into the diffusion model."),
     click.option("--lora-scale", type=float, default=1.0, show_default=True),

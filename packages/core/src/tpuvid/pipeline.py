@@ -28,6 +28,9 @@ def load(
     dtype: str | None = None,
     mesh: str | MeshConfig | None = None,
     attention_backend: str = "auto",
+    text_encoder_device: str = "device",
+    warmup_steps: int = 0,
+    profile: str | Path | None = None,
     lora_path: str | Path | None = None,
     lora_scale: float = 1.0,
     keep_loaded: bool = True,
@@ -40,9 +43,13 @@ def load(
         dtype: "bfloat16" or "float32", of weights and activations; default bfloat16 on accelerators, float32 on CPU.
         mesh: "dp=2,tp=4" or a `MeshConfig`; default by devices and heads.
         attention_backend: "auto", "xla", "splash" (TPU) or "cudnn" (GPU).
+        text_encoder_device: "device" (the accelerator, if there is one) or "cpu".
+        warmup_steps: how often every denoising program runs before the first step that counts; the result is the same.
+        profile: folder for a JAX profile of steady denoising steps, to be opened in XProf or Perfetto.
         lora_path: safetensors file of a LoRA, merged into the diffusion model with strength `lora_scale`.
         keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
-            next one loads, for models whose stages don't fit in memory together.
+            next one loads, for models whose stages don't fit in memory together. A text encoder on an accelerator is
+            always freed before denoising.
         progress: where phases and steps are reported; default: recorded, not shown.
 
     Raises:
@@ -55,7 +62,15 @@ def load(
         checkpoint = replace(checkpoint, loras=(lora,))
     enable_compilation_cache()
     config = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
-    runtime = Runtime.create(dtype=dtype, mesh=config, attention_backend=attention_backend, progress=progress)
+    runtime = Runtime.create(
+        dtype=dtype,
+        mesh=config,
+        attention_backend=attention_backend,
+        text_encoder_device=text_encoder_device,
+        warmup_steps=warmup_steps,
+        profile=profile,
+        progress=progress,
+    )
     return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
 
 
@@ -117,6 +132,8 @@ class Pipeline:
                 f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "
                 "encode again, or pass guidance_scale=1.0"
             )
+        if self.runtime.text_encoder_shares_memory:
+            self._forget("encode")
         with self._stage("denoise", lambda denoiser: denoiser.check(conditioning.tensors)) as denoiser:
             latents = denoiser.denoise(conditioning.tensors, config, on_step or (lambda done, total: None))
         _check_finite("latents", latents)
@@ -158,14 +175,13 @@ class Pipeline:
     def _record(self) -> dict[str, Any]:
         """What a stage keeps with its result about how it ran, JSON-ready."""
         devices = self.runtime.devices
-        seconds = {name: round(value, 3) for name, value in self.runtime.progress.take().items()}
         return {
             "checkpoint": self.checkpoint.source,
             "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in self.checkpoint.loras],
             "dtype": self.runtime.dtype.name,
             "devices": f"{len(devices)} × {devices[0].device_kind}",
             "tpuvid_version": tpuvid.__version__,
-            "seconds": seconds,
+            **self.runtime.progress.take(),
         }
 
     def free(self) -> None:

@@ -6,13 +6,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class Progress:
-    """Records the wall-clock seconds of every phase by name; shows nothing."""
+    """Records the wall-clock seconds of every phase by name, and notes; shows nothing."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.notes: dict[str, Any] = {}
+
+    def note(self, name: str, value: Any) -> None:
+        """Something to keep with the stage's result, JSON-ready."""
+        self.notes[name] = value
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -23,10 +29,12 @@ class Progress:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def take(self) -> dict[str, float]:
-        """The seconds recorded since the last call."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
+    def take(self) -> dict[str, Any]:
+        """The notes and the seconds recorded since the last call."""
+        seconds = {name: round(value, 3) for name, value in self.seconds.items()}
+        taken = {**self.notes, "seconds": seconds}
+        self.seconds, self.notes = {}, {}
+        return taken
 
     @contextmanager
     def steps(self, name: str, total: int) -> Iterator[StepReport]:

@@ -14,12 +14,14 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tpuvid.artifacts import check_folder
 from tpuvid.errors import InputError
 from tpuvid.kernels import placed_on
 from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh
 from tpuvid.progress import Progress
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+TEXT_ENCODER_DEVICES = ("device", "cpu")
 CACHE_VARIABLE = "TPUVID_CACHE_DIR"
 
 
@@ -53,6 +55,11 @@ class Runtime:
     mesh_config: MeshConfig | None = None
     """Layout of the denoiser; None chooses one."""
     attention: str = "auto"
+    text_encoder_device: str = "device"
+    warmup_steps: int = 0
+    """Runs of each denoising program before the first step that counts."""
+    profile: Path | None = None
+    """Folder for a JAX profile of denoising steps."""
     progress: Progress = field(default_factory=Progress)
 
     @classmethod
@@ -62,15 +69,31 @@ class Runtime:
         dtype: str | None = None,
         mesh: MeshConfig | None = None,
         attention_backend: str = "auto",
+        text_encoder_device: str = "device",
+        warmup_steps: int = 0,
+        profile: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Runtime:
         """A runtime on this machine's devices; raises `InputError` for what they can't do."""
         name = dtype or default_dtype()
         if name not in DTYPES:
             raise InputError(f"dtype={name!r}: choose from {', '.join(DTYPES)}")
-        runtime = cls(DTYPES[name], mesh_config=mesh, attention=attention_backend, progress=progress or Progress())
+        runtime = cls(
+            DTYPES[name],
+            mesh_config=mesh,
+            attention=attention_backend,
+            text_encoder_device=text_encoder_device,
+            warmup_steps=warmup_steps,
+            profile=None if profile is None else Path(profile),
+            progress=progress or Progress(),
+        )
+        # all of these fail for what this machine can't run or a stage can't use
         with runtime.scope(runtime.denoiser_mesh([1])):
-            pass  # fails for a mesh or an attention backend that this machine can't run
+            runtime.encoder_mesh([1])
+        if type(warmup_steps) is not int or warmup_steps < 0:
+            raise InputError(f"warmup_steps={warmup_steps!r}: needs a whole number ≥ 0")
+        if runtime.profile is not None:
+            check_folder(runtime.profile)
         return runtime
 
     def denoiser_mesh(self, sizes: Iterable[int]) -> Mesh:
@@ -79,8 +102,19 @@ class Runtime:
         return make_mesh(config, self.devices)
 
     def encoder_mesh(self, sizes: Iterable[int]) -> Mesh:
-        """For a text encoder: as many devices as divide `sizes`; its layout is not the user's to choose."""
-        return make_mesh(default_mesh_config(len(self.devices), sizes), self.devices)
+        """For a text encoder: as many devices as divide `sizes`, or this machine's CPU; raises `InputError` where it has none."""
+        match self.text_encoder_device:
+            case "device":
+                return make_mesh(default_mesh_config(len(self.devices), sizes), self.devices)
+            case "cpu":
+                return make_mesh(MeshConfig(), _cpu())
+            case other:
+                raise InputError(f"text_encoder_device={other!r}: choose from {', '.join(TEXT_ENCODER_DEVICES)}")
+
+    @property
+    def text_encoder_shares_memory(self) -> bool:
+        """Whether the text encoder's weights stand in the memory of the accelerator that denoises."""
+        return self.text_encoder_device == "device" and self.devices[0].platform != "cpu"
 
     def single_device(self) -> Mesh:
         """For a stage that has no split: the first device alone."""
@@ -90,8 +124,9 @@ class Runtime:
     def scope(self, mesh: Mesh) -> Iterator[None]:
         """Within it, functions are traced for `mesh`, and float32 means float32 on every platform."""
         precision = "highest" if self.dtype == np.float32 else None
+        elsewhere = mesh.devices.flat[0].platform != self.devices[0].platform  # the text encoder on the CPU
         try:
-            with placed_on(mesh, self.attention), jax.default_matmul_precision(precision):
+            with placed_on(mesh, "auto" if elsewhere else self.attention), jax.default_matmul_precision(precision):
                 yield
         except ValueError as error:
             if "attention backend" in str(error):
@@ -117,6 +152,15 @@ class Programs:
             with self._runtime.progress.phase(f"compile {what}"), self._runtime.scope(self._mesh):
                 self._compiled[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
         return self._compiled[key]
+
+
+def _cpu() -> Sequence[jax.Device]:
+    try:
+        return jax.local_devices(backend="cpu")
+    except RuntimeError:
+        raise InputError(
+            "text_encoder_device=cpu: JAX_PLATFORMS leaves out the CPU; add it (JAX_PLATFORMS=tpu,cpu) or unset it"
+        ) from None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

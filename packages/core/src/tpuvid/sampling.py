@@ -1,10 +1,9 @@
-"""What every denoiser does around its model: noise as diffusers draws it, guidance, and the loop over a `Schedule`."""
+"""What goes into a denoising run: inputs that fit, noise as diffusers draws it, and guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -12,12 +11,8 @@ from jax import Array
 from jaxtyping import Float
 
 from tpuvid.errors import InputError
-from tpuvid.progress import Progress
 from tpuvid.schedule import Schedule
-from tpuvid.stages import StepCallback
-
-Step = Callable[[Array, np.ndarray, np.ndarray], Array]
-"""(state [K, …], timestep, weights [K, K+1]) → the next state."""
+from tpuvid.stages import GenerationConfig
 
 
 def check_embeds(tensors: Mapping[str, np.ndarray], width: int) -> None:
@@ -62,14 +57,16 @@ def guide(output: Float[Array, "B2 ..."], scale: Float[Array, ""]) -> Float[Arra
     return unconditional + scale * (conditional - unconditional)
 
 
-def run_steps(
-    step: Step, state: Float[Array, "K ..."], schedule: Schedule, progress: Progress, on_step: StepCallback
-) -> Float[np.ndarray, "..."]:
-    """The sample after every step of `schedule`; each is waited for, so that progress and timings are true."""
-    total = len(schedule.timesteps)
-    with progress.steps("denoise", total) as report:
-        for done, (timestep, weights) in enumerate(zip(schedule.timesteps, schedule.weights), start=1):
-            state = jax.block_until_ready(step(state, timestep, weights))
-            report(done)
-            on_step(done, total)
-    return np.asarray(state[0])
+def guidance_scales(config: GenerationConfig) -> Float[np.ndarray, "steps"] | None:
+    """The scale of every step; None where guidance is off and the negative prompt plays no part."""
+    if not config.do_classifier_free_guidance:
+        return None
+    return np.full(config.num_inference_steps, config.guidance_scale, np.float32)
+
+
+def with_negative(
+    tensors: Mapping[str, np.ndarray], name: str, scales: Float[np.ndarray, "steps"] | None
+) -> Float[np.ndarray, "B2 ..."]:
+    """The conditioning `name`; with guidance, that of the negative prompt follows it in the batch."""
+    parts = [tensors[name]] if scales is None else [tensors[name], tensors[f"negative_{name}"]]
+    return np.concatenate(parts)

@@ -24,6 +24,8 @@ class Schedule:
     """What the model is told at each step."""
     weights: Float[np.ndarray, "steps K K+1"]
     """Rows: next sample, then K−1 memories. Columns: sample, memories, model output."""
+    draws: tuple[int, ...] = ()
+    """Of a stochastic scheduler: how many normal tensors each step draws; the host puts them into the first memories."""
 
     @property
     def memories(self) -> int:

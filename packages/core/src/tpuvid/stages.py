@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tpuvid.errors import InputError
+from tpuvid.stepcache import fill_cache_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tpuvid.runtime import Runtime
 
 API_VERSION = 1
+OPTIONAL_SETTINGS = {"flow_shift": "flow-matching schedule", "use_dynamic_cfg": "guidance that grows from step to step"}
 MAX_SEED = 2**63 - 1  # torch.Generator.manual_seed takes an int64
 
 
@@ -40,8 +42,15 @@ class GenerationConfig:
     guidance_scale: float
     flow_shift: float | None = None
     """Timestep shift of a flow-matching schedule; None takes the checkpoint's own."""
+    use_dynamic_cfg: bool = False
+    """CogVideoX: guidance that grows from step to step."""
     seed: int = 42
     max_sequence_length: int = 512
+    cache: str | None = None
+    """A step cache ("deepcache"), and its settings: see `tpuvid.stepcache`."""
+    cache_start_step: int | None = None
+    cache_end_step: int | None = None
+    cache_step_interval: int | None = None
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -104,6 +113,8 @@ def check_sampling(config: GenerationConfig) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
             raise InputError(f"{name}={value!r}: needs a number")
+    if type(config.use_dynamic_cfg) is not bool:
+        raise InputError(f"use_dynamic_cfg={config.use_dynamic_cfg!r}: needs true or false")
     positive = {"num_inference_steps": 1000, "fps": 240, "max_sequence_length": 4096}
     for name, most in positive.items():
         if not 1 <= getattr(config, name) <= most:
@@ -221,8 +232,8 @@ class ModelSpec:
     rules: SizeRules
     flow_shifts: tuple[tuple[int, float], ...] = ()
     """(least pixels per frame, flow_shift), largest first; below the last, the checkpoint's own shift holds."""
-    takes_flow_shift: bool = True
-    """False where the schedule is no flow-matching one."""
+    takes: tuple[str, ...] = ("flow_shift",)
+    """Of the settings that only some models have (`OPTIONAL_SETTINGS`), those that this one has."""
     components: Mapping[str, tuple[str, ...]]
     """The checkpoint's subfolders that each of the stages "encode", "denoise" and "decode" needs."""
     load_text_encoder: str
@@ -236,8 +247,9 @@ class ModelSpec:
     def configure(self, **settings: Any) -> GenerationConfig:
         """The model's defaults with `settings` (None: not given), checked; raises `InputError`."""
         config = self.defaults.override(**settings)
-        if config.flow_shift is not None and not self.takes_flow_shift:
-            raise InputError(f"flow_shift={config.flow_shift}: {self.model_id} has no flow-matching schedule; leave it out")
+        for name, purpose in OPTIONAL_SETTINGS.items():
+            if (value := getattr(config, name)) not in (None, False) and name not in self.takes:
+                raise InputError(f"{name}={value}: {self.model_id} has no {purpose}; leave it out")
         if config.flow_shift is None:
             pixels = config.height * config.width
             shift = next((shift for least, shift in self.flow_shifts if pixels >= least), None)
@@ -247,7 +259,7 @@ class ModelSpec:
             self.rules.check(height=config.height, width=config.width, num_frames=config.num_frames)
         except InputError as error:
             raise InputError(f"{error} ({self.model_id})") from None
-        return config
+        return fill_cache_settings(config)
 
     def load(self, stage: str, checkpoint: Checkpoint, runtime: Runtime) -> Any:
         """Import and call the loader of `stage` ("text_encoder", "denoiser" or "decoder")."""

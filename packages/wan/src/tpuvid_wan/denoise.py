@@ -6,19 +6,20 @@ from collections.abc import Mapping
 
 import diffusers
 import jax
-import jax.numpy as jnp
 import numpy as np
 from diffusers import WanTransformer3DModel
 from jax import Array
 from jaxtyping import Float
 from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint, Weights
+from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
 from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import check_embeds, guide, initial_state, make_generator, make_noise, run_steps
-from tpuvid.schedule import Schedule, advance, tabulate
+from tpuvid.sampling import check_embeds, guidance_scales, make_generator, make_noise, with_negative
+from tpuvid.schedule import Schedule, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
+from tpuvid.stepcache import step_cache
 from tpuvid.weights import load_parameters, match_parameters
 
 from tpuvid_wan.lora import adapt
@@ -52,7 +53,7 @@ class WanDenoiser:
         widths = split_sizes(self.traced.parameters(runtime.dtype), TRANSFORMER)
         self.mesh = runtime.denoiser_mesh({module.config.num_attention_heads, *widths})
         self.checkpoint = checkpoint
-        self.programs = runtime.programs(self.mesh)
+        self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime)
 
     def verify(self) -> None:
         match_parameters(self.traced, self._weights())
@@ -72,49 +73,23 @@ class WanDenoiser:
         self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback
     ) -> Float[np.ndarray, "1 C f h w"]:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
-        guided = config.do_classifier_free_guidance
-        embeds = tensors["prompt_embeds"]
-        if guided:
-            embeds = np.concatenate([embeds, tensors["negative_prompt_embeds"]])
-        text = jax.device_put(embeds.astype(self.runtime.dtype), batch_sharded(self.mesh, len(embeds)))
-        noise = make_noise((1, *self._latent_shape(config)), make_generator(config.seed))
-        state = jax.device_put(initial_state(noise, schedule), replicated(self.mesh))
-        guidance = np.float32(config.guidance_scale)
+        scales = guidance_scales(config)
+        text = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
+        text = jax.device_put(text, batch_sharded(self.mesh, len(text)))
+        generator = make_generator(config.seed)
+        noise = make_noise((1, *self._latent_shape(config)), generator)
+        cache = step_cache(config)
+        return self.sampler.sample(
+            self.params, text, noise, schedule, scales=scales, generator=generator, cache=cache, on_step=on_step
+        )
 
-        example = (self.params, state, text, schedule.timesteps[0], schedule.weights[0], guidance)
-        compiled = self.programs.get("denoiser", self._function(guided), *example, donate=(1,))
-
-        def step(state, timestep, weights):
-            return compiled(self.params, state, text, timestep, weights, guidance)
-
-        return run_steps(step, state, schedule, self.runtime.progress, on_step)
+    def _predict(
+        self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, "B2"], text: Float[Array, "B2 L E"]
+    ) -> Float[Array, "B2 C f h w"]:
+        """The velocity."""
+        return self.traced.function("forward", return_dict=False)(params, latents, timesteps, text)[0]
 
     def _latent_shape(self, config: GenerationConfig) -> tuple[int, int, int, int]:
         channels = self.traced.module.config.in_channels
         frames = (config.num_frames - 1) // VAE_TIME + 1
         return channels, frames, config.height // VAE_SPACE, config.width // VAE_SPACE
-
-    def _function(self, guided: bool):
-        forward = self.traced.function("forward", return_dict=False)
-        dtype = self.runtime.dtype
-
-        def step(
-            params,
-            state: Float[Array, "K B C f h w"],
-            text: Float[Array, "B2 L E"],
-            timestep: Float[Array, ""],
-            weights: Float[Array, "K K1"],
-            guidance: Float[Array, ""],
-        ) -> Float[Array, "K B C f h w"]:
-            latents = state[0].astype(dtype)
-            if guided:  # prompt and negative prompt in one batch
-                latents = jax.lax.with_sharding_constraint(
-                    jnp.concatenate([latents, latents]), batch_sharded(self.mesh, len(text))
-                )
-            timesteps = jnp.broadcast_to(timestep, len(latents))
-            velocity = forward(params, latents, timesteps, text)[0].astype(jnp.float32)
-            if guided:
-                velocity = guide(velocity, guidance)
-            return advance(weights, state, velocity)
-
-        return step

@@ -1,0 +1,175 @@
+"""The denoising loop of every model: noise → latents, one compiled step after the other.
+
+A model brings its prediction, a schedule and its inputs; guidance, step caches, warm-up and profiling are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from tpuvid import sampling
+from tpuvid.bridge import Params, TracedModule
+from tpuvid.profiling import StepProfiler
+from tpuvid.runtime import Runtime, batch_sharded, replicated
+from tpuvid.schedule import Schedule, advance
+from tpuvid.stages import StepCallback
+from tpuvid.stepcache import StepCache, Uncached, ranges
+
+Predict = Callable[[Params, Array, Array, Any], Array]
+"""(params, latents [B, …], timesteps [B], inputs) → the model's output [B, …]; traced. With guidance, B counts both prompts."""
+
+Guide = Callable[[Array, Array], Array]
+"""(output for prompt and negative prompt [2B, …], scale) → guided output [B, …], float32; traced."""
+
+
+class Moment(NamedTuple):
+    """What changes from step to step; made by the host."""
+
+    timestep: Float[np.ndarray, ""]
+    weights: Float[np.ndarray, "K K1"]
+    """Of the scheduler: see `Schedule.weights`."""
+    scale: Float[np.ndarray, ""] | None
+    """Of guidance; None where it is off."""
+    drawn: Float[np.ndarray, "n ..."]
+    """Normal noise for a stochastic scheduler's first n memories."""
+
+
+class Sampler:
+    """One diffusion model's steps on a mesh."""
+
+    def __init__(self, traced: TracedModule, predict: Predict, mesh: Mesh, runtime: Runtime, *, guide: Guide = sampling.guide):
+        self.traced, self.predict, self.mesh, self.runtime, self.guide = traced, predict, mesh, runtime, guide
+        self.programs = runtime.programs(mesh)
+
+    def sample(
+        self,
+        params: Params,
+        inputs: Any,
+        noise: Float[np.ndarray, "..."],
+        schedule: Schedule,
+        *,
+        scales: Float[np.ndarray, "steps"] | None,
+        generator: torch.Generator,
+        cache: StepCache,
+        on_step: StepCallback,
+    ) -> Float[np.ndarray, "..."]:
+        """The sample after every step of `schedule`; each is waited for, so that progress and timings are true.
+
+        `inputs` are on the devices; where `scales` (of guidance, by step) are given, the negative prompt's follow the
+        prompt's in each batch. An exception in `on_step` stops the run.
+        """
+        total, progress = len(schedule.timesteps), self.runtime.progress
+        is_full = cache.full_steps(total)
+        state = jax.device_put(sampling.initial_state(noise, schedule), replicated(self.mesh))
+        full, cached = self.compile(params, state, inputs, first_moment(schedule, scales, noise.shape), cache)
+        if self.runtime.warmup_steps:
+            with progress.phase("warm up"):
+                self._warm_up(full, cached, params, state, inputs, first_moment(schedule, scales, noise.shape))
+
+        kept = None
+        moments = _moments(schedule, scales, noise.shape, generator)
+        with progress.steps("denoise", total) as report, StepProfiler(self.runtime.profile, is_full) as profiler:
+            for step, moment in enumerate(moments):
+                with profiler.step(step):
+                    if is_full[step]:
+                        kept = None  # makes room for what this step keeps
+                        state, kept = full(params, state, inputs, moment)
+                    else:
+                        state = cached(params, state, kept, inputs, moment)
+                    jax.block_until_ready(state)
+                report(step + 1)
+                on_step(step + 1, total)
+        if profiler.folder:
+            progress.note("profile", str(profiler.folder))
+        if cached:
+            steps = {
+                what: ranges(i for i in range(total) if is_full[i] is flag)
+                for what, flag in (("full", True), ("cached", False))
+            }
+            progress.note("cache", {"name": cache.name, **steps, "saved_steps": is_full.count(False)})
+        return np.asarray(state[0])
+
+    def compile(
+        self, params: Params, state: Any, inputs: Any, moment: Moment, cache: StepCache
+    ) -> tuple[Callable, Callable | None]:
+        """The programs of full and of cached steps for such arguments (arrays or shape structs); None where nothing is kept."""
+        names = (
+            ("denoiser", "") if isinstance(cache, Uncached) else (f"full step ({cache.name})", f"cached step ({cache.name})")
+        )
+        full = self.programs.get(names[0], self._full(cache), params, state, inputs, moment, donate=(1,))
+        _, kept = full.out_info
+        if not jax.tree.leaves(kept):
+            return full, None
+        kept = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding), kept)
+        return full, self.programs.get(names[1], self._cached(cache), params, state, kept, inputs, moment, donate=(1,))
+
+    def _full(self, cache: StepCache) -> Callable:
+        def full_step(
+            params, state: Float[Array, "K B ..."], inputs: Any, moment: Moment
+        ) -> tuple[Float[Array, "K B ..."], Any]:
+            latents, timesteps = self._model_inputs(state, moment)
+            output, kept = cache.full(self.traced, self.predict, params, latents, timesteps, inputs)
+            return self._update(state, output, moment), kept
+
+        return full_step
+
+    def _cached(self, cache: StepCache) -> Callable:
+        def cached_step(
+            params, state: Float[Array, "K B ..."], kept: Any, inputs: Any, moment: Moment
+        ) -> Float[Array, "K B ..."]:
+            latents, timesteps = self._model_inputs(state, moment)
+            output = cache.cached(self.traced, self.predict, kept, params, latents, timesteps, inputs)
+            return self._update(state, output, moment)
+
+        return cached_step
+
+    def _model_inputs(self, state, moment: Moment) -> tuple[Float[Array, "B2 ..."], Float[Array, "B2"]]:
+        latents = state[0].astype(self.runtime.dtype)
+        if moment.scale is not None:  # prompt and negative prompt in one batch
+            latents = jnp.concatenate([latents, latents])
+            latents = jax.lax.with_sharding_constraint(latents, batch_sharded(self.mesh, len(latents)))
+        return latents, jnp.broadcast_to(moment.timestep, len(latents))
+
+    def _update(self, state, output: Float[Array, "B2 ..."], moment: Moment) -> Float[Array, "K B ..."]:
+        output = output.astype(jnp.float32)
+        if moment.scale is not None:
+            output = self.guide(output, moment.scale)
+        state = jnp.concatenate([state[:1], moment.drawn, state[1 + len(moment.drawn) :]])
+        return jax.lax.with_sharding_constraint(advance(moment.weights, state, output), replicated(self.mesh))
+
+    def _warm_up(
+        self, full: Callable, cached: Callable | None, params: Params, state: Array, inputs: Any, moment: Moment
+    ) -> None:
+        """Run the programs on copies: neither the sample, nor what a cache keeps, nor the generator is touched."""
+        for _ in range(self.runtime.warmup_steps):
+            scratch, kept = full(params, jnp.copy(state), inputs, moment)
+            if cached:
+                scratch = cached(params, scratch, kept, inputs, moment)
+            jax.block_until_ready(scratch)
+
+
+def first_moment(schedule: Schedule, scales: np.ndarray | None, shape: tuple[int, ...]) -> Moment:
+    """The first step's, with zeros for what a stochastic scheduler would draw."""
+    drawn = np.zeros((max(schedule.draws, default=0), *shape), np.float32)
+    return Moment(schedule.timesteps[0], schedule.weights[0], None if scales is None else scales[0], drawn)
+
+
+def _moments(
+    schedule: Schedule, scales: np.ndarray | None, shape: tuple[int, ...], generator: torch.Generator
+) -> Iterator[Moment]:
+    """Step by step; what each draws is drawn when its turn comes."""
+    quiet = first_moment(schedule, scales, shape)
+    for step, (timestep, weights) in enumerate(zip(schedule.timesteps, schedule.weights)):
+        drawn = quiet.drawn.copy()
+        for slot in range(schedule.draws[step] if schedule.draws else 0):
+            drawn[slot] = sampling.make_noise(shape, generator)
+        yield Moment(timestep, weights, None if scales is None else scales[step], drawn)

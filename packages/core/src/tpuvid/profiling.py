@@ -1,0 +1,49 @@
+"""A JAX profile of steady denoising steps: the XPlane file for XProf, and a trace for Perfetto."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Self
+
+import jax
+
+PROFILED_STEPS = 5
+"""Enough to see that steps are alike; traces of many steps are too large to open."""
+
+
+def steady_steps(is_full: Sequence[bool]) -> range:
+    """The steps to profile: past every program's first run, and with a cache beginning at a full step."""
+    total = len(is_full)
+    cached = next((i for i in range(total) if not is_full[i]), 0)
+    first = next((i for i in range(cached + 1, total) if is_full[i]), min(1, total - 1))
+    return range(first, min(first + PROFILED_STEPS, total))
+
+
+class StepProfiler:
+    """Profiles the steady ones of a run's steps into `folder`; does nothing where that is None."""
+
+    def __init__(self, folder: Path | None, is_full: Sequence[bool]):
+        self.folder, self._steps = folder, steady_steps(is_full)
+        self._running = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()  # also where a step failed or the run was stopped
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around one step, the device's work included."""
+        if self.folder is None or number not in self._steps:
+            yield
+            return
+        if number == self._steps.start:
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            self._running.callback(jax.profiler.stop_trace)
+        with jax.profiler.StepTraceAnnotation("denoise", step_num=number):
+            yield
+        if number == self._steps[-1]:
+            self._running.close()

@@ -1,0 +1,118 @@
+"""Step caches: some denoising steps reuse what an earlier one computed. Imports neither jax nor torch.
+
+A cache says which steps run the whole model, what such a full step keeps, and what a cached step runs with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tpuvid.errors import InputError
+
+if TYPE_CHECKING:
+    from tpuvid.bridge import TracedModule
+    from tpuvid.stages import GenerationConfig
+
+CACHES = ("deepcache",)
+
+
+class StepCache(Protocol):
+    name: str
+
+    def full_steps(self, num_inference_steps: int) -> list[bool]:
+        """Of every step, whether it runs the whole model; the first one always does."""
+
+    def full(self, traced: TracedModule, predict: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+        """``predict(*args)``, and the arrays to keep of it; traced."""
+
+    def cached(self, traced: TracedModule, predict: Callable[..., Any], kept: Any, *args: Any) -> Any:
+        """``predict(*args)`` by way of what the last full step kept; traced."""
+
+
+class Uncached:
+    """Every step is full, and nothing is kept."""
+
+    name = "none"
+
+    def full_steps(self, num_inference_steps: int) -> list[bool]:
+        return [True] * num_inference_steps
+
+    def full(self, traced: TracedModule, predict: Callable[..., Any], *args: Any) -> tuple[Any, None]:
+        return predict(*args), None
+
+    def cached(self, traced: TracedModule, predict: Callable[..., Any], kept: Any, *args: Any) -> Any:
+        raise AssertionError("no step is cached")
+
+
+@dataclass(frozen=True, slots=True)
+class DeepCache:
+    """Full steps keep what enters the last block; cached ones run that block alone, with this step's timestep.
+
+    Paper: DeepCache (arXiv:2312.00858), whose deep features are here those of all blocks but the last. Full are the steps
+    before `start_step`, from there on every `step_interval`-th one, and all from `end_step`.
+    """
+
+    start_step: int = 11
+    end_step: int = 45
+    step_interval: int = 4
+    name = "deepcache"
+
+    def full_steps(self, num_inference_steps: int) -> list[bool]:
+        between = range(self.start_step, self.end_step, self.step_interval)
+        return [not self.start_step <= step < self.end_step or step in between for step in range(num_inference_steps)]
+
+    def full(self, traced: TracedModule, predict: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+        with traced.tapped() as tap:
+            output = predict(*args)
+        return output, tap.value
+
+    def cached(self, traced: TracedModule, predict: Callable[..., Any], kept: Any, *args: Any) -> Any:
+        with traced.tapped(kept):
+            return predict(*args)
+
+
+def step_cache(config: GenerationConfig) -> StepCache:
+    """The cache that a checked config asks for."""
+    if config.cache is None:
+        return Uncached()
+    return DeepCache(config.cache_start_step, config.cache_end_step, config.cache_step_interval)
+
+
+def fill_cache_settings(config: GenerationConfig) -> GenerationConfig:
+    """`config` with the defaults of its cache where they are not given.
+
+    Raises `InputError` for settings of no cache, or with which no step would be cached.
+    """
+    given = {name: getattr(config, f"cache_{name}") for name in DeepCache.__slots__}
+    if config.cache is None:
+        if names := [name for name, value in given.items() if value is not None]:
+            raise InputError(
+                f"cache_{names[0]}={given[names[0]]}: no cache is switched on; add cache=deepcache or leave it out"
+            )
+        return config
+    if config.cache not in CACHES:
+        raise InputError(f"cache={config.cache!r}: choose from {', '.join(CACHES)}")
+    for name, value in given.items():
+        least = 1 if name == "step_interval" else 0
+        if value is not None and (type(value) is not int or value < least):
+            raise InputError(f"cache_{name}={value!r}: needs a whole number ≥ {least}")
+    cache = DeepCache(**{name: value for name, value in given.items() if value is not None})
+    if all(cache.full_steps(config.num_inference_steps)):
+        raise InputError(
+            f"cache_start_step={cache.start_step}, cache_end_step={cache.end_step}, cache_step_interval={cache.step_interval}: "
+            f"none of {config.num_inference_steps} steps would be cached; start earlier, end later or widen the interval"
+        )
+    return config.override(**{f"cache_{name}": getattr(cache, name) for name in DeepCache.__slots__})
+
+
+def ranges(steps: Iterable[int]) -> str:
+    """Step numbers for people: "0-11, 15, 19"."""
+    found: list[list[int]] = []
+    for step in steps:
+        if found and found[-1][-1] == step - 1:
+            found[-1] = [found[-1][0], step]
+        else:
+            found.append([step, step])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
