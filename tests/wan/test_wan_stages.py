@@ -1,5 +1,6 @@
 import json
 import shutil
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +10,9 @@ from safetensors.numpy import load_file, save_file
 from tpuvid import InputError, TpuvidError, testing
 from tpuvid.artifacts import EMBEDDINGS, load_conditioning, save_conditioning
 from tpuvid.cli import run
+from tpuvid.runtime import Runtime
 from tpuvid.stages import Latents
+from tpuvid_wan.denoise import WanDenoiser
 from wan.conftest import SMALL
 
 
@@ -113,6 +116,49 @@ def test_stages_free_their_weights(checkpoint):
     pipe = tpuvid.load(str(checkpoint), keep_loaded=False)
     pipe.generate("a cat", **SMALL)
     assert not pipe._loaded and not pipe._opened
+
+
+def test_the_cache_travels_with_the_stage_files(checkpoint, tmp_path, capsys):
+    """Its settings and the steps that it served, to the video's record; the same video as in one go, warmed up or not."""
+    sampling = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "6", "--guidance-scale", "4", "--seed", "5"]
+    sampling += ["--cache", "deepcache", "--cache-start-step", "1", "--cache-step-interval", "3"]
+    model = ["--model", str(checkpoint)]
+    said = "cache: deepcache: full steps 0-1, 4; cached steps 2-3, 5"
+    assert run(["generate", *model, "--prompt", "a cat", *sampling, "-o", str(tmp_path / "a.mp4"), "--save-frames"]) == 0
+    assert said in capsys.readouterr().out
+    folder = ["--input-dir", str(tmp_path / "s")]
+    assert (
+        run(["encode", *model, "--prompt", "a cat", "--output-dir", str(tmp_path / "s"), "--text-encoder-device", "cpu"]) == 0
+    )
+    assert run(["denoise", *folder, *sampling, "--warmup-steps", "2", "--profile", str(tmp_path / "profile")]) == 0
+    out = capsys.readouterr().out
+    assert said in out and f"profile: {tmp_path / 'profile'}" in out
+    assert run(["decode", *folder, "--save-frames"]) == 0
+    one, staged = (load_file(f / "stage3_frames.safetensors")["frames"] for f in (tmp_path, tmp_path / "s"))
+    assert np.array_equal(one, staged)
+    about = json.loads((tmp_path / "s" / "output_video.json").read_text())
+    assert about["history"]["denoise"]["cache"] == {"name": "deepcache", "full": "0-1, 4", "cached": "2-3, 5", "saved_steps": 3}
+    assert (about["cache"], about["cache_start_step"], about["cache_end_step"]) == ("deepcache", 1, 45)
+
+
+def test_the_record_says_the_checkpoints_own_shift(checkpoint, pipe):
+    own = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())["flow_shift"]
+    assert pipe.denoise(pipe.encode("a cat"), **SMALL).config.flow_shift == own
+    assert pipe.denoise(pipe.encode("a cat"), **SMALL | {"flow_shift": 2.5}).config.flow_shift == 2.5
+
+
+def test_text_encoders_leave_an_accelerators_memory_before_denoising(checkpoint, monkeypatch):
+    """Their arrays are gone, not only forgotten, when the denoiser's weights are read. (A CPU counts as accelerator here.)"""
+    monkeypatch.setattr(Runtime, "text_encoder_shares_memory", True)
+    pipe = tpuvid.load(str(checkpoint))
+    conditioning = pipe.encode("a cat")
+    weights = weakref.ref(pipe._opened["encode"].params["shared.weight"])
+    assert weights() is not None
+    left = []
+    monkeypatch.setattr(WanDenoiser, "load", lambda self, load=WanDenoiser.load: left.append(weights()) or load(self))
+    pipe.denoise(conditioning, **SMALL)
+    assert left == [None]
+    assert np.array_equal(pipe.encode("a cat").tensors["prompt_embeds"], conditioning.tensors["prompt_embeds"])
 
 
 def test_checkpoint_in_shards(checkpoint, pipe, tmp_path):

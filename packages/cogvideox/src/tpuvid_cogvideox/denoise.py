@@ -96,6 +96,9 @@ class CogVideoXDenoiser:
             self.traced, self.checkpoint.weights("transformer"), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
         )
 
+    def resolve(self, config: GenerationConfig) -> GenerationConfig:
+        return config  # the checkpoint decides nothing that a setting could
+
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         check_embeds(tensors, self.config.text_embed_dim)
 

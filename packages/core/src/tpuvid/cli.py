@@ -375,7 +375,7 @@ def _say_how(latents: Latents) -> None:
     if cache := about.get("cache"):
         click.echo(f"cache: {cache['name']}: full steps {cache['full']}; cached steps {cache['cached']}")
     if profile := about.get("profile"):
-        click.echo(f"profile: {profile} (open it with xprof, or its perfetto_trace.json.gz in Perfetto)")
+        click.echo(f"profile: {profile} (*.xplane.pb for XProf, perfetto_trace.json.gz for Perfetto)")
 
 
 def _split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -88,8 +88,8 @@ class Sampler:
                     jax.block_until_ready(state)
                 report(step + 1)
                 on_step(step + 1, total)
-        if profiler.folder:
-            progress.note("profile", str(profiler.folder))
+        if profiler.written:
+            progress.note("profile", str(profiler.written))
         if cached:
             steps = {
                 what: ranges(i for i in range(total) if is_full[i] is flag)

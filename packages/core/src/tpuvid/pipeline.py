@@ -127,6 +127,7 @@ class Pipeline:
     ) -> Latents:
         """Stage 2 for a checked config."""
         check_origin("embeddings", conditioning, self.spec, self.checkpoint)
+        config = self._open("denoise").resolve(config)
         if config.do_classifier_free_guidance and "negative_prompt_embeds" not in conditioning.tensors:
             raise InputError(
                 f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "

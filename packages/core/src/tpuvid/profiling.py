@@ -27,6 +27,8 @@ class StepProfiler:
     def __init__(self, folder: Path | None, is_full: Sequence[bool]):
         self.folder, self._steps = folder, steady_steps(is_full)
         self._running = ExitStack()
+        self.written: Path | None = None
+        """Where the profile's files are, once they are written."""
 
     def __enter__(self) -> Self:
         return self
@@ -42,8 +44,12 @@ class StepProfiler:
             return
         if number == self._steps.start:
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
-            self._running.callback(jax.profiler.stop_trace)
+            self._running.callback(self._stop)
         with jax.profiler.StepTraceAnnotation("denoise", step_num=number):
             yield
         if number == self._steps[-1]:
             self._running.close()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self.written = max((self.folder / "plugins" / "profile").iterdir(), key=lambda run: run.stat().st_mtime)

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from tpuvid.runtime import Runtime
 
 API_VERSION = 1
-OPTIONAL_SETTINGS = {"flow_shift": "flow-matching schedule", "use_dynamic_cfg": "guidance that grows from step to step"}
+OPTIONAL_SETTINGS = {
+    "flow_shift": "flow-matching schedule",
+    "use_dynamic_cfg": "guidance that grows from step to step",
+    "cache": "step cache",
+}
 MAX_SEED = 2**63 - 1  # torch.Generator.manual_seed takes an int64
 
 
@@ -39,7 +43,8 @@ class GenerationConfig:
     num_frames: int
     fps: int
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | None
+    """None takes the checkpoint's own."""
     flow_shift: float | None = None
     """Timestep shift of a flow-matching schedule; None takes the checkpoint's own."""
     use_dynamic_cfg: bool = False
@@ -54,7 +59,7 @@ class GenerationConfig:
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self.guidance_scale > 1.0
+        return self.guidance_scale is None or self.guidance_scale > 1.0
 
     def override(self, **changes: Any) -> GenerationConfig:
         """A copy with every change that is not None; unknown names raise `InputError`."""
@@ -119,7 +124,8 @@ def check_sampling(config: GenerationConfig) -> None:
     for name, most in positive.items():
         if not 1 <= getattr(config, name) <= most:
             raise InputError(f"{name}={getattr(config, name)}: needs a whole number from 1 to {most}")
-    if not (math.isfinite(config.guidance_scale) and config.guidance_scale >= 0):
+    scale = config.guidance_scale
+    if scale is not None and not (math.isfinite(scale) and scale >= 0):
         raise InputError(f"guidance_scale={config.guidance_scale}: needs a finite number ≥ 0; 1.0 switches guidance off")
     shift = config.flow_shift
     if shift is not None and not (math.isfinite(shift) and shift > 0):
@@ -199,6 +205,9 @@ class TextEncoder(Stage, Protocol):
 
 
 class Denoiser(Stage, Protocol):
+    def resolve(self, config: GenerationConfig) -> GenerationConfig:
+        """`config` with what it leaves to the checkpoint (flow shift, guidance) filled in, so that the record says what ran."""
+
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Raise `InputError` if these conditioning tensors do not fit this model."""
 
@@ -232,7 +241,7 @@ class ModelSpec:
     rules: SizeRules
     flow_shifts: tuple[tuple[int, float], ...] = ()
     """(least pixels per frame, flow_shift), largest first; below the last, the checkpoint's own shift holds."""
-    takes: tuple[str, ...] = ("flow_shift",)
+    takes: tuple[str, ...] = ()
     """Of the settings that only some models have (`OPTIONAL_SETTINGS`), those that this one has."""
     components: Mapping[str, tuple[str, ...]]
     """The checkpoint's subfolders that each of the stages "encode", "denoise" and "decode" needs."""

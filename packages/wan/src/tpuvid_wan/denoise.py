@@ -25,7 +25,8 @@ from tpuvid.weights import load_parameters, match_parameters
 from tpuvid_wan.lora import adapt
 from tpuvid_wan.sharding import TRANSFORMER
 
-SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
+SCHEDULERS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
+"""By class: what its configuration calls the shift."""
 VAE_TIME, VAE_SPACE = 4, 8  # pixels per latent of every Wan 2.1 VAE
 
 
@@ -34,8 +35,7 @@ def make_schedule(config: Mapping, num_inference_steps: int, flow_shift: float |
     name = config.get("_class_name")
     if name not in SCHEDULERS:
         raise InputError(f"scheduler {name!r}: Wan runs with {' or '.join(SCHEDULERS)}; change scheduler_config.json")
-    shift_name = "flow_shift" if name == "UniPCMultistepScheduler" else "shift"
-    changes = {} if flow_shift is None else {shift_name: flow_shift}
+    changes = {} if flow_shift is None else {SCHEDULERS[name]: flow_shift}
     try:
         return tabulate(getattr(diffusers, name).from_config(config, **changes), num_inference_steps)
     except ValueError as error:
@@ -65,6 +65,10 @@ class WanDenoiser:
 
     def _weights(self) -> Weights:
         return adapt(self.checkpoint.weights("transformer"), self.checkpoint.loras)
+
+    def resolve(self, config: GenerationConfig) -> GenerationConfig:
+        own = self.scheduler_config.get(SCHEDULERS[self.scheduler_config["_class_name"]], 1.0)
+        return config.override(flow_shift=own) if config.flow_shift is None else config
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         check_embeds(tensors, self.traced.module.config.text_dim)

@@ -15,6 +15,7 @@ COMMON = dict(
     family="wan",
     pipeline_class="WanPipeline",
     rules=RULES,
+    takes=("flow_shift", "cache"),
     components={"encode": ("tokenizer", "text_encoder"), "denoise": ("transformer", "scheduler"), "decode": ("vae",)},
     load_text_encoder="tpuvid_wan.encode:WanTextEncoder",
     load_denoiser="tpuvid_wan.denoise:WanDenoiser",

@@ -1,0 +1,40 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tpuvid import InputError
+from tpuvid.kernels.placement import placement
+from tpuvid.runtime import Runtime
+
+TPU = SimpleNamespace(platform="tpu", id=0)
+
+
+def test_text_encoders_run_on_the_cpu_beside_an_accelerator():
+    """Also where the denoiser's attention is a kernel that a CPU does not have."""
+    runtime = Runtime(np.dtype(np.float32), devices=[TPU], attention="splash", text_encoder_device="cpu")
+    mesh = runtime.encoder_mesh([4])
+    assert mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
+    with runtime.scope(mesh):
+        assert (placement().platform, placement().attention_backend) == ("cpu", "auto")
+    assert not runtime.text_encoder_shares_memory
+    assert replace(runtime, text_encoder_device="device").text_encoder_shares_memory
+
+
+def test_on_a_cpu_nothing_is_freed_for_the_denoiser():
+    assert not Runtime.create().text_encoder_shares_memory
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(text_encoder_device="gpu"), "text_encoder_device='gpu': choose from device, cpu"),
+        (dict(warmup_steps=-1), "warmup_steps=-1: needs a whole number"),
+        (dict(profile=__file__), "is a file; give a folder"),
+        (dict(dtype="int8"), "dtype='int8': choose from"),
+        (dict(attention_backend="splash"), "runs on tpu, these devices are cpu"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Runtime.create(**options)
