@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -226,8 +227,11 @@ class Pipeline:
                 self._forget(name)
 
     def _forget(self, name: str) -> None:
-        self._opened.pop(name, None)
-        self._loaded.discard(name)
+        stage = self._opened.pop(name, None)
+        if name in self._loaded:
+            self._loaded.discard(name)
+            del stage
+            gc.collect()  # a stage that refers to itself would keep its weights until Python looks for such cycles
 
 
 def _check_finite(what: str, *values: np.ndarray) -> None:
