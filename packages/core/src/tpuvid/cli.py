@@ -32,6 +32,7 @@ from tpuvid.options import (
     sampling_options,
     save_frames_option,
     stage_model_option,
+    vae_tiling_option,
 )
 from tpuvid.registry import registry
 from tpuvid.stages import GenerationConfig
@@ -179,6 +180,7 @@ def list_models(as_json: bool) -> None:
 )
 @click.option("--output-dir", type=path_type, help="Folder for a named file. [default: outputs]")
 @save_frames_option
+@vae_tiling_option
 @overwrite_option
 @runtime_options
 def generate(model: str, prompt: str | None, prompt_file: Path | None, output: Path | None, output_dir: Path | None,
@@ -303,6 +305,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
 @fps_option
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @save_frames_option
+@vae_tiling_option
 @overwrite_option
 @runtime_options
 def decode(

@@ -79,6 +79,9 @@ sampling_options = _options(
 mesh_option = click.option("--mesh", help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.")
 fps_option = click.option("--fps", type=int, help="Frames per second of the mp4.")
 save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
+vae_tiling_option = click.option(
+    "--vae-tiling", is_flag=True, help="Decode in overlapping tiles: less device memory, slightly other frames."
+)
 lora_options = _options(
     click.option("--lora-path", type=path_type, help="A LoRA (safetensors) to merge into the diffusion model."),
     click.option("--lora-scale", type=float, default=1.0, show_default=True),

@@ -30,6 +30,7 @@ def load(
     attention_backend: str = "auto",
     lora_path: str | Path | None = None,
     lora_scale: float = 1.0,
+    vae_tiling: bool = False,
     keep_loaded: bool = True,
     progress: Progress | None = None,
 ) -> Pipeline:
@@ -41,6 +42,7 @@ def load(
         mesh: "dp=2,tp=4" or a `MeshConfig`; default by devices and heads.
         attention_backend: "auto", "xla", "splash" (TPU) or "cudnn" (GPU).
         lora_path: safetensors file of a LoRA, merged into the diffusion model with strength `lora_scale`.
+        vae_tiling: decode in overlapping tiles, as diffusers' ``vae.enable_tiling()``: less device memory, another video.
         keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
             next one loads, for models whose stages don't fit in memory together.
         progress: where phases and steps are reported; default: recorded, not shown.
@@ -55,7 +57,9 @@ def load(
         checkpoint = replace(checkpoint, loras=(lora,))
     enable_compilation_cache()
     config = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
-    runtime = Runtime.create(dtype=dtype, mesh=config, attention_backend=attention_backend, progress=progress)
+    runtime = Runtime.create(
+        dtype=dtype, mesh=config, attention_backend=attention_backend, vae_tiling=vae_tiling, progress=progress
+    )
     return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
 
 
@@ -133,7 +137,7 @@ class Pipeline:
         frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
         _, num_frames, height, width, _ = frames.shape  # what a foreign file says of them may be missing or wrong
         config = latents.config.override(num_frames=num_frames, height=height, width=width)
-        history = {**latents.history, "decode": self._record()}
+        history = {**latents.history, "decode": self._record() | {"vae_tiling": self.runtime.vae_tiling}}
         return Video(model_id=self.spec.model_id, frames=frames, config=config, history=history)
 
     def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:

@@ -53,6 +53,7 @@ class Runtime:
     mesh_config: MeshConfig | None = None
     """Layout of the denoiser; None chooses one."""
     attention: str = "auto"
+    vae_tiling: bool = False
     progress: Progress = field(default_factory=Progress)
 
     @classmethod
@@ -62,13 +63,15 @@ class Runtime:
         dtype: str | None = None,
         mesh: MeshConfig | None = None,
         attention_backend: str = "auto",
+        vae_tiling: bool = False,
         progress: Progress | None = None,
     ) -> Runtime:
         """A runtime on this machine's devices; raises `InputError` for what they can't do."""
         name = dtype or default_dtype()
         if name not in DTYPES:
             raise InputError(f"dtype={name!r}: choose from {', '.join(DTYPES)}")
-        runtime = cls(DTYPES[name], mesh_config=mesh, attention=attention_backend, progress=progress or Progress())
+        progress = progress or Progress()
+        runtime = cls(DTYPES[name], mesh_config=mesh, attention=attention_backend, vae_tiling=vae_tiling, progress=progress)
         with runtime.scope(runtime.denoiser_mesh([1])):
             pass  # fails for a mesh or an attention backend that this machine can't run
         return runtime
