@@ -350,6 +350,21 @@ def inspect_command(path: Path, as_json: bool) -> None:
     click.echo(json.dumps(about, indent=2) if as_json else render(about))
 
 
+@cli.command("compare")
+@click.argument("a", type=path_type)
+@click.argument("b", type=path_type)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def compare_command(a: Path, b: Path, as_json: bool) -> None:
+    """How far video B is from video A: PSNR, SSIM, largest difference, worst frame.
+
+    Each is an .mp4, a file of frames or latents, or a folder that holds one.
+    """
+    from tpuvid.compare import compare, render
+
+    found = compare(a, b)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else render(found))
+
+
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def doctor(as_json: bool) -> int:
