@@ -74,6 +74,7 @@ def test_who_imports_whom(package, path):
             "plugin.py",
             "checkpoint.py",
             "artifacts.py",
+            "compare.py",
             "describe.py",
             "doctor.py",
         }

@@ -20,6 +20,7 @@ class Case:
     settings: dict
     prompt: str = "a red cat &amp; the  moon"
     negative_prompt: str = "blue dog"
+    vae_tiling: bool = False
 
 
 CASES = (
@@ -71,6 +72,12 @@ CASES = (
         RandomCogVideoX(patch_size_t=None, dpm=True, snr_shift_scale=3.0, seed=5),
         dict(height=64, width=48, num_frames=9, num_inference_steps=5, guidance_scale=6.0, seed=8),
     ),
+    Case(
+        "tiled VAE, 3 × 4 tiles, the last ones smaller",
+        RandomCogVideoX(layers=1, dpm=True, vae_size=(96, 80), seed=6),
+        dict(height=112, width=112, num_frames=13, num_inference_steps=2, guidance_scale=6.0, seed=9),
+        vae_tiling=True,
+    ),
 )
 
 
@@ -87,9 +94,11 @@ class Fidelity:
 def measure(case: Case, folder: Path) -> Fidelity:
     """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
     source = str(case.checkpoint.save(folder))
-    pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1")
+    pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1", vae_tiling=case.vae_tiling)
     reference = CogVideoXPipeline.from_pretrained(source, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
+    if case.vae_tiling:
+        reference.vae.enable_tiling()
     settings = {"max_sequence_length": 226} | case.settings
 
     config = pipe.spec.configure(**settings)

@@ -29,6 +29,8 @@ class RandomCogVideoX:
     sample_size: int = 20
     vae_widths: tuple[int, ...] = (4, 8, 8, 8)
     groups: int = 4
+    vae_size: tuple[int, int] = (480, 720)
+    """Height and width that the VAE is made for: its tiles are half as large."""
     scaling_factor: float = 0.7
     dpm: bool = False
     snr_shift_scale: float = 1.0
@@ -50,7 +52,7 @@ class RandomCogVideoX:
         )  # fmt: skip
         vae = AutoencoderKLCogVideoX(
             block_out_channels=self.vae_widths, latent_channels=self.channels, layers_per_block=1, norm_num_groups=self.groups,
-            scaling_factor=self.scaling_factor,
+            scaling_factor=self.scaling_factor, sample_height=self.vae_size[0], sample_width=self.vae_size[1],
         )  # fmt: skip
         for module in (text_encoder, transformer, vae):
             _spread(module)

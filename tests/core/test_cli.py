@@ -54,6 +54,12 @@ def ask(*arguments):
         (["denoise", "--input-dir", "/nonexistent"], 2, "does not exist"),
         (["decode", "--input-dir", "/nonexistent"], 2, "does not exist"),
         (["inspect", "/nonexistent"], 2, "does not exist"),
+        (["generate", "--help"], 0, "--vae-tiling"),
+        (["decode", "--help"], 0, "--vae-tiling"),
+        (["denoise", "--vae-tiling"], 2, "No such option"),
+        (["compare", "--help"], 0, "PSNR, SSIM"),
+        (["compare", "a.mp4"], 2, "Missing argument 'B'"),
+        (["compare", "/nonexistent.mp4", "/nonexistent.mp4"], 2, "does not exist"),
     ],
 )
 def test_questions_are_answered_without_anything_heavy(arguments, code, says):
@@ -63,6 +69,17 @@ def test_questions_are_answered_without_anything_heavy(arguments, code, says):
     assert heavy == []
     if code:
         assert err.startswith("tpuvid: error: ") and err.count("\n") == 1, "an error is one line"
+
+
+def test_comparing_imports_nothing_heavy(tmp_path):
+    from tpuvid.artifacts import save_frames
+    from tpuvid.video import save_mp4
+
+    frames = np.random.default_rng(0).random((1, 3, 16, 24, 3), np.float32)
+    save_frames(tmp_path / "a", frames, {}, overwrite=False)
+    save_mp4(frames[0], tmp_path / "b" / "clip.mp4", fps=8)
+    code, out, err, heavy = ask("compare", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert code == 0 and "SSIM" in out and err == "" and heavy == []
 
 
 def test_list_models_is_quick(tpuvid_command):

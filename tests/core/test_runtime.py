@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ TPU = SimpleNamespace(platform="tpu", id=0)
 
 def test_text_encoders_run_on_the_cpu_beside_an_accelerator():
     """Also where the denoiser's attention is a kernel that a CPU does not have."""
-    runtime = Runtime(np.dtype(np.float32), devices=[TPU], attention="splash", text_encoder_device="cpu")
+    runtime = Runtime(np.dtype(np.float32), devices=[TPU], attention_backend="splash", text_encoder_device="cpu")
     mesh = runtime.encoder_mesh([4])
     assert mesh.devices.flat[0].platform == "cpu" and mesh.size == 1
     with runtime.scope(mesh):
@@ -30,7 +31,7 @@ def test_on_a_cpu_nothing_is_freed_for_the_denoiser():
     [
         (dict(text_encoder_device="gpu"), "text_encoder_device='gpu': choose from device, cpu"),
         (dict(warmup_steps=-1), "warmup_steps=-1: needs a whole number"),
-        (dict(profile=__file__), "is a file; give a folder"),
+        (dict(profile=Path(__file__)), "is a file; give a folder"),
         (dict(dtype="int8"), "dtype='int8': choose from"),
         (dict(attention_backend="splash"), "runs on tpu, these devices are cpu"),
     ],

@@ -21,6 +21,7 @@ class Case:
     settings: dict
     prompt: str = "a red cat &amp;amp; the  moon"
     negative_prompt: str = "blue dog"
+    vae_tiling: bool = False
 
 
 CASES = (
@@ -47,6 +48,12 @@ CASES = (
         dict(height=32, width=48, num_frames=5, num_inference_steps=9, guidance_scale=4.0, seed=5,
              cache="deepcache", cache_start_step=2, cache_end_step=8, cache_step_interval=3),
     ),
+    Case(
+        "tiled VAE, 2 × 3 tiles, the last ones smaller",
+        RandomWan(layers=1, seed=6),
+        dict(height=272, width=400, num_frames=9, num_inference_steps=2, guidance_scale=3.0, seed=9),
+        vae_tiling=True,
+    ),
     Case("wan-tiny", "wan-tiny", dict(height=64, width=64, num_frames=17, num_inference_steps=24, guidance_scale=4.0, seed=42),
          prompt="a red circle moving right on a black background", negative_prompt=""),
 )  # fmt: skip
@@ -66,12 +73,14 @@ def measure(case: Case, folder: Path) -> Fidelity:
     """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
     if isinstance(case.checkpoint, RandomWan):
         source = str(case.checkpoint.save(folder))
-        pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1")
+        pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1", vae_tiling=case.vae_tiling)
     else:
         pipe = tpuvid.load(case.checkpoint, dtype="float32", mesh="dp=1,tp=1")
         source = str(pipe.checkpoint.folder)
     reference = WanPipeline.from_pretrained(source, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
+    if case.vae_tiling:
+        reference.vae.enable_tiling()
     settings = dict(case.settings)
     if shift := settings.get("flow_shift"):
         reference.scheduler = type(reference.scheduler).from_config(reference.scheduler.config, flow_shift=shift)

@@ -21,6 +21,7 @@ from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.runtime import Runtime, replicated
 from tpuvid.sampling import check_latents
+from tpuvid.tiling import Side, Tiling
 from tpuvid.weights import load_parameters, match_parameters
 
 ENCODER_HALF = ("encoder.", "quant_conv.")  # the checkpoint's other half
@@ -51,6 +52,7 @@ class CogVideoXDecoder:
         self.runtime, self.mesh = runtime, runtime.single_device()
         self.channels, self.scale = vae.config.latent_channels, np.float32(1 / vae.config.scaling_factor)
         self.chunk = vae.num_latent_frames_batch_size
+        self.tiling = _tiling(vae) if runtime.vae_tiling else None
         self.traced = TracedModule(build(lambda: ChunkDecoder(vae)))
         self.checkpoint = checkpoint
         self.programs = runtime.programs(self.mesh)
@@ -68,6 +70,9 @@ class CogVideoXDecoder:
 
     def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = (latents.astype(np.float32) * self.scale).astype(self.runtime.dtype)
+        yield from self.tiling.decode(z, self._chunks) if self.tiling else self._chunks(z)
+
+    def _chunks(self, z: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = jax.device_put(z, replicated(self.mesh))
         ends = range(self.chunk + z.shape[2] % self.chunk, z.shape[2] + 1, self.chunk)
         frames, cache, start = None, {}, 0
@@ -76,19 +81,30 @@ class CogVideoXDecoder:
             what = "decoder, further frames" if start else "decoder, first frames"
             run = self.programs.get(what, self._decode, self.params, cache, part)
             upcoming, cache = run(self.params, cache, part)
+            if self.tiling:  # until this tile's turn comes again, the device is for the others
+                cache = self._to_host(cache) if end < z.shape[2] else None
             if frames is not None:
                 yield self._to_host(frames)  # while the device works on the upcoming ones
             frames, start = upcoming, end
         yield self._to_host(frames)
 
-    def _to_host(self, frames: Array) -> np.ndarray:
+    def _to_host(self, frames: Array | Cache) -> Any:
         with self.runtime.progress.phase("decode"):
-            return np.asarray(frames)
+            return jax.device_get(frames)
 
     def _decode(self, params, cache: Cache, z: Float[Array, "B C n h w"]) -> tuple[Float[Array, "B m H W 3"], Cache]:
         pixels, cache = self.traced.function("forward")(params, z, cache)
-        frames = jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)
+        frames = pixels.astype(jnp.float32) / 2 + 0.5
+        frames = frames if self.tiling else jnp.clip(frames, 0, 1)  # tiles are blended before they are clipped
         return jnp.moveaxis(frames, 1, -1), _carried(cache)
+
+
+def _tiling(vae: AutoencoderKLCogVideoX) -> Tiling:
+    """The tiles that ``vae.enable_tiling()`` takes."""
+    return Tiling(
+        Side.by_overlap(vae.tile_latent_min_height, vae.tile_sample_min_height, vae.tile_overlap_factor_height),
+        Side.by_overlap(vae.tile_latent_min_width, vae.tile_sample_min_width, vae.tile_overlap_factor_width),
+    )
 
 
 def _carried(cache: Cache) -> Cache:

@@ -32,7 +32,7 @@ FRAMES = "stage3_frames.safetensors"
 CONFIG = "generation_config.json"
 
 
-def _parse_bool(text: str | bool) -> bool:
+def boolean(text: str | bool) -> bool:
     return {"True": True, "False": False}[str(text)]
 
 
@@ -40,7 +40,7 @@ _OLD_NAMES = {"frames": "num_frames", "video_length": "num_frames", "steps": "nu
 _TYPES: dict[str, Callable[[str], Any]] = {
     "height": int, "width": int, "num_frames": int, "fps": int, "num_inference_steps": int, "seed": int,
     "max_sequence_length": int, "guidance_scale": float, "flow_shift": float,
-    "prompt": str, "negative_prompt": str, "use_dynamic_cfg": _parse_bool,
+    "prompt": str, "negative_prompt": str, "use_dynamic_cfg": boolean,
     "cache": str, "cache_start_step": int, "cache_end_step": int, "cache_step_interval": int,
 }  # fmt: skip
 
@@ -195,7 +195,7 @@ def parse_settings(raw: Mapping[str, Any], source: Path) -> dict[str, Any]:
         try:
             settings[name] = _TYPES[name](value)
         except (TypeError, ValueError, KeyError):
-            raise InputError(f"{source}: {key}={value!r} is no value of {name}; make the file again") from None
+            raise InputError(f"{source}: {key}={value!r} is no {_TYPES[name].__name__}; make the file again") from None
     return settings
 
 

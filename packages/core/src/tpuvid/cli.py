@@ -35,6 +35,7 @@ from tpuvid.options import (
     sampling_options,
     save_frames_option,
     stage_model_option,
+    vae_tiling_option,
 )
 from tpuvid.registry import registry
 from tpuvid.stages import GenerationConfig
@@ -184,6 +185,7 @@ def list_models(as_json: bool) -> None:
 )
 @click.option("--output-dir", type=path_type, help="Folder for a named file. [default: outputs]")
 @save_frames_option
+@vae_tiling_option
 @overwrite_option
 @encoder_options
 @runtime_options
@@ -314,6 +316,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
 @fps_option
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @save_frames_option
+@vae_tiling_option
 @overwrite_option
 @runtime_options
 def decode(
@@ -356,6 +359,21 @@ def inspect_command(path: Path, as_json: bool) -> None:
 
     about = describe(path)
     click.echo(json.dumps(about, indent=2) if as_json else render(about))
+
+
+@cli.command("compare")
+@click.argument("a", type=path_type)
+@click.argument("b", type=path_type)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def compare_command(a: Path, b: Path, as_json: bool) -> None:
+    """How far video B is from video A: PSNR, SSIM, largest difference, worst frame.
+
+    Each is an .mp4, a file of frames or latents, or a folder that holds one.
+    """
+    from tpuvid.compare import compare, render
+
+    found = compare(a, b)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else render(found))
 
 
 @cli.command()

@@ -105,6 +105,9 @@ loop_options = _options(
     click.option("--warmup-steps", type=click.IntRange(0), default=0, show_default=True, help="Runs before the first step."),
     click.option("--profile", type=path_type, callback=_usable_folder, help="Folder for a JAX profile of denoising steps."),
 )
+vae_tiling_option = click.option(
+    "--vae-tiling", is_flag=True, help="Decode in overlapping tiles: less device memory, slightly other frames."
+)
 lora_options = _options(
     click.option("--lora-path", type=path_type, help="A LoRA (safetensors) to merge into the diffusion model."),
     click.option("--lora-scale", type=float, default=1.0, show_default=True),

@@ -34,6 +34,7 @@ def load(
     profile: str | Path | None = None,
     lora_path: str | Path | None = None,
     lora_scale: float = 1.0,
+    vae_tiling: bool = False,
     keep_loaded: bool = True,
     progress: Progress | None = None,
 ) -> Pipeline:
@@ -48,6 +49,7 @@ def load(
         warmup_steps: how often every denoising program runs before the first step that counts; the result is the same.
         profile: folder for a JAX profile of steady denoising steps, to be opened in XProf or Perfetto.
         lora_path: safetensors file of a LoRA, merged into the diffusion model with strength `lora_scale`.
+        vae_tiling: decode in overlapping tiles, as diffusers' ``vae.enable_tiling()``: less device memory, another video.
         keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
             next one loads, for models whose stages don't fit in memory together. A text encoder on an accelerator is
             always freed before denoising.
@@ -65,12 +67,13 @@ def load(
     config = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
     runtime = Runtime.create(
         dtype=dtype,
-        mesh=config,
+        mesh_config=config,
         attention_backend=attention_backend,
         text_encoder_device=text_encoder_device,
+        vae_tiling=vae_tiling,
         warmup_steps=warmup_steps,
-        profile=profile,
-        progress=progress,
+        profile=None if profile is None else Path(profile),
+        progress=progress or Progress(),
     )
     return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
 
@@ -152,7 +155,7 @@ class Pipeline:
         frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
         _, num_frames, height, width, _ = frames.shape  # what a foreign file says of them may be missing or wrong
         config = latents.config.override(num_frames=num_frames, height=height, width=width)
-        history = {**latents.history, "decode": self._record()}
+        history = {**latents.history, "decode": self._record() | {"vae_tiling": self.runtime.vae_tiling}}
         return Video(model_id=self.spec.model_id, frames=frames, config=config, history=history)
 
     def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:

@@ -54,44 +54,26 @@ class Runtime:
     devices: Sequence[jax.Device] = field(default_factory=jax.devices)
     mesh_config: MeshConfig | None = None
     """Layout of the denoiser; None chooses one."""
-    attention: str = "auto"
+    attention_backend: str = "auto"
     text_encoder_device: str = "device"
     warmup_steps: int = 0
     """Runs of each denoising program before the first step that counts."""
     profile: Path | None = None
     """Folder for a JAX profile of denoising steps."""
+    vae_tiling: bool = False
     progress: Progress = field(default_factory=Progress)
 
     @classmethod
-    def create(
-        cls,
-        *,
-        dtype: str | None = None,
-        mesh: MeshConfig | None = None,
-        attention_backend: str = "auto",
-        text_encoder_device: str = "device",
-        warmup_steps: int = 0,
-        profile: str | Path | None = None,
-        progress: Progress | None = None,
-    ) -> Runtime:
-        """A runtime on this machine's devices; raises `InputError` for what they can't do."""
+    def create(cls, *, dtype: str | None = None, **options: Any) -> Runtime:
+        """A runtime on this machine's devices; `options` are its other fields. Raises `InputError` for what can't run here."""
         name = dtype or default_dtype()
         if name not in DTYPES:
             raise InputError(f"dtype={name!r}: choose from {', '.join(DTYPES)}")
-        runtime = cls(
-            DTYPES[name],
-            mesh_config=mesh,
-            attention=attention_backend,
-            text_encoder_device=text_encoder_device,
-            warmup_steps=warmup_steps,
-            profile=None if profile is None else Path(profile),
-            progress=progress or Progress(),
-        )
-        # all of these fail for what this machine can't run or a stage can't use
-        with runtime.scope(runtime.denoiser_mesh([1])):
+        runtime = cls(DTYPES[name], **options)
+        with runtime.scope(runtime.denoiser_mesh([1])):  # fails for a mesh or an attention backend that can't be had
             runtime.encoder_mesh([1])
-        if type(warmup_steps) is not int or warmup_steps < 0:
-            raise InputError(f"warmup_steps={warmup_steps!r}: needs a whole number ≥ 0")
+        if type(runtime.warmup_steps) is not int or runtime.warmup_steps < 0:
+            raise InputError(f"warmup_steps={runtime.warmup_steps!r}: needs a whole number ≥ 0")
         if runtime.profile is not None:
             check_folder(runtime.profile)
         return runtime
@@ -126,7 +108,7 @@ class Runtime:
         precision = "highest" if self.dtype == np.float32 else None
         elsewhere = mesh.devices.flat[0].platform != self.devices[0].platform  # the text encoder on the CPU
         try:
-            with placed_on(mesh, "auto" if elsewhere else self.attention), jax.default_matmul_precision(precision):
+            with placed_on(mesh, "auto" if elsewhere else self.attention_backend), jax.default_matmul_precision(precision):
                 yield
         except ValueError as error:
             if "attention backend" in str(error):

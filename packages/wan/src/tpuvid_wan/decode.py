@@ -9,6 +9,7 @@ run as one `jax.lax.scan`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from tpuvid.checkpoint import Checkpoint
 from tpuvid.errors import InputError
 from tpuvid.runtime import Runtime, replicated
 from tpuvid.sampling import check_latents
+from tpuvid.tiling import Side, Tiling
 from tpuvid.weights import load_parameters, match_parameters
 
 ENCODER_HALF = ("encoder.", "quant_conv.")  # the checkpoint's other half
@@ -58,6 +60,7 @@ class WanDecoder:
             np.asarray(values, np.float32).reshape(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
+        self.tiling = _tiling(vae) if runtime.vae_tiling else None
         self.traced = TracedModule(build(lambda: FrameDecoder(vae)))
         self.checkpoint = checkpoint
         self.programs = runtime.programs(self.mesh)
@@ -75,6 +78,9 @@ class WanDecoder:
 
     def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = (latents.astype(np.float32) * self.std + self.mean).astype(self.runtime.dtype)
+        yield from self.tiling.decode(z, self._chunks) if self.tiling else self._chunks(z)
+
+    def _chunks(self, z: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = jax.device_put(z, replicated(self.mesh))
         run = self.programs.get("decoder, first frame", self._first, self.params, z[:, :, :1])
         frames, cache = run(self.params, z[:, :, :1])
@@ -84,13 +90,16 @@ class WanDecoder:
             part = z[:, :, start : start + size]
             run = self.programs.get("decoder, further frames", self._rest, self.params, cache, part)
             upcoming, cache = run(self.params, cache, part)
+            if self.tiling:  # until this tile's turn comes again, the device is for the others
+                cache = self._to_host(cache) if start + size < z.shape[2] else None
             yield self._to_host(frames)  # while the device works on the upcoming ones
             frames = upcoming
+        del cache  # of a single latent frame: nothing looks back at it
         yield self._to_host(frames)
 
-    def _to_host(self, frames: Array) -> np.ndarray:
+    def _to_host(self, frames: Array | Cache) -> Any:
         with self.runtime.progress.phase("decode"):
-            return np.asarray(frames)
+            return jax.device_get(frames)
 
     def _first(self, params, z: Float[Array, "B C 1 h w"]) -> tuple[Float[Array, "B 1 H W 3"], Cache]:
         frames, found = self._decode(params, z, [None] * self.traced.module.slots, first_chunk=True)
@@ -117,8 +126,18 @@ class WanDecoder:
     def _decode(self, params, z, cache, *, first_chunk: bool):
         forward = self.traced.function("forward", first_chunk=first_chunk)
         pixels, cache = forward(params, z, cache)
-        frames = jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)
+        frames = pixels.astype(jnp.float32) / 2 + 0.5
+        frames = frames if self.tiling else jnp.clip(frames, 0, 1)  # tiles are blended before they are clipped
         return jnp.moveaxis(frames, 1, -1), cache
+
+
+def _tiling(vae: AutoencoderKLWan) -> Tiling:
+    """The tiles that ``vae.enable_tiling()`` takes."""
+    ratio = vae.spatial_compression_ratio
+    return Tiling(
+        Side.by_stride(vae.tile_sample_min_height, vae.tile_sample_stride_height, ratio),
+        Side.by_stride(vae.tile_sample_min_width, vae.tile_sample_stride_width, ratio),
+    )
 
 
 def _join(frames: Float[Array, "n B t H W C"]) -> Float[Array, "B m H W C"]:

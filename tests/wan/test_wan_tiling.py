@@ -1,0 +1,75 @@
+"""``vae_tiling=True`` is diffusers' ``vae.enable_tiling()``: the same tiles, blended in the same order."""
+
+import numpy as np
+import pytest
+import torch
+import tpuvid
+from diffusers import AutoencoderKLWan
+from tpuvid.stages import Latents
+
+
+@pytest.fixture(scope="module")
+def tiled(checkpoint):
+    return tpuvid.load(str(checkpoint), vae_tiling=True)
+
+
+@pytest.fixture(scope="module")
+def vae(checkpoint):
+    return AutoencoderKLWan.from_pretrained(checkpoint, subfolder="vae")
+
+
+def random_latents(*shape):
+    torch.manual_seed(0)
+    return torch.randn(1, 4, *shape)
+
+
+def stock(vae, z):
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        frames = vae.decode(z * std + mean).sample
+    return (frames / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
+
+
+def ours(pipe, z):
+    return list(pipe.decode_chunks(Latents(model_id=pipe.spec.model_id, latents=z.numpy(), config=pipe.spec.defaults)))
+
+
+@pytest.mark.parametrize(
+    "frames, height, width, chunks",
+    [
+        (5, 33, 8, [1, 8, 8]),  # a second row of tiles, 9 latents high; each remembers frames from chunk to chunk
+        (1, 50, 25, [1]),  # 3 × 2 tiles, the last row 2 latents high, the last column 1 wide: less than a blend
+        (2, 24, 57, [1, 4]),  # exactly one stride high
+    ],
+)
+def test_tiles_are_those_of_diffusers(checkpoint, vae, frames, height, width, chunks, monkeypatch):
+    monkeypatch.setattr("tpuvid_wan.decode.CHUNK", 2)
+    pipe = tpuvid.load(str(checkpoint), vae_tiling=True)
+    z = random_latents(frames, height, width)
+    vae.enable_tiling()
+    expected = stock(vae, z)
+    found = ours(pipe, z)
+    assert [c.shape[1] for c in found] == chunks
+    found = np.concatenate(found, axis=1)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    vae.disable_tiling()
+    assert np.abs(stock(vae, z) - expected).max() > 0.01, "tiles that change nothing test nothing"
+    if frames > 2:
+        assert len(pipe._opened["decode"].programs._compiled) == 4, "first and further frames, 2 shapes of tile: each once"
+
+
+def test_what_fits_one_tile_is_decoded_whole(checkpoint, tiled, vae):
+    """32 × 32 latents are one tile, though a second one would start at 24."""
+    z = random_latents(2, 32, 32)
+    vae.enable_tiling()
+    found = np.concatenate(ours(tiled, z), axis=1)
+    np.testing.assert_allclose(found, stock(vae, z), atol=1e-4)
+    np.testing.assert_allclose(found, np.concatenate(ours(tpuvid.load(str(checkpoint)), z), axis=1), atol=1e-6)
+
+
+def test_the_record_says_so(tiled, checkpoint):
+    z = random_latents(1, 4, 4)
+    for pipe, tiling in ((tiled, True), (tpuvid.load(str(checkpoint)), False)):
+        video = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=z.numpy(), config=pipe.spec.defaults))
+        assert video.history["decode"]["vae_tiling"] is tiling
