@@ -10,14 +10,16 @@ from wan.conftest import SMALL
 
 folder = sys.argv[1]
 assert len(jax.devices()) == 8
+CACHED = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cache_step_interval=3)
 results = {}
 expected = None
 for mesh in ("dp=1,tp=1", "dp=2,tp=1", "dp=1,tp=2", "dp=2,tp=2", "dp=1,tp=4", "dp=2,tp=4", None):
     pipe = tpuvid.load(folder, mesh=mesh)
     conditioning = pipe.encode("a red cat", "dog")
     latents = pipe.denoise(conditioning, **SMALL)
+    cached = pipe.denoise(conditioning, **SMALL | CACHED)
     video = pipe.decode(latents)
-    found = [conditioning.tensors["prompt_embeds"], latents.latents, video.frames]
+    found = [conditioning.tensors["prompt_embeds"], latents.latents, cached.latents, video.frames]
     expected = expected or found
     denoiser = pipe._opened["denoise"]
     sharded = denoiser.params["blocks.*.attn1.to_q.weight"].sharding
