@@ -85,10 +85,13 @@ def _sections(half: int) -> list[int]:
 
 
 def _spread(module: torch.nn.Module) -> None:
-    """Random values in what initialises to zeros, ones or nearly nothing: a bug there must show in the output."""
+    """Random values in what initialises to zeros, ones or nearly nothing, and wide ones elsewhere, so that attention
+    chooses and words differ: a bug there must show in the output."""
     for parameter in module.parameters():
         if parameter.ndim == 1 or parameter.std() < 0.03:
             parameter.data += 0.1 * torch.randn_like(parameter)
+        else:
+            parameter.data *= 1.5
 
 
 def _tokenizer() -> Qwen2Tokenizer:
