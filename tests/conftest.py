@@ -14,7 +14,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPUVID_CACHE_DIR", str(ROOT / ".pytest_cache" / "tpuvid"))
 
 CHECKED = ["tpuvid.kernels", "tpuvid.sampling", "tpuvid.schedule", "tpuvid.t5"]
-CHECKED += [f"tpuvid_{family}.{stage}" for family in ("wan", "cogvideox", "hunyuan") for stage in ("encode", "denoise", "decode")]
+CHECKED += [
+    f"tpuvid_{family}.{stage}" for family in ("wan", "cogvideox", "hunyuan") for stage in ("encode", "denoise", "decode")
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 
