@@ -57,19 +57,21 @@ def check_streams(tensors: Mapping[str, np.ndarray], text_width: int, glyph_widt
     """Raise `InputError` unless both text streams are there with their masks, alike for prompt and negative prompt."""
     signs = ("", "negative_") if "negative_prompt_embeds" in tensors else ("",)
     for stream, width in (("", text_width), ("_2", glyph_width)):
-        length = tensors.get(f"prompt_embeds{stream}", np.empty(0)).shape[1:2]
-        for sign in signs:
-            shapes = {f"{sign}prompt_embeds{stream}": (1, *length, width), f"{sign}prompt_embeds_mask{stream}": (1, *length)}
-            for name, shape in shapes.items():
-                tensor = tensors.get(name)
-                if tensor is None:
-                    raise InputError(f"{name} is missing; encode with this model")
-                whole = tensor.dtype.kind in "biu"
-                if tensor.shape != shape or 0 in shape or (whole and "mask" not in name):
-                    raise InputError(
-                        f"{name} is {tensor.dtype} {list(tensor.shape)}, this model takes "
-                        f"{f'[1, L, {width}]' if 'mask' not in name else '[1, L]'}, alike for both prompts; encode with this model"
-                    )
+        names = [(f"{sign}prompt_embeds{stream}", f"{sign}prompt_embeds_mask{stream}") for sign in signs]
+        if missing := next((name for pair in names for name in pair if name not in tensors), None):
+            raise InputError(f"{missing} is missing; encode with this model")
+        length = tensors[f"prompt_embeds{stream}"].shape[1:2]
+        for name, mask_name in names:
+            embeds, mask = tensors[name], tensors[mask_name]
+            if embeds.shape != (1, *length, width) or 0 in embeds.shape or embeds.dtype.kind in "biu":
+                raise InputError(
+                    f"{name} is {embeds.dtype} {list(embeds.shape)}, this model takes [1, L, {width}], both prompts' alike; "
+                    "encode with this model"
+                )
+            if mask.shape != (1, *length):
+                raise InputError(
+                    f"{mask_name} is {list(mask.shape)}, not {[1, *length]} as the embeddings are; encode with this model"
+                )
     for sign in signs:
         if not np.any(tensors[f"{sign}prompt_embeds_mask"]):
             raise InputError(f"{sign}prompt_embeds_mask keeps no token; encode with this model")

@@ -5,6 +5,7 @@ Source: `HunyuanVideo15Pipeline.encode_prompt` of diffusers, whose template and 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,19 +52,14 @@ class HunyuanTextEncoder:
             AutoTokenizer.from_pretrained(checkpoint.component(name)) for name in ("tokenizer", "tokenizer_2")
         )
         text, glyphs = (AutoConfig.from_pretrained(checkpoint.component(n)) for n in ("text_encoder", "text_encoder_2"))
-        unused = ["norm.", *(f"layers.{text.num_hidden_layers - 1 - i}." for i in range(SKIPPED_LAYERS))]
+        layers = text.num_hidden_layers
+        unused = ["norm.", *(f"layers.{i}." for i in range(layers - SKIPPED_LAYERS, layers))]
         heads = {text.num_attention_heads, text.num_key_value_heads}
         self.text = Encoder(
             checkpoint, runtime, "text_encoder", text_module(text), heads=heads, rules=QWEN, unused=unused, scan={"layers": 1}
         )
-        self.glyphs = Encoder(
-            checkpoint,
-            runtime,
-            "text_encoder_2",
-            build(lambda: T5EncoderModel(glyphs)),
-            heads={glyphs.num_heads},
-            rules=t5.RULES,
-        )
+        module = build(lambda: T5EncoderModel(glyphs))
+        self.glyphs = Encoder(checkpoint, runtime, "text_encoder_2", module, heads={glyphs.num_heads}, rules=t5.RULES)
         self.glyph_width = glyphs.d_model
 
     def verify(self) -> None:
@@ -142,6 +138,7 @@ def text_module(config: Any) -> Qwen2_5_VLTextModel:
     """The text model without its last layers and its final norm, so that its output is ``hidden_states[-3]`` of the whole."""
     if set(config.layer_types) != {"full_attention"}:
         raise InputError(f"text_encoder/config.json: layer_types={config.layer_types}: only full_attention is supported")
+    config = copy.deepcopy(config)
     config.num_hidden_layers -= SKIPPED_LAYERS
     config.layer_types = config.layer_types[: config.num_hidden_layers]
     module = build(lambda: Qwen2_5_VLTextModel(config))
