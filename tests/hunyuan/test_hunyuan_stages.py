@@ -158,7 +158,7 @@ def test_every_mask_is_over_keys_alone(pipe, monkeypatch):
     tokens = 2 * 2 * 3 + 61 + 256
     assert shapes == 2 * [(bool, 61, (2, 1, 1, 61))] + [(bool, tokens, (2, 1, 1, tokens))], "two refiner blocks, one scan"
     shapes.clear()
-    jax.eval_shape(decoder._decode_tile, decoder.params, np.zeros((1, 4, 3, 7, 11), np.float32))
+    jax.eval_shape(decoder._middle, decoder.params, np.zeros((1, 4, 3, 7, 11), np.float32))
     assert shapes == [(bool, 77, (1, 1, 1, 3 * 77))], "one frame's queries"
 
 
@@ -170,16 +170,16 @@ def test_guidance_off_ignores_the_negative_prompt(pipe):
     assert not np.array_equal(a, c)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("frames", [1, 2, 5, 13])
 def test_every_number_of_latent_frames_decodes_as_in_diffusers(checkpoint, pipe, frames):
     torch.manual_seed(0)
     z = torch.randn(1, 4, frames, 3, 5)
     vae = AutoencoderKLHunyuanVideo15.from_pretrained(checkpoint, subfolder="vae")
     with torch.no_grad():
         expected = (vae.decode(z / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
-    found = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=z.numpy(), config=pipe.spec.defaults)).frames
-    assert found.shape == (1, 4 * frames - 3, 48, 80, 3)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    chunks = list(pipe.decode_chunks(Latents(model_id=pipe.spec.model_id, latents=z.numpy(), config=pipe.spec.defaults)))
+    assert [c.shape[1] for c in chunks] == {1: [1], 2: [1, 4], 5: [1, 16], 13: [1, 24, 24]}[frames]
+    np.testing.assert_allclose(np.concatenate(chunks, axis=1), expected, atol=1e-4)
 
 
 def test_bfloat16_is_close(checkpoint, pipe):
