@@ -152,7 +152,7 @@ class HunyuanDecoder:
         size = next((n for n in range(CHUNK, 0, -1) if count % n == 0), 1)
         for start in range(1, z.shape[2], size):
             part = x[:, :, start : start + size]
-            run = self.programs.get("decoder, further frames", self._rest, self.params, memories, part)
+            run = self.programs.get("decoder, further frames", self._rest, self.params, memories, part, donate=(1,))
             upcoming, memories = run(self.params, memories, part)
             yield self._to_host(frames)  # while the device works on the upcoming ones
             frames = upcoming
