@@ -24,6 +24,7 @@ test-aot: setup
 fidelity: setup
 	PYTHONPATH=tests $(BIN)/python -W ignore -m wan.fidelity
 	PYTHONPATH=tests $(BIN)/python -W ignore -m cogvideox.fidelity
+	PYTHONPATH=tests $(BIN)/python -W ignore -m hunyuan.fidelity
 
 benchmark: setup
 	$(BIN)/python benchmarks/against_diffusers.py

@@ -32,4 +32,4 @@ if ! installed; then
 fi
 
 extras=${1:+[$1]}
-"$uv" pip install --quiet --group dev -e "packages/core$extras" -e packages/wan -e packages/cogvideox -e packages/tiny
+"$uv" pip install --quiet --group dev -e "packages/core$extras" -e packages/wan -e packages/cogvideox -e packages/hunyuan -e packages/tiny

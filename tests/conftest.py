@@ -13,8 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPUVID_CACHE_DIR", str(ROOT / ".pytest_cache" / "tpuvid"))
 
-CHECKED = ["tpuvid.kernels", "tpuvid.sampling", "tpuvid.schedule", "tpuvid.t5", "tpuvid.tiling"]
-CHECKED += [f"tpuvid_{family}.{stage}" for family in ("wan", "cogvideox") for stage in ("encode", "denoise", "decode")]
+CHECKED = [f"tpuvid.{module}" for module in ("kernels", "sampling", "schedule", "denoising", "t5", "tiling")]
+CHECKED += [
+    f"tpuvid_{family}.{stage}" for family in ("wan", "cogvideox", "hunyuan") for stage in ("encode", "denoise", "decode")
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 PACKAGES = Path(__file__).parents[1] / "packages"
-LIBRARIES = {"core": "tpuvid", "wan": "tpuvid_wan", "cogvideox": "tpuvid_cogvideox", "tiny": "tpuvid_tiny"}
+LIBRARIES = {
+    "core": "tpuvid",
+    "wan": "tpuvid_wan",
+    "cogvideox": "tpuvid_cogvideox",
+    "hunyuan": "tpuvid_hunyuan",
+    "tiny": "tpuvid_tiny",
+}
 MAY_IMPORT = {"tiny": {"tpuvid_wan"}}
 """Model packages never import each other; wan-tiny is a Wan checkpoint."""
 SOURCES = [(package, path) for package in LIBRARIES for path in sorted((PACKAGES / package / "src").rglob("*.py"))]

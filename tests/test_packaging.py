@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = {"core": ["core"], "wan": ["core", "wan"], "cogvideox": ["core", "cogvideox"], "tiny": ["core", "wan", "tiny"]}
+ORDER = {
+    "core": ["core"],
+    "wan": ["core", "wan"],
+    "cogvideox": ["core", "cogvideox"],
+    "hunyuan": ["core", "hunyuan"],
+    "tiny": ["core", "wan", "tiny"],
+}
 WAN = ["wan2.1-t2v-14b", "wan2.1-t2v-1.3b"]
-MODELS = {"core": [], "wan": WAN, "cogvideox": ["cogvideox1.5-5b"], "tiny": [*WAN, "wan-tiny"]}
+HUNYUAN = ["hunyuanvideo-1.5-t2v-720p", "hunyuanvideo-1.5-t2v-480p"]
+MODELS = {"core": [], "wan": WAN, "cogvideox": ["cogvideox1.5-5b"], "hunyuan": HUNYUAN, "tiny": [*WAN, "wan-tiny"]}
 
 
 def uv(*arguments, **options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from tpuvid.bridge import TracedModule, build
+from tpuvid.bridge import TracedModule, build, map_rows
 from tpuvid.checkpoint import Weights
 from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.weights import load_parameters
@@ -237,3 +237,16 @@ def test_attention_is_ours_and_never_nan():
         lambda q: nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=(q[:, :1, :1, :7] > 1e9)[..., :7]), q[..., :7]
     )
     assert np.array_equal(nothing, np.zeros_like(nothing))
+
+
+class RowByRow(nn.Module):
+    def forward(self, x, ends):
+        return map_rows(lambda row, end: row * (torch.arange(row.shape[0], device=row.device) < end), x, ends)
+
+
+def test_rows_run_in_a_loop_of_the_program():
+    x, ends = torch.randn(5, 7), torch.arange(5)
+    expected = torch.stack([row * (torch.arange(7) < end) for row, end in zip(x, ends)])
+    run = jax.jit(TracedModule(RowByRow()).function("forward"))
+    np.testing.assert_array_equal(run({}, x.numpy(), ends.numpy().astype(np.int32)), expected.numpy())
+    assert run.lower({}, x.numpy(), ends.numpy().astype(np.int32)).as_text().count("stablehlo.while") == 1

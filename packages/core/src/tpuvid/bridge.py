@@ -248,6 +248,13 @@ class ScannedBlocks(nn.Module):
         return out if self.carries > 1 else out[0]
 
 
+def map_rows(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """Within a traced module, ``torch.stack([function(*row) for row in zip(*tensors)])`` as a loop of the compiled program."""
+    env = environment()
+    rows = tuple(tensor.jax() for tensor in tensors)
+    return env.j2t_iso(jax.lax.map(lambda row: function(*env.j2t_iso(row)).jax(), rows))
+
+
 def build(make: Callable[[], nn.Module]) -> nn.Module:
     """The module that `make` gives, in eval mode: parameters on the meta device (no memory), buffers real."""
     from accelerate import init_empty_weights

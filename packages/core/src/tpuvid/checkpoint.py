@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 256, 64 * 1024  # per file: small files whole, a 10 GB shard in 16 MB
+WEIGHTLESS = {
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+    "guider": "guider_config.json",
+}
+"""Components without weights, and their configs' names."""
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -79,12 +86,8 @@ class Checkpoint:
         """Raise `InputError` unless each component is there, with its config (and weights, where it has any)."""
         for name in components:
             path = self.component(name)
-            if name == "tokenizer":
-                read_json(path / "tokenizer_config.json")
-            elif name == "scheduler":
-                read_json(path / "scheduler_config.json")
-            else:
-                read_json(path / "config.json")
+            read_json(path / WEIGHTLESS.get(name, "config.json"))
+            if name not in WEIGHTLESS:
                 weight_files(path)
 
     def weights(self, component: str) -> Weights:

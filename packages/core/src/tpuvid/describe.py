@@ -79,7 +79,9 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 def _component(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"{folder}: is missing")
-    configs = [folder / name for name in ("config.json", "scheduler_config.json") if (folder / name).exists()]
+    configs = [
+        folder / name for name in ("config.json", "scheduler_config.json", "guider_config.json") if (folder / name).exists()
+    ]
     entry: dict[str, Any] = {"settings": read_json(configs[0]) if configs else {}}
     if list(folder.glob("*.safetensors*")):
         files = weight_files(folder)

@@ -1,0 +1,183 @@
+"""Stage 3 of HunyuanVideo 1.5: latents → frames. Source: `AutoencoderKLHunyuanVideo15._decode` of diffusers.
+
+The middle block, whose attention looks back at all earlier frames, runs on all latent frames at once: they are small. What
+follows is convolutions that look back at two frames; with those remembered, it runs latent frame by latent frame. The
+first one gives one video frame, every other one four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import (
+    HunyuanVideo15AttnBlock,
+    HunyuanVideo15CausalConv3d,
+    HunyuanVideo15Upsample,
+)
+from jax import Array
+from jaxtyping import Float
+from torch import nn
+from torch.nn import functional as F
+from tpuvid.bridge import TracedModule, build, map_rows
+from tpuvid.checkpoint import Checkpoint
+from tpuvid.runtime import Runtime, replicated
+from tpuvid.sampling import check_latents
+from tpuvid.weights import load_parameters, match_parameters
+
+ENCODER_HALF = ("encoder.",)  # the checkpoint's other half
+
+LOOK_BACK = 2
+"""Frames before its own that a convolution sees."""
+
+CHUNK = 8
+"""Latent frames per call at most: 32 video frames reach the host while the next ones are computed."""
+
+Memories = list[Array]
+"""By convolution, the frames [B, C, 2, h, w] that it remembers."""
+
+
+class FrameCausalAttention(HunyuanVideo15AttnBlock):
+    """The stock block, frame by frame: its queries under a mask over keys, where the stock one masks all pairs of tokens."""
+
+    def forward(self, x):
+        normed = self.norm(x)
+        query, key, value = self.to_q(normed), self.to_k(normed), self.to_v(normed)
+        batch, channels, frames, height, width = query.shape
+        area = height * width
+        query = query.permute(2, 0, 3, 4, 1).reshape(frames, batch, 1, area, channels)
+        key, value = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (key, value))
+        index = torch.arange(frames * area, device=x.device)
+
+        def one_frame(query, end):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=(index < end)[None, None, None])
+
+        ends = area * torch.arange(1, frames + 1, device=x.device)
+        out = map_rows(one_frame, query, ends)
+        out = out.reshape(frames, batch, height, width, channels).permute(1, 4, 0, 2, 3)
+        return self.proj_out(out) + x
+
+
+class RememberingConv(HunyuanVideo15CausalConv3d):
+    """The stock convolution, told in `memory` which two frames came before; None at the start, where the first is repeated."""
+
+    memory = None
+
+    def forward(self, x):
+        before = x[:, :, :1].repeat(1, 1, LOOK_BACK, 1, 1) if self.memory is None else self.memory
+        x = torch.cat([before, x], dim=2)
+        self.memory = x[:, :, -LOOK_BACK:]
+        return self.conv(F.pad(x, (*self.time_causal_padding[:4], 0, 0), mode=self.pad_mode))
+
+
+class FollowingUpsample(HunyuanVideo15Upsample):
+    """The stock upsampler, which gives one frame for the video's first, also where that came in an earlier part."""
+
+    first = True
+
+    def forward(self, x):
+        if self.first or not self.add_temporal_upsample:
+            return super().forward(x)
+        out, shortcut = (self._dcae_upsample_rearrange(t, r1=2) for t in (self.conv(x), x))
+        return out + shortcut.repeat_interleave(repeats=self.repeats, dim=1)
+
+
+class DecoderHalf(nn.Module):
+    """The half of the VAE that decodes, under the checkpoint's own names."""
+
+    def __init__(self, vae: AutoencoderKLHunyuanVideo15):
+        super().__init__()
+        decoder = self.decoder = vae.decoder
+        attentions = decoder.mid_block.attentions
+        for i, attention in enumerate(attentions):
+            attentions[i] = FrameCausalAttention(attention.in_channels)
+        upper = [module for part in (decoder.up_blocks, decoder.conv_out) for module in part.modules()]
+        for module in upper:  # same parameters, another forward
+            if isinstance(module, HunyuanVideo15CausalConv3d):
+                module.__class__ = RememberingConv
+            elif isinstance(module, HunyuanVideo15Upsample):
+                module.__class__ = FollowingUpsample
+        self.convolutions = [m for m in upper if isinstance(m, RememberingConv)]
+        self.upsamplers = [m for m in upper if isinstance(m, FollowingUpsample)]
+
+    def middle(self, z):
+        x = self.decoder.conv_in(z) + z.repeat_interleave(repeats=self.decoder.repeat, dim=1)
+        return self.decoder.mid_block(x)
+
+    def upper(self, x, memories):
+        """`memories` as the frames before left them; None for the first frame."""
+        for convolution, memory in zip(self.convolutions, memories or [None] * len(self.convolutions), strict=True):
+            convolution.memory = memory
+        for upsampler in self.upsamplers:
+            upsampler.first = memories is None
+        for block in self.decoder.up_blocks:
+            x = block(x)
+        x = self.decoder.conv_out(self.decoder.conv_act(self.decoder.norm_out(x)))
+        memories = [convolution.memory for convolution in self.convolutions]
+        for convolution in self.convolutions:
+            convolution.memory = None  # no traced tensor outlives the trace
+        return x, memories
+
+
+class HunyuanDecoder:
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
+        config = checkpoint.config("vae")
+        vae = build(lambda: AutoencoderKLHunyuanVideo15.from_config(config))
+        self.runtime, self.checkpoint, self.mesh = runtime, checkpoint, runtime.single_device()
+        self.channels, self.scale = vae.config.latent_channels, np.float32(1 / vae.config.scaling_factor)
+        self.traced = TracedModule(build(lambda: DecoderHalf(vae)))
+        self.programs = runtime.programs(self.mesh)
+
+    def verify(self) -> None:
+        match_parameters(self.traced, self.checkpoint.weights("vae"), ignore=ENCODER_HALF)
+
+    def load(self) -> None:
+        weights, dtype = self.checkpoint.weights("vae"), self.runtime.dtype
+        self.params = load_parameters(self.traced, weights, mesh=self.mesh, dtype=dtype, ignore=ENCODER_HALF)
+
+    def check(self, latents: np.ndarray) -> None:
+        check_latents(latents, self.channels)
+
+    def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
+        z = (latents.astype(np.float32) * self.scale).astype(self.runtime.dtype)
+        z = jax.device_put(z, replicated(self.mesh))
+        x = self.programs.get("decoder, middle block", self._middle, self.params, z)(self.params, z)
+        first = x[:, :, :1]
+        frames, memories = self.programs.get("decoder, first frame", self._first, self.params, first)(self.params, first)
+        count = z.shape[2] - 1
+        size = next((n for n in range(CHUNK, 0, -1) if count % n == 0), 1)
+        for start in range(1, z.shape[2], size):
+            part = x[:, :, start : start + size]
+            run = self.programs.get("decoder, further frames", self._rest, self.params, memories, part, donate=(1,))
+            upcoming, memories = run(self.params, memories, part)
+            yield self._to_host(frames)  # while the device works on the upcoming ones
+            frames = upcoming
+        yield self._to_host(frames)
+
+    def _to_host(self, frames: Array) -> np.ndarray:
+        with self.runtime.progress.phase("decode"):
+            return np.asarray(frames)
+
+    def _middle(self, params, z: Float[Array, "B C f h w"]) -> Float[Array, "B D f h w"]:
+        return self.traced.function("middle")(params, z)
+
+    def _first(self, params, x: Float[Array, "B D 1 h w"]) -> tuple[Float[Array, "B 1 H W 3"], Memories]:
+        pixels, memories = self.traced.function("upper")(params, x, None)
+        return _frames(pixels), memories
+
+    def _rest(self, params, memories: Memories, x: Float[Array, "B D n h w"]) -> tuple[Float[Array, "B m H W 3"], Memories]:
+        def one_frame(memories: Memories, x: Float[Array, "B D h w"]) -> tuple[Memories, Float[Array, "B 4 H W 3"]]:
+            pixels, memories = self.traced.function("upper")(params, x[:, :, None], memories)
+            return memories, _frames(pixels)
+
+        memories, frames = jax.lax.scan(one_frame, memories, jnp.moveaxis(x, 2, 0))
+        frames = jnp.moveaxis(frames, 0, 1)
+        return frames.reshape(frames.shape[0], -1, *frames.shape[3:]), memories
+
+
+def _frames(pixels: Float[Array, "B 3 n H W"]) -> Float[Array, "B n H W 3"]:
+    return jnp.moveaxis(jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1), 1, -1)

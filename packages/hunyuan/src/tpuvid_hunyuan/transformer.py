@@ -1,0 +1,114 @@
+"""HunyuanVideo's transformer for text alone: the stock modules, called so that everything is static and no mask is square.
+
+Image tokens of a text-to-video run are all masked out, so there are none here. Text tokens carry no positions in the
+blocks, so where padding stands doesn't matter: it stays in place under a mask, where the stock model moves it to the end.
+Source: `HunyuanVideo15Transformer3DModel.forward` of diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15RotaryPosEmbed
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from tpuvid.bridge import build
+from tpuvid.errors import InputError
+
+IMAGE_HALF = ("image_embedder.",)  # weights for image-to-video
+
+TEXT_TYPE, GLYPH_TYPE = 0, 1  # rows of cond_type_embed
+
+
+class KeyMaskedAttention:
+    """An attention processor for a mask over keys, [B, S]: of the blocks (with `encoder_hidden_states`) and of the refiner.
+
+    Where a query is padding its row is left to be whatever it is, since nothing attends to it.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        q, k, v = (self._heads(attn, to(hidden_states)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        if attn.norm_q is not None:
+            q, k = attn.norm_q(q), attn.norm_k(k)
+        if image_rotary_emb is not None:
+            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+        if encoder_hidden_states is not None:
+            projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+            text_q, text_k, text_v = (self._heads(attn, to(encoder_hidden_states)) for to in projections)
+            text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
+            q, k, v = (torch.cat(pair, dim=1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+        mask = F.pad(attention_mask.bool(), (k.shape[1] - attention_mask.shape[1], 0), value=True)
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None, None])
+        out = out.transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return attn.to_out[0](out)
+        count = hidden_states.shape[1]
+        return attn.to_out[0](out[:, :count]), attn.to_add_out(out[:, count:])
+
+    @staticmethod
+    def _heads(attn, x: Tensor) -> Tensor:
+        return x.unflatten(2, (attn.heads, -1))
+
+
+class TextToVideoTransformer(HunyuanVideo15Transformer3DModel):
+    def forward(self, latents, timestep, text, text_mask, glyphs, glyph_mask, rotary):
+        """Latents [B, C, f, h, w] and the two text streams [B, L, E] under their masks [B, L] → velocity [B, C', f, h, w]."""
+        dtype = latents.dtype
+        # time's sinusoids in float32, whatever the dtype of the weights
+        temb = self.time_embed.timestep_embedder(self.time_embed.time_proj(timestep).to(dtype))
+        types = self.cond_type_embed.weight
+        text = self.refine(text, text_mask, timestep) + types[TEXT_TYPE]
+        glyphs = self.context_embedder_2(glyphs) + types[GLYPH_TYPE]
+        context, mask = torch.cat([glyphs, text], dim=1), torch.cat([glyph_mask, text_mask], dim=1)
+        hidden = self.x_embedder(latents)
+        for block in self.transformer_blocks:
+            hidden, context = block(hidden, context, temb, mask, rotary)
+        velocity = self.proj_out(self.norm_out(hidden, temb))  # patches are of one latent each
+        return velocity.transpose(1, 2).unflatten(2, tuple(latents.shape[2:]))
+
+    def refine(self, text, mask, timestep):
+        """`HunyuanVideo15TokenRefiner.forward`, with a mask over keys."""
+        refiner = self.context_embedder
+        kept = mask[..., None].float()
+        pooled = ((text * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)).to(text.dtype)
+        temb = refiner.time_text_embed(timestep, pooled)
+        text = refiner.proj_in(text)
+        for block in refiner.token_refiner.refiner_blocks:
+            text = block(text, temb, mask)
+        return text
+
+
+def build_transformer(config: Mapping[str, Any]) -> TextToVideoTransformer:
+    """The module of transformer/config.json; raises `InputError` for a transformer that needs more than text."""
+    module = build(lambda: TextToVideoTransformer.from_config(config))
+    config = module.config
+    if config.use_meanflow:
+        raise InputError(
+            "use_meanflow=True: this transformer takes two timesteps (step-distilled, super-resolution); use one without"
+        )
+    patch = config.patch_size_t, config.patch_size
+    if patch != (1, 1):
+        raise InputError(
+            f"patch_size_t, patch_size={patch}: tpuvid-hunyuan runs patches of one latent, as HunyuanVideo 1.5 has"
+        )
+    if config.in_channels != 2 * config.out_channels + 1:
+        raise InputError(
+            f"in_channels={config.in_channels}: needs {2 * config.out_channels + 1} (latents, condition, mask) for "
+            f"out_channels={config.out_channels}; this is another model than HunyuanVideo 1.5"
+        )
+    del module.image_embedder
+    module.set_attn_processor(KeyMaskedAttention())
+    return module
+
+
+def rotary_tables(
+    rope: HunyuanVideo15RotaryPosEmbed, frames: int, height: int, width: int
+) -> tuple[Float[np.ndarray, "T D"], ...]:
+    """Cosines and sines of the T latents of a grid, in float32 on the host."""
+    return tuple(table.float().numpy() for table in rope(torch.empty(()).expand(1, 1, frames, height, width)))

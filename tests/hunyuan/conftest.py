@@ -1,0 +1,15 @@
+import pytest
+import tpuvid
+from hunyuan.random_checkpoint import RandomHunyuan
+
+SMALL = dict(height=32, width=48, num_frames=5, num_inference_steps=3, guidance_scale=3.0, seed=7)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    return RandomHunyuan().save(tmp_path_factory.mktemp("checkpoints") / "random-hunyuan")
+
+
+@pytest.fixture(scope="session")
+def pipe(checkpoint):
+    return tpuvid.load(str(checkpoint))

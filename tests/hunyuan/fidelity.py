@@ -1,0 +1,138 @@
+"""tpuvid against stock `diffusers.HunyuanVideo15Pipeline`, stage by stage, on one checkpoint folder. Run as a script, it prints the table."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tpuvid
+from diffusers import HunyuanVideo15Pipeline
+from hunyuan.random_checkpoint import RandomHunyuan
+from tpuvid.stages import Latents
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    checkpoint: RandomHunyuan
+    settings: dict
+    prompt: str = "a red cat on the moon"
+    negative_prompt: str = ""
+
+
+CASES = (
+    Case(
+        "no quotes, 1000 tokens, 9 frames",
+        RandomHunyuan(),
+        dict(height=32, width=48, num_frames=9, num_inference_steps=4, guidance_scale=6.0, seed=3, max_sequence_length=1000),
+    ),
+    Case(
+        "quotes in both prompts, three heads, shift 9, rescaled guidance",
+        RandomHunyuan(heads=3, rope_dims=(8, 10, 14), refiner_layers=1, shift=9.0, guider={"guidance_rescale": 0.7}, seed=1),
+        dict(height=48, width=32, num_frames=13, num_inference_steps=6, guidance_scale=4.0, seed=11, max_sequence_length=60),
+        prompt='a sign says "OPEN" and “七点半”, then "OPEN" again',
+        negative_prompt='the word "blurry"',
+    ),
+    Case(
+        "original formulation, shift given, 5 frames, quotes in the negative prompt",
+        RandomHunyuan(layers=3, refiner_layers=3, guider={"use_original_formulation": True}, seed=2),
+        dict(
+            height=64,
+            width=16,
+            num_frames=5,
+            num_inference_steps=5,
+            guidance_scale=2.5,
+            seed=0,
+            max_sequence_length=33,
+            flow_shift=3.0,
+        ),
+        negative_prompt='no "text"',
+    ),  # fmt: skip
+    Case(
+        "one frame, guidance from 20% to 70%, empty prompt",
+        RandomHunyuan(guider={"start": 0.2, "stop": 0.7}, channels=8, text_layers=5, seed=4, vae_layers=2),
+        dict(height=16, width=64, num_frames=1, num_inference_steps=7, guidance_scale=5.0, seed=2**40, max_sequence_length=40),
+        prompt="",
+        negative_prompt="blue dog",
+    ),
+    Case(
+        "guider disabled, prompt longer than the tokens",
+        RandomHunyuan(guider={"enabled": False}, vae_widths=(8, 16, 16, 32, 32), text_dim=64, glyph_dim=40, shift=1.0, seed=5),
+        dict(height=32, width=32, num_frames=9, num_inference_steps=3, guidance_scale=6.0, seed=8, max_sequence_length=24),
+        prompt='a billboard that reads "TPU" stands on the grass beside a long road',
+    ),
+    Case(
+        "guidance scale 1",
+        RandomHunyuan(heads=5, layers=1, seed=6),
+        dict(height=32, width=16, num_frames=5, num_inference_steps=3, guidance_scale=1.0, seed=1, max_sequence_length=50),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Largest absolute difference of each stage, relative to the reference tensor's largest value; frames in steps of 255."""
+
+    embeds: float
+    latents: float
+    decoded: float
+    frames: float
+
+
+def measure(case: Case, folder: Path) -> Fidelity:
+    """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
+    source = str(case.checkpoint.save(folder))
+    pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1")
+    settings = case.settings
+    reference = HunyuanVideo15Pipeline.from_pretrained(source, torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    reference.tokenizer_max_length = settings["max_sequence_length"]
+    if "flow_shift" in settings:
+        reference.scheduler = reference.scheduler.from_config(reference.scheduler.config, shift=settings["flow_shift"])
+
+    def stock(output_type: str) -> np.ndarray:
+        # made anew: the stock pipeline asks a guider whether it guides while that still stands at the last run's last step
+        reference.guider = reference.guider.new(guidance_scale=settings["guidance_scale"])
+        arguments = {k: settings[k] for k in ("height", "width", "num_frames", "num_inference_steps")}
+        generator = torch.Generator().manual_seed(settings["seed"])
+        frames = reference(case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments).frames
+        return frames.numpy() if output_type == "latent" else frames
+
+    latents, frames = stock("latent"), stock("np")
+    with torch.no_grad():
+        streams = {sign: reference.encode_prompt(p) for sign, p in (("", case.prompt), ("negative_", case.negative_prompt))}
+
+    conditioning = pipe.encode(case.prompt, case.negative_prompt, max_sequence_length=settings["max_sequence_length"])
+    embeds = []
+    for sign, expected in streams.items():
+        for name, tensor in zip(("embeds", "embeds_mask", "embeds_2", "embeds_mask_2"), expected, strict=True):
+            found = conditioning.tensors[f"{sign}prompt_{name}"]
+            if "mask" in name:
+                np.testing.assert_array_equal(found, tensor.numpy())
+            elif not tensor.any():
+                assert not found.any() and found.shape == tensor.shape
+            else:
+                embeds.append(_relative(found, tensor.numpy()))
+    found = pipe.denoise(conditioning, **{k: v for k, v in settings.items() if k != "max_sequence_length"})
+    decoded = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=latents, config=found.config)).frames
+    whole = pipe.generate(case.prompt, negative_prompt=case.negative_prompt, **settings).frames
+    return Fidelity(
+        embeds=max(embeds),
+        latents=_relative(found.latents, latents),
+        decoded=_relative(decoded, frames),
+        frames=float(np.abs(whole - frames).max() * 255),
+    )
+
+
+def _relative(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+if __name__ == "__main__":
+    print("| checkpoint | embeddings | latents | decode | frames (of 255) |\n|---|---|---|---|---|")
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            f = measure(case, Path(folder))
+        print(f"| {case.name} | {f.embeds:.1e} | {f.latents:.1e} | {f.decoded:.1e} | {f.frames:.4f} |", flush=True)
