@@ -17,12 +17,14 @@ from jax import Array
 from jaxtyping import Float, Int
 from tpuvid.bridge import TracedModule
 from tpuvid.checkpoint import Checkpoint
+from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
 from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import initial_state, make_generator, make_noise, run_steps
-from tpuvid.schedule import Schedule, advance, tabulate
+from tpuvid.sampling import make_generator, make_noise
+from tpuvid.schedule import Schedule, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
+from tpuvid.stepcache import step_cache
 from tpuvid.weights import load_parameters, match_parameters
 
 from tpuvid_hunyuan.guidance import Guidance
@@ -77,13 +79,14 @@ def check_streams(tensors: Mapping[str, np.ndarray], text_width: int, glyph_widt
             raise InputError(f"{sign}prompt_embeds_mask keeps no token; encode with this model")
 
 
-class TextStreams(NamedTuple):
-    """What the transformer is told of the prompt, and below it in the batch of the negative prompt."""
+class Inputs(NamedTuple):
+    """What the transformer sees beside the latents: of the prompt, and after it in the batch of the negative prompt."""
 
     text: Float[Array, "B2 L E"]
     text_mask: Int[Array, "B2 L"]
     glyphs: Float[Array, "B2 G E2"]
     glyph_mask: Int[Array, "B2 G"]
+    rotary: tuple[Float[Array, "T D"], Float[Array, "T D"]]
 
 
 class HunyuanDenoiser:
@@ -98,7 +101,7 @@ class HunyuanDenoiser:
         self.traced = TracedModule(module, scan={"transformer_blocks": 2})
         widths = split_sizes(self.traced.parameters(runtime.dtype), TRANSFORMER)
         self.mesh = runtime.denoiser_mesh({self.config.num_attention_heads, *widths})
-        self.programs = runtime.programs(self.mesh)
+        self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime, guide=self.guidance.guide)
 
     def verify(self) -> None:
         match_parameters(self.traced, self.checkpoint.weights("transformer"), ignore=IMAGE_HALF)
@@ -108,40 +111,46 @@ class HunyuanDenoiser:
         weights, dtype = self.checkpoint.weights("transformer"), self.runtime.dtype
         self.params = load_parameters(self.traced, weights, mesh=self.mesh, rules=TRANSFORMER, dtype=dtype, ignore=IMAGE_HALF)
 
+    def resolve(self, config: GenerationConfig) -> GenerationConfig:
+        scale = self.guidance.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        shift = self.scheduler_config.get("shift", 1.0) if config.flow_shift is None else config.flow_shift
+        self.guidance.check(scale)
+        return config.override(guidance_scale=scale, flow_shift=shift)
+
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         check_streams(tensors, self.config.text_embed_dim, self.config.text_embed_2_dim)
 
     def denoise(
         self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback
     ) -> Float[np.ndarray, "1 C f h w"]:
-        count = config.num_inference_steps
-        schedule = make_schedule(self.scheduler_config, count, config.flow_shift)
-        guided = self.guidance.steps(count) if config.do_classifier_free_guidance else [False] * count
+        schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
+        scales = self.guidance.scales(config)
         shape = self._latent_shape(config)
-        rotary = jax.device_put(rotary_tables(self.rope, *shape[2:]), replicated(self.mesh))
-        state = initial_state(make_noise(shape, make_generator(config.seed)), schedule)
-        state = jax.device_put(state, replicated(self.mesh))
-        scale = np.float32(config.guidance_scale)
+        inputs = Inputs(
+            *self._streams(tensors, guided=scales is not None),
+            rotary=jax.device_put(rotary_tables(self.rope, *shape[2:]), replicated(self.mesh)),
+        )
+        generator = make_generator(config.seed)
+        noise = make_noise(shape, generator)
+        cache = step_cache(config)
+        return self.sampler.sample(
+            self.params, inputs, noise, schedule, scales=scales, generator=generator, cache=cache, on_step=on_step
+        )
 
-        streams, compiled = {}, {}
-        for kind in set(guided):
-            streams[kind] = self._streams(tensors, guided=kind)
-            example = (self.params, state, streams[kind], rotary, schedule.timesteps[0], schedule.weights[0], scale)
-            compiled[kind] = self.programs.get("denoiser", self._function(kind), *example, donate=(1,))
-        kinds = iter(guided)
-
-        def step(state, timestep, weights):
-            kind = next(kinds)
-            return compiled[kind](self.params, state, streams[kind], rotary, timestep, weights, scale)
-
-        return run_steps(step, state, schedule, self.runtime.progress, on_step)
+    def _predict(
+        self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, "B2"], inputs: Inputs
+    ) -> Float[Array, "B2 C f h w"]:
+        """The velocity."""
+        no_image = jnp.zeros((len(latents), latents.shape[1] + 1, *latents.shape[2:]), latents.dtype)
+        latents = jnp.concatenate([latents, no_image], axis=1)
+        return self.traced.function("forward")(params, latents, timesteps, *inputs)
 
     def _latent_shape(self, config: GenerationConfig) -> tuple[int, int, int, int, int]:
         frames = (config.num_frames - 1) // VAE_TIME + 1
         return 1, self.config.out_channels, frames, config.height // VAE_SPACE, config.width // VAE_SPACE
 
-    def _streams(self, tensors: Mapping[str, np.ndarray], *, guided: bool) -> TextStreams:
-        """Both text streams on the mesh. Padding is set to zero, so that nothing in it can do harm, NaN included."""
+    def _streams(self, tensors: Mapping[str, np.ndarray], *, guided: bool) -> list[Array]:
+        """Both text streams with their masks, on the mesh. Padding is set to zero: nothing in it can do harm, NaN included."""
         signs = ("", "negative_") if guided else ("",)
         arrays = []
         for stream in ("", "_2"):
@@ -149,33 +158,4 @@ class HunyuanDenoiser:
             embeds = np.concatenate([tensors[f"{sign}prompt_embeds{stream}"] for sign in signs])
             embeds = np.where(mask[..., None], embeds, 0).astype(self.runtime.dtype)
             arrays += [embeds, mask.astype(np.int32)]
-        return TextStreams(*jax.device_put(arrays, batch_sharded(self.mesh, len(signs))))
-
-    def _predict(
-        self, params, latents: Float[Array, "B C f h w"], streams: TextStreams, rotary, timestep: Float[Array, ""]
-    ) -> Float[Array, "B2 C f h w"]:
-        """The velocity for the prompt, and for the negative prompt where `streams` hold one."""
-        batch = len(streams.text)
-        latents = jnp.broadcast_to(latents, (batch, *latents.shape[1:])).astype(self.runtime.dtype)
-        no_image = jnp.zeros((batch, latents.shape[1] + 1, *latents.shape[2:]), latents.dtype)
-        latents = jnp.concatenate([latents, no_image], axis=1)
-        latents = jax.lax.with_sharding_constraint(latents, batch_sharded(self.mesh, batch))
-        timesteps = jnp.broadcast_to(timestep, batch)
-        return self.traced.function("forward")(params, latents, timesteps, *streams, rotary).astype(jnp.float32)
-
-    def _function(self, guided: bool):
-        def step(
-            params,
-            state: Float[Array, "K B C f h w"],
-            streams: TextStreams,
-            rotary: tuple[Float[Array, "T D"], Float[Array, "T D"]],
-            timestep: Float[Array, ""],
-            weights: Float[Array, "K K1"],
-            scale: Float[Array, ""],
-        ) -> Float[Array, "K B C f h w"]:
-            velocity = self._predict(params, state[0], streams, rotary, timestep)
-            if guided:
-                velocity = self.guidance.guide(velocity, scale)
-            return advance(weights, state, velocity)
-
-        return step
+        return jax.device_put(arrays, batch_sharded(self.mesh, len(signs)))

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 from tpuvid.errors import InputError
+from tpuvid.stages import GenerationConfig
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Every setting of the guider but ``guidance_scale``, which is the user's."""
+    """The guider's settings."""
 
+    guidance_scale: float = 7.5
+    """Where the user gives none. The other defaults, too, are the guider's own."""
     guidance_rescale: float = 0.0
     use_original_formulation: bool = False
     start: float = 0.0
@@ -28,7 +32,7 @@ class Guidance:
         name = config.get("_class_name")
         if name != "ClassifierFreeGuidance":
             raise InputError(f"guider {name!r}: HunyuanVideo runs with ClassifierFreeGuidance; change guider_config.json")
-        settings = {key: value for key, value in config.items() if not key.startswith("_") and key != "guidance_scale"}
+        settings = {key: value for key, value in config.items() if not key.startswith("_")}
         if unknown := sorted(set(settings) - set(cls.__dataclass_fields__)):
             raise InputError(f"guider_config.json: {', '.join(unknown)}: no setting of ClassifierFreeGuidance; remove it")
         guidance = cls(**settings)
@@ -36,10 +40,20 @@ class Guidance:
             raise InputError(f"guider_config.json: start={guidance.start}, stop={guidance.stop}: needs 0 ≤ start ≤ stop ≤ 1")
         return guidance
 
-    def steps(self, count: int) -> list[bool]:
-        """Which of `count` steps are guided."""
+    def check(self, scale: float) -> None:
+        """Raise `InputError` for a scale with which the guider would guide and a tpuvid run, for want of 1.0, would not."""
+        off = 0.0 if self.use_original_formulation else 1.0
+        if self.enabled and scale <= 1 and scale not in (off, 1.0 - off):
+            raise InputError(f"guidance_scale={scale}: needs {off} (no guidance) or more than 1")
+
+    def scales(self, config: GenerationConfig) -> Float[np.ndarray, "steps"] | None:
+        """The scale of every step, neutral outside of [start, stop); None where no step is guided."""
+        count = config.num_inference_steps
         first, end = int(self.start * count), int(self.stop * count)
-        return [self.enabled and first <= step < end for step in range(count)]
+        if not (self.enabled and config.do_classifier_free_guidance and first < end):
+            return None
+        neutral = 0.0 if self.use_original_formulation else 1.0
+        return np.array([config.guidance_scale if first <= step < end else neutral for step in range(count)], np.float32)
 
     def guide(self, output: Float[Array, "B2 ..."], scale: Float[Array, ""]) -> Float[Array, "B ..."]:
         """One prediction of a batch that holds the prompt's half first, the negative prompt's second."""

@@ -12,6 +12,7 @@ COMMON = dict(
     pipeline_class="HunyuanVideo15Pipeline",
     parameters="8.3B",
     rules=RULES,
+    takes=("flow_shift", "cache"),
     components={
         "encode": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
         "denoise": ("transformer", "scheduler", "guider"),
@@ -21,7 +22,8 @@ COMMON = dict(
     load_denoiser="tpuvid_hunyuan.denoise:HunyuanDenoiser",
     load_decoder="tpuvid_hunyuan.decode:HunyuanDecoder",
 )
-SAMPLING = dict(num_frames=121, fps=24, num_inference_steps=50, guidance_scale=6.0, max_sequence_length=1000)
+# guidance_scale: the guider's in the checkpoint, 6.0 as published
+SAMPLING = dict(num_frames=121, fps=24, num_inference_steps=50, guidance_scale=None, max_sequence_length=1000)
 
 # Sizes: what `HunyuanVideo15Pipeline` takes for a 16:9 video at the transformer's target_size.
 HUNYUAN_720P = ModelSpec(
