@@ -9,6 +9,7 @@ import torch
 import tpuvid
 from diffusers import HunyuanVideo15Pipeline
 from hunyuan.random_checkpoint import RandomHunyuan
+from stock_deepcache import deepcached
 from tpuvid.stages import Latents
 
 
@@ -19,6 +20,7 @@ class Case:
     settings: dict
     prompt: str = "a red cat on the moon"
     negative_prompt: str = ""
+    vae_tiling: bool = False
 
 
 CASES = (
@@ -63,6 +65,30 @@ CASES = (
         prompt='a billboard that reads "TPU" stands on the grass beside a long road',
     ),
     Case(
+        "DeepCache, four layers, quotes",
+        RandomHunyuan(layers=4, seed=7),
+        dict(
+            height=32,
+            width=48,
+            num_frames=5,
+            num_inference_steps=9,
+            guidance_scale=4.0,
+            seed=5,
+            max_sequence_length=50,
+            cache="deepcache",
+            cache_start_step=2,
+            cache_end_step=8,
+            cache_step_interval=3,
+        ),
+        prompt='a "red" cat',
+    ),  # fmt: skip
+    Case(
+        "tiled VAE, 2 × 1 tiles, the last one smaller",
+        RandomHunyuan(layers=1, seed=8),
+        dict(height=272, width=48, num_frames=5, num_inference_steps=2, guidance_scale=3.0, seed=9, max_sequence_length=30),
+        vae_tiling=True,
+    ),
+    Case(
         "guidance scale 1",
         RandomHunyuan(heads=5, layers=1, seed=6),
         dict(height=32, width=16, num_frames=5, num_inference_steps=3, guidance_scale=1.0, seed=1, max_sequence_length=50),
@@ -83,20 +109,28 @@ class Fidelity:
 def measure(case: Case, folder: Path) -> Fidelity:
     """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
     source = str(case.checkpoint.save(folder))
-    pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1")
+    pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1", vae_tiling=case.vae_tiling)
     settings = case.settings
     reference = HunyuanVideo15Pipeline.from_pretrained(source, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
+    if case.vae_tiling:
+        reference.vae.enable_tiling()
     reference.tokenizer_max_length = settings["max_sequence_length"]
     if "flow_shift" in settings:
         reference.scheduler = reference.scheduler.from_config(reference.scheduler.config, shift=settings["flow_shift"])
+
+    config = pipe.spec.configure(**settings)
 
     def stock(output_type: str) -> np.ndarray:
         # made anew: the stock pipeline asks a guider whether it guides while that still stands at the last run's last step
         reference.guider = reference.guider.new(guidance_scale=settings["guidance_scale"])
         arguments = {k: settings[k] for k in ("height", "width", "num_frames", "num_inference_steps")}
         generator = torch.Generator().manual_seed(settings["seed"])
-        frames = reference(case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments).frames
+        transformer, carries = reference.transformer, ("hidden_states", "encoder_hidden_states")
+        with deepcached(transformer, transformer.transformer_blocks, config, carries=carries, calls=2):
+            frames = reference(
+                case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments
+            ).frames
         return frames.numpy() if output_type == "latent" else frames
 
     latents, frames = stock("latent"), stock("np")

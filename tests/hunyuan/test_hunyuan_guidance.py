@@ -8,6 +8,7 @@ from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
 from tpuvid import InputError
 from tpuvid_hunyuan.denoise import make_schedule
 from tpuvid_hunyuan.guidance import Guidance
+from tpuvid_hunyuan.plugin import HUNYUAN_720P
 
 SETTINGS = [
     {},
@@ -28,12 +29,27 @@ def test_guides_as_the_stock_guider(settings, count):
     torch.manual_seed(count)
     conditional, unconditional = torch.randn(2, 1, 3, 2, 4, 5)
     output = jnp.concatenate([conditional.numpy(), unconditional.numpy()])
-    for step, guided in enumerate(guidance.steps(count)):
+    config = HUNYUAN_720P.configure(guidance_scale=3.5, num_inference_steps=count)
+    scales = guidance.scales(config)
+    for step in range(count):
         stock.set_state(step, count, None)
-        assert guided == (stock.num_conditions == 2), step
         expected = stock.forward(conditional, unconditional).pred.numpy()
-        found = guidance.guide(output, np.float32(3.5)) if guided else output[:1]
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        found = output[:1] if scales is None else guidance.guide(output, scales[step])
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+    assert (scales is None) == all(stock.set_state(step, count, None) or stock.num_conditions == 1 for step in range(count))
+    assert guidance.scales(config.override(guidance_scale=1.0)) is None
+
+
+@pytest.mark.parametrize("original, refused, taken", [(False, (0.0, 0.5), (1.0, 1.5)), (True, (0.5, 1.0), (0.0, 1.5))])
+def test_scales_that_would_mean_something_else_are_refused(original, refused, taken):
+    """The stock guider guides with them, tpuvid switches guidance off up to 1."""
+    guidance = Guidance(use_original_formulation=original)
+    for scale in refused:
+        with pytest.raises(InputError, match=f"guidance_scale={scale}: this checkpoint's guider takes"):
+            guidance.check(scale)
+        Guidance(enabled=False).check(scale)
+    for scale in taken:
+        guidance.check(scale)
 
 
 @pytest.mark.parametrize(

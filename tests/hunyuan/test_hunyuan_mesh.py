@@ -24,7 +24,6 @@ MESH = Mesh(np.array([jax.devices()[0]] * 8).reshape(2, 4), ("dp", "tp"))
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, python_env):
-    # guided steps and others in one run: two programs hand the latents to each other
     checkpoint = RandomHunyuan(heads=4, guider={"start": 0.3, "stop": 0.9})
     folder = checkpoint.save(tmp_path_factory.mktemp("mesh") / "four-heads")
     env = python_env | {

@@ -21,9 +21,10 @@ from tpuvid.stages import Latents
 from tpuvid_hunyuan import encode
 from tpuvid_hunyuan.denoise import HunyuanDenoiser
 from tpuvid_hunyuan.plugin import HUNYUAN_480P, HUNYUAN_720P
-from tpuvid_hunyuan.transformer import rotary_tables
 
 QUOTED = 'a sign that says "OPEN"'
+SCALES = np.full(3, 4.0, np.float32)  # guidance is on: two prompts in every batch
+TIMES = np.full(2, 500, np.float32)
 
 
 @pytest.mark.parametrize("model", ["hunyuanvideo-1.5-t2v-720p", "hunyuanvideo-1.5-t2v-480p"])
@@ -102,18 +103,13 @@ def test_padding_has_no_influence(pipe):
     np.testing.assert_array_equal(found, expected)
     # nor where the transformer itself is given it
     denoiser = pipe._opened["denoise"]
-    streams = denoiser._streams(conditioning.tensors, guided=True)
-    poisoned = streams._replace(
-        text=np.where(streams.text_mask[..., None], streams.text, 1e4), glyphs=np.where(streams.glyph_mask[..., None], streams.glyphs, -1e4)
+    inputs = denoiser._inputs(conditioning.tensors, (2, 2, 3), SCALES)
+    poisoned = inputs._replace(
+        text=np.where(inputs.text_mask[..., None], inputs.text, 1e4), glyphs=np.where(inputs.glyph_mask[..., None], inputs.glyphs, -1e4)
     )  # fmt: skip
-    rng = np.random.default_rng(1)
-    latents, rotary = rng.standard_normal((1, 4, 2, 2, 3), np.float32), _rotary(denoiser, 2, 2, 3)
-    a, b = (jax.jit(denoiser._predict)(denoiser.params, latents, s, rotary, np.float32(500)) for s in (streams, poisoned))
+    latents = np.random.default_rng(1).standard_normal((2, 4, 2, 2, 3), np.float32)
+    a, b = (jax.jit(denoiser._predict)(denoiser.params, latents, TIMES, i) for i in (inputs, poisoned))
     np.testing.assert_array_equal(a, b)
-
-
-def _rotary(denoiser, *grid):
-    return rotary_tables(denoiser.rope, *grid)
 
 
 def test_both_text_streams_are_heard(pipe):
@@ -133,10 +129,10 @@ def test_a_stream_without_tokens_gives_no_nan(pipe):
     conditioning = pipe.encode("a cat")
     pipe.denoise(conditioning, **SMALL)
     denoiser = pipe._opened["denoise"]
-    streams = denoiser._streams(conditioning.tensors, guided=False)
-    streams = streams._replace(text_mask=np.zeros_like(streams.text_mask))
-    latents = np.random.default_rng(1).standard_normal((1, 4, 2, 2, 3), np.float32)
-    found = jax.jit(denoiser._predict)(denoiser.params, latents, streams, _rotary(denoiser, 2, 2, 3), np.float32(500))
+    inputs = denoiser._inputs(conditioning.tensors, (2, 2, 3), SCALES)
+    inputs = inputs._replace(text_mask=np.zeros_like(inputs.text_mask))
+    latents = np.random.default_rng(1).standard_normal((2, 4, 2, 2, 3), np.float32)
+    found = jax.jit(denoiser._predict)(denoiser.params, latents, TIMES, inputs)
     assert np.isfinite(found).all()
 
 
@@ -153,8 +149,8 @@ def test_every_mask_is_over_keys_alone(pipe, monkeypatch):
 
     monkeypatch.setattr("tpuvid.bridge.attention", recorded)
     denoiser, decoder = pipe._opened["denoise"], pipe._opened["decode"]
-    streams = denoiser._streams(conditioning.tensors, guided=True)
-    jax.eval_shape(denoiser._predict, denoiser.params, latents.latents, streams, _rotary(denoiser, 2, 2, 3), np.float32(1))
+    inputs = denoiser._inputs(conditioning.tensors, (2, 2, 3), SCALES)
+    jax.eval_shape(denoiser._predict, denoiser.params, np.zeros((2, *latents.latents.shape[1:]), np.float32), TIMES, inputs)
     tokens = 2 * 2 * 3 + 61 + 256
     assert shapes == 2 * [(bool, 61, (2, 1, 1, 61))] + [(bool, tokens, (2, 1, 1, tokens))], "two refiner blocks, one scan"
     shapes.clear()

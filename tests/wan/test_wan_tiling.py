@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import tpuvid
+from decoding import check_tiles, chunks_of, random_latents, stock_frames
 from diffusers import AutoencoderKLWan
 from tpuvid.stages import Latents
 
@@ -18,20 +19,9 @@ def vae(checkpoint):
     return AutoencoderKLWan.from_pretrained(checkpoint, subfolder="vae")
 
 
-def random_latents(*shape):
-    torch.manual_seed(0)
-    return torch.randn(1, 4, *shape)
-
-
-def stock(vae, z):
+def denormalised(vae, latents):
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    with torch.no_grad():
-        frames = vae.decode(z * std + mean).sample
-    return (frames / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
-
-
-def ours(pipe, z):
-    return list(pipe.decode_chunks(Latents(model_id=pipe.spec.model_id, latents=z.numpy(), config=pipe.spec.defaults)))
+    return latents * std + mean
 
 
 @pytest.mark.parametrize(
@@ -45,31 +35,23 @@ def ours(pipe, z):
 def test_tiles_are_those_of_diffusers(checkpoint, vae, frames, height, width, chunks, monkeypatch):
     monkeypatch.setattr("tpuvid_wan.decode.CHUNK", 2)
     pipe = tpuvid.load(str(checkpoint), vae_tiling=True)
-    z = random_latents(frames, height, width)
-    vae.enable_tiling()
-    expected = stock(vae, z)
-    found = ours(pipe, z)
-    assert [c.shape[1] for c in found] == chunks
-    found = np.concatenate(found, axis=1)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
-    vae.disable_tiling()
-    assert np.abs(stock(vae, z) - expected).max() > 0.01, "tiles that change nothing test nothing"
+    latents = random_latents(1, 4, frames, height, width)
+    check_tiles(pipe, vae, latents, denormalised(vae, latents), chunks)
     if frames > 2:
         assert len(pipe._opened["decode"].programs._compiled) == 4, "first and further frames, 2 shapes of tile: each once"
 
 
 def test_what_fits_one_tile_is_decoded_whole(checkpoint, tiled, vae):
     """32 × 32 latents are one tile, though a second one would start at 24."""
-    z = random_latents(2, 32, 32)
+    latents = random_latents(1, 4, 2, 32, 32)
     vae.enable_tiling()
-    found = np.concatenate(ours(tiled, z), axis=1)
-    np.testing.assert_allclose(found, stock(vae, z), atol=1e-4)
-    np.testing.assert_allclose(found, np.concatenate(ours(tpuvid.load(str(checkpoint)), z), axis=1), atol=1e-6)
+    found = np.concatenate(chunks_of(tiled, latents), axis=1)
+    np.testing.assert_allclose(found, stock_frames(vae, denormalised(vae, latents)), atol=1e-4)
+    np.testing.assert_allclose(found, np.concatenate(chunks_of(tpuvid.load(str(checkpoint)), latents), axis=1), atol=1e-6)
 
 
 def test_the_record_says_so(tiled, checkpoint):
-    z = random_latents(1, 4, 4)
+    latents = random_latents(1, 4, 1, 4, 4)
     for pipe, tiling in ((tiled, True), (tpuvid.load(str(checkpoint)), False)):
-        video = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=z.numpy(), config=pipe.spec.defaults))
+        video = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=latents.numpy(), config=pipe.spec.defaults))
         assert video.history["decode"]["vae_tiling"] is tiling

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from tpuvid.errors import InputError
 from tpuvid.schedule import Schedule
@@ -66,7 +66,7 @@ def guidance_scales(config: GenerationConfig) -> Float[np.ndarray, "steps"] | No
 
 def with_negative(
     tensors: Mapping[str, np.ndarray], name: str, scales: Float[np.ndarray, "steps"] | None
-) -> Float[np.ndarray, "B2 ..."]:
+) -> Shaped[np.ndarray, "B2 ..."]:
     """The conditioning `name`; with guidance, that of the negative prompt follows it in the batch."""
     parts = [tensors[name]] if scales is None else [tensors[name], tensors[f"negative_{name}"]]
     return np.concatenate(parts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tpuvid.errors import InputError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CACHES = ("deepcache",)
 
 
+@runtime_checkable
 class StepCache(Protocol):
     name: str
 

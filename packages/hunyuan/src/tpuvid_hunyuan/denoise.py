@@ -21,7 +21,7 @@ from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
 from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import make_generator, make_noise
+from tpuvid.sampling import make_generator, make_noise, with_negative
 from tpuvid.schedule import Schedule, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.stepcache import step_cache
@@ -126,10 +126,7 @@ class HunyuanDenoiser:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
         scales = self.guidance.scales(config)
         shape = self._latent_shape(config)
-        inputs = Inputs(
-            *self._streams(tensors, guided=scales is not None),
-            rotary=jax.device_put(rotary_tables(self.rope, *shape[2:]), replicated(self.mesh)),
-        )
+        inputs = self._inputs(tensors, shape[2:], scales)
         generator = make_generator(config.seed)
         noise = make_noise(shape, generator)
         cache = step_cache(config)
@@ -149,13 +146,14 @@ class HunyuanDenoiser:
         frames = (config.num_frames - 1) // VAE_TIME + 1
         return 1, self.config.out_channels, frames, config.height // VAE_SPACE, config.width // VAE_SPACE
 
-    def _streams(self, tensors: Mapping[str, np.ndarray], *, guided: bool) -> list[Array]:
-        """Both text streams with their masks, on the mesh. Padding is set to zero: nothing in it can do harm, NaN included."""
-        signs = ("", "negative_") if guided else ("",)
-        arrays = []
+    def _inputs(
+        self, tensors: Mapping[str, np.ndarray], grid: tuple[int, int, int], scales: Float[np.ndarray, "steps"] | None
+    ) -> Inputs:
+        """For a grid of latents. Padded embeddings are set to zero: nothing in them can do harm, NaN included."""
+        streams = []
         for stream in ("", "_2"):
-            mask = np.concatenate([tensors[f"{sign}prompt_embeds_mask{stream}"] for sign in signs]) != 0
-            embeds = np.concatenate([tensors[f"{sign}prompt_embeds{stream}"] for sign in signs])
-            embeds = np.where(mask[..., None], embeds, 0).astype(self.runtime.dtype)
-            arrays += [embeds, mask.astype(np.int32)]
-        return jax.device_put(arrays, batch_sharded(self.mesh, len(signs)))
+            mask = with_negative(tensors, f"prompt_embeds_mask{stream}", scales) != 0
+            embeds = np.where(mask[..., None], with_negative(tensors, f"prompt_embeds{stream}", scales), 0)
+            streams += [embeds.astype(self.runtime.dtype), mask.astype(np.int32)]
+        streams = jax.device_put(streams, batch_sharded(self.mesh, len(streams[0])))
+        return Inputs(*streams, rotary=jax.device_put(rotary_tables(self.rope, *grid), replicated(self.mesh)))

@@ -41,10 +41,10 @@ class Guidance:
         return guidance
 
     def check(self, scale: float) -> None:
-        """Raise `InputError` for a scale with which the guider would guide and a tpuvid run, for want of 1.0, would not."""
+        """Raise `InputError` for a scale up to 1 with which the guider would guide: tpuvid takes it for no guidance."""
         off = 0.0 if self.use_original_formulation else 1.0
-        if self.enabled and scale <= 1 and scale not in (off, 1.0 - off):
-            raise InputError(f"guidance_scale={scale}: needs {off} (no guidance) or more than 1")
+        if self.enabled and scale <= 1 and scale != off:
+            raise InputError(f"guidance_scale={scale}: this checkpoint's guider takes {off} (no guidance) or more than 1")
 
     def scales(self, config: GenerationConfig) -> Float[np.ndarray, "steps"] | None:
         """The scale of every step, neutral outside of [start, stop); None where no step is guided."""
