@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ CHECKED += [
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 
+from tpuvid.checkpoint import Weights  # noqa: E402  (after the hook)
+
 
 @pytest.fixture(scope="session")
 def python_env() -> dict[str, str]:
@@ -29,3 +32,9 @@ def python_env() -> dict[str, str]:
 @pytest.fixture
 def tpuvid_command() -> str:
     return str(Path(sys.executable).with_name("tpuvid"))
+
+
+@pytest.fixture
+def forbid_weights(monkeypatch) -> Callable[[], None]:
+    """Once called, reading any weight fails the test: what is refused must be refused before."""
+    return lambda: monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("weights were read"))

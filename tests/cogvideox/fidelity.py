@@ -1,27 +1,13 @@
 """tpuvid against stock `diffusers.CogVideoXPipeline`, stage by stage, on one checkpoint folder. Run as a script, it prints the table."""
 
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import tpuvid
 from cogvideox.random_checkpoint import RandomCogVideoX
 from diffusers import CogVideoXPipeline
-from stock_deepcache import deepcached
-from tpuvid.stages import Latents
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    checkpoint: RandomCogVideoX
-    settings: dict
-    prompt: str = "a red cat &amp; the  moon"
-    negative_prompt: str = "blue dog"
-    vae_tiling: bool = False
-
+from shared.fidelity import Case, Fidelity, compare_stages, print_table, relative
+from shared.stock_deepcache import deepcached
 
 CASES = (
     Case(
@@ -81,16 +67,6 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """Largest absolute difference of each stage, relative to the reference tensor's largest value; frames in steps of 255."""
-
-    embeds: float
-    latents: float
-    decoded: float
-    frames: float
-
-
 def measure(case: Case, folder: Path) -> Fidelity:
     """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
     source = str(case.checkpoint.save(folder))
@@ -123,25 +99,9 @@ def measure(case: Case, folder: Path) -> Fidelity:
         embeds, _ = reference.encode_prompt(case.prompt, do_classifier_free_guidance=False, max_sequence_length=length)
 
     conditioning = pipe.encode(case.prompt, case.negative_prompt, max_sequence_length=length)
-    found = pipe.denoise(conditioning, **{k: v for k, v in settings.items() if k != "max_sequence_length"})
-    decoded = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=latents, config=found.config)).frames
-    whole = pipe.generate(case.prompt, negative_prompt=case.negative_prompt, **settings).frames
-    return Fidelity(
-        embeds=_relative(conditioning.tensors["prompt_embeds"], embeds.numpy()),
-        latents=_relative(found.latents, latents),
-        decoded=_relative(decoded, frames),
-        frames=float(np.abs(whole - frames).max() * 255),
-    )
-
-
-def _relative(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape, (found.shape, expected.shape)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    error = relative(conditioning.tensors["prompt_embeds"], embeds.numpy())
+    return compare_stages(pipe, case, conditioning, error, latents, frames)
 
 
 if __name__ == "__main__":
-    print("| checkpoint | embeddings | latents | decode | frames (of 255) |\n|---|---|---|---|---|")
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            f = measure(case, Path(folder))
-        print(f"| {case.name} | {f.embeds:.1e} | {f.latents:.1e} | {f.decoded:.1e} | {f.frames:.4f} |", flush=True)
+    print_table(CASES, measure)

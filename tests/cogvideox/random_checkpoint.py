@@ -11,10 +11,9 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat", "dog", "runs", "sleeps", "on", "grass", "&", "the", "moon"]
+from shared.spread import spread
+from shared.words import WORDS, t5_tokenizer
+from transformers import T5Config, T5EncoderModel
 
 
 @dataclass(frozen=True)
@@ -55,27 +54,11 @@ class RandomCogVideoX:
             scaling_factor=self.scaling_factor, sample_height=self.vae_size[0], sample_width=self.vae_size[1],
         )  # fmt: skip
         for module in (text_encoder, transformer, vae):
-            _spread(module)
+            spread(module)
         # scheduler_config.json of the published CogVideoX checkpoints
         scheduler = (CogVideoXDPMScheduler if self.dpm else CogVideoXDDIMScheduler)(
             prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=self.snr_shift_scale,
             timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
         )  # fmt: skip
-        CogVideoXPipeline(_tokenizer(), text_encoder, vae, transformer, scheduler).save_pretrained(folder)
+        CogVideoXPipeline(t5_tokenizer(), text_encoder, vae, transformer, scheduler).save_pretrained(folder)
         return folder
-
-
-def _spread(module: torch.nn.Module) -> None:
-    """Random values in what initialises to zeros, ones or nearly nothing: a bug there must show in the output."""
-    for parameter in module.parameters():
-        if parameter.ndim == 1 or parameter.std() < 0.02:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
-    )

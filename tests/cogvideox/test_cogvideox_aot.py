@@ -1,7 +1,7 @@
 """The denoising step of CogVideoX1.5 at full size, compiled for real TPUs by libtpu."""
 
 import pytest
-from aot import compile_steps
+from shared.aot import compile_steps
 from tpuvid_cogvideox.plugin import COGVIDEOX_1_5_5B
 
 pytestmark = pytest.mark.aot

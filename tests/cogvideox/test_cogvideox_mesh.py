@@ -1,14 +1,11 @@
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from cogvideox.conftest import SMALL
 from cogvideox.random_checkpoint import RandomCogVideoX
 from diffusers import CogVideoXTransformer3DModel
 from jax.sharding import Mesh
+from shared.mesh_parity import on_eight_devices
 from tpuvid import t5
 from tpuvid.bridge import TracedModule, build
 from tpuvid.mesh import shard_parameters
@@ -16,25 +13,11 @@ from tpuvid_cogvideox.plugin import COGVIDEOX_1_5_5B
 from tpuvid_cogvideox.sharding import TRANSFORMER
 from transformers import T5Config, T5EncoderModel
 
-TESTS = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, python_env):
+def results(tmp_path_factory):
     folder = RandomCogVideoX(heads=4, dpm=True).save(tmp_path_factory.mktemp("mesh") / "four-heads")
-    env = python_env | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(TESTS),
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "cogvideox" / "mesh_parity.py"), str(folder)],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices(folder, SMALL, "transformer_blocks.*.attn1.to_q.weight")
 
 
 def test_every_layout_gives_the_single_device_result(results):

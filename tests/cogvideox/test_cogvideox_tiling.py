@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tpuvid
 from cogvideox.random_checkpoint import RandomCogVideoX
-from decoding import check_tiles, chunks_of, random_latents, stock_frames
 from diffusers import AutoencoderKLCogVideoX
+from shared.decoding import check_tiles, chunks_of, random_latents, stock_frames
 from tpuvid.stages import Latents
 
 

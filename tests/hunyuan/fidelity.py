@@ -1,7 +1,5 @@
 """tpuvid against stock `diffusers.HunyuanVideo15Pipeline`, stage by stage, on one checkpoint folder. Run as a script, it prints the table."""
 
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +7,15 @@ import torch
 import tpuvid
 from diffusers import HunyuanVideo15Pipeline
 from hunyuan.random_checkpoint import RandomHunyuan
-from stock_deepcache import deepcached
-from tpuvid.stages import Latents
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    checkpoint: RandomHunyuan
-    settings: dict
-    prompt: str = "a red cat on the moon"
-    negative_prompt: str = ""
-    vae_tiling: bool = False
-
+from shared.fidelity import Case, Fidelity, compare_stages, print_table, relative
+from shared.stock_deepcache import deepcached
 
 CASES = (
     Case(
         "no quotes, 1000 tokens, 9 frames",
         RandomHunyuan(),
         dict(height=32, width=48, num_frames=9, num_inference_steps=4, guidance_scale=6.0, seed=3, max_sequence_length=1000),
+        negative_prompt="",
     ),
     Case(
         "quotes in both prompts, three heads, shift 9, rescaled guidance",
@@ -96,16 +84,6 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """Largest absolute difference of each stage, relative to the reference tensor's largest value; frames in steps of 255."""
-
-    embeds: float
-    latents: float
-    decoded: float
-    frames: float
-
-
 def measure(case: Case, folder: Path) -> Fidelity:
     """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
     source = str(case.checkpoint.save(folder))
@@ -147,26 +125,9 @@ def measure(case: Case, folder: Path) -> Fidelity:
             elif not tensor.any():
                 assert not found.any() and found.shape == tensor.shape
             else:
-                embeds.append(_relative(found, tensor.numpy()))
-    found = pipe.denoise(conditioning, **{k: v for k, v in settings.items() if k != "max_sequence_length"})
-    decoded = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=latents, config=found.config)).frames
-    whole = pipe.generate(case.prompt, negative_prompt=case.negative_prompt, **settings).frames
-    return Fidelity(
-        embeds=max(embeds),
-        latents=_relative(found.latents, latents),
-        decoded=_relative(decoded, frames),
-        frames=float(np.abs(whole - frames).max() * 255),
-    )
-
-
-def _relative(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape, (found.shape, expected.shape)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+                embeds.append(relative(found, tensor.numpy()))
+    return compare_stages(pipe, case, conditioning, max(embeds), latents, frames)
 
 
 if __name__ == "__main__":
-    print("| checkpoint | embeddings | latents | decode | frames (of 255) |\n|---|---|---|---|---|")
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            f = measure(case, Path(folder))
-        print(f"| {case.name} | {f.embeds:.1e} | {f.latents:.1e} | {f.decoded:.1e} | {f.frames:.4f} |", flush=True)
+    print_table(CASES, measure)

@@ -11,6 +11,7 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from shared.spread import spread
 from tokenizers import pre_tokenizers
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5Config, T5EncoderModel
 
@@ -70,7 +71,7 @@ class RandomHunyuan:
             scaling_factor=self.scaling_factor,
         )  # fmt: skip
         for module in (text_encoder, text_encoder_2, transformer, vae):
-            _spread(module)
+            spread(module, wider=1.5)
         HunyuanVideo15Pipeline(
             text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=ByT5Tokenizer(),
             transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=self.shift),
@@ -82,16 +83,6 @@ class RandomHunyuan:
 def _sections(half: int) -> list[int]:
     """Half a head's width in three parts, as the published 16 + 24 + 24 of 64."""
     return [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8]
-
-
-def _spread(module: torch.nn.Module) -> None:
-    """Random values in what initialises to zeros, ones or nearly nothing, and wide ones elsewhere, so that attention
-    chooses and words differ: a bug there must show in the output."""
-    for parameter in module.parameters():
-        if parameter.ndim == 1 or parameter.std() < 0.03:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        else:
-            parameter.data *= 1.5
 
 
 def _tokenizer() -> Qwen2Tokenizer:

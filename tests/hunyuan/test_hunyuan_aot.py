@@ -1,7 +1,7 @@
 """The denoising step of HunyuanVideo 1.5 at full size, compiled for real TPUs by libtpu."""
 
 import pytest
-from aot import compile_steps
+from shared.aot import compile_steps
 from tpuvid_hunyuan.plugin import HUNYUAN_480P, HUNYUAN_720P
 
 pytestmark = pytest.mark.aot

@@ -6,8 +6,4 @@ from hunyuan.fidelity import CASES, measure
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_stage_equals_diffusers(case, tmp_path):
-    found = measure(case, tmp_path)
-    assert found.embeds <= 1e-4
-    assert found.latents <= 1e-4
-    assert found.decoded <= 1e-4
-    assert found.frames <= 2
+    measure(case, tmp_path).check()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import tpuvid
-from decoding import check_tiles, chunks_of, random_latents
 from diffusers import AutoencoderKLHunyuanVideo15
+from shared.decoding import check_tiles, chunks_of, random_latents
 
 
 @pytest.mark.parametrize(

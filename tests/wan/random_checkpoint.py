@@ -11,10 +11,9 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat", "dog", "runs", "sleeps", "on", "grass", "&", "the", "moon"]
+from shared.spread import spread
+from shared.words import WORDS, t5_tokenizer
+from transformers import UMT5Config, UMT5EncoderModel
 
 
 @dataclass(frozen=True)
@@ -50,28 +49,12 @@ class RandomWan:
             latents_mean=[0.1 * i - 0.2 for i in range(self.channels)], latents_std=[1.0 + 0.3 * i for i in range(self.channels)],
         )  # fmt: skip
         for module in (text_encoder, transformer, vae):
-            _spread(module)
+            spread(module)
         if self.euler:
             scheduler = FlowMatchEulerDiscreteScheduler(shift=self.flow_shift)
         else:
             scheduler = UniPCMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=self.flow_shift
             )
-        WanPipeline(_tokenizer(), text_encoder, vae, scheduler, transformer).save_pretrained(folder)
+        WanPipeline(t5_tokenizer(), text_encoder, vae, scheduler, transformer).save_pretrained(folder)
         return folder
-
-
-def _spread(module: torch.nn.Module) -> None:
-    """Random values in what initialises to zeros, ones or nearly nothing: a bug there must show in the output."""
-    for parameter in module.parameters():
-        if parameter.ndim == 1 or parameter.std() < 0.02:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
-    )

@@ -1,7 +1,7 @@
 """The denoising step of Wan 2.1 at full size, compiled for real TPUs by libtpu."""
 
 import pytest
-from aot import compile_steps
+from shared.aot import compile_steps
 
 pytestmark = pytest.mark.aot
 

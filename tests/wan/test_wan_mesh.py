@@ -1,36 +1,19 @@
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from shared.mesh_parity import on_eight_devices
 from tpuvid import t5
 from tpuvid.bridge import TracedModule, build
 from tpuvid.mesh import shard_parameters
 from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
 from tpuvid_wan.sharding import TRANSFORMER
+from wan.conftest import SMALL
 from wan.random_checkpoint import RandomWan
-
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, python_env):
+def results(tmp_path_factory):
     folder = RandomWan(heads=4).save(tmp_path_factory.mktemp("mesh") / "four-heads")
-    env = python_env | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(TESTS),
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "wan" / "mesh_parity.py"), str(folder)],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices(folder, SMALL, "blocks.*.attn1.to_q.weight")
 
 
 def test_every_layout_gives_the_single_device_result(results):
@@ -39,7 +22,7 @@ def test_every_layout_gives_the_single_device_result(results):
 
 
 def test_layouts_are_really_used(results):
-    assert results["dp=2,tp=4"]["spec"] == [None, "tp", None]
+    assert results["None"]["spec"] == [None, "tp", None]
     assert results["None"]["mesh"] == {"dp": 2, "tp": 4}, "eight devices, four heads, guidance"
 
 

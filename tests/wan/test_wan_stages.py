@@ -2,6 +2,7 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 
 import jax
 import ml_dtypes
@@ -220,50 +221,43 @@ def test_weights_that_do_not_match_are_named(checkpoint, tmp_path, edit, message
         pipe.generate("a cat", **SMALL)
 
 
-def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, monkeypatch):
+def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, forbid_weights):
     """The transformer's weights are unreadable here; each error must come first."""
     pipe = tpuvid.load(str(checkpoint))
     conditioning = pipe.encode("a cat")
     latents = pipe.denoise(conditioning, **SMALL)
 
-    def unread(*args, **kwargs):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr("tpuvid_wan.denoise.load_parameters", unread)
-    monkeypatch.setattr("tpuvid_wan.decode.load_parameters", unread)
+    forbid_weights()
     pipe.free()
 
-    def replaced(value, **changes):
-        return type(value)(**{**vars(value), **changes})
-
-    other = replaced(conditioning, model_id="wan-tiny", fingerprint=None)
+    other = replace(conditioning, model_id="wan-tiny", fingerprint=None)
     with pytest.raises(InputError, match="made by wan-tiny, which is another checkpoint than .*random-wan"):
         pipe.denoise(other, **SMALL)
-    wide = replaced(conditioning, tensors={k: np.zeros((1, 512, 4096), np.float32) for k in conditioning.tensors})
+    wide = replace(conditioning, tensors={k: np.zeros((1, 512, 4096), np.float32) for k in conditioning.tensors})
     with pytest.raises(InputError, match=r"takes \[1, L, 24\]"):
         pipe.denoise(wide, **SMALL)
-    short = replaced(
+    short = replace(
         conditioning, tensors=dict(conditioning.tensors) | {"negative_prompt_embeds": np.zeros((1, 226, 24), np.float32)}
     )
     with pytest.raises(InputError, match=r"negative_prompt_embeds is float32 \[1, 226, 24\]"):
         pipe.denoise(short, **SMALL)
-    positive = replaced(conditioning, tensors={"prompt_embeds": conditioning.tensors["prompt_embeds"]})
+    positive = replace(conditioning, tensors={"prompt_embeds": conditioning.tensors["prompt_embeds"]})
     with pytest.raises(InputError, match="pass guidance_scale=1.0"):
         pipe.denoise(positive, **SMALL)
     with pytest.raises(InputError, match="num_frames=8: needs 4n.1 frames up to 4093; nearest: 5 and 9"):
         pipe.denoise(conditioning, **SMALL | {"num_frames": 8})
-    foreign = replaced(latents, latents=np.zeros((1, 32, 3, 4, 6), np.float32))
+    foreign = replace(latents, latents=np.zeros((1, 32, 3, 4, 6), np.float32))
     with pytest.raises(InputError, match=r"takes \[B, 4, f, h, w\]"):
         pipe.decode(foreign)
     with pytest.raises(InputError, match="these latents were made by other"):
-        pipe.decode(replaced(latents, model_id="other", fingerprint=None))
+        pipe.decode(replace(latents, model_id="other", fingerprint=None))
     for damage in (
         np.full_like(latents.latents, np.nan),
         np.zeros((1, 4, 0, 4, 6), np.float32),
         np.zeros((1, 4, 3, 4, 6), np.int64),
     ):
         with pytest.raises(InputError, match="denoise again"):
-            pipe.decode(replaced(latents, latents=damage))
+            pipe.decode(replace(latents, latents=damage))
 
 
 def test_second_process_run_compiles_nothing(checkpoint, tmp_path, tpuvid_command, python_env):
@@ -327,13 +321,12 @@ def test_unknown_scheduler_is_refused(checkpoint, tmp_path):
         (lambda f: truncate(f / "vae" / "diffusion_pytorch_model.safetensors"), "truncated or foreign"),
     ],
 )
-def test_a_broken_checkpoint_is_found_before_the_first_weight_is_read(checkpoint, tmp_path, monkeypatch, damage, message):
+def test_a_broken_checkpoint_is_found_before_the_first_weight_is_read(checkpoint, tmp_path, forbid_weights, damage, message):
     """Even what only the last stage would have met."""
     folder = tmp_path / "broken"
     shutil.copytree(checkpoint, folder)
     damage(folder)
-    for module in ("tpuvid.t5", "tpuvid_wan.denoise", "tpuvid_wan.decode"):
-        monkeypatch.setattr(f"{module}.load_parameters", lambda *a, **k: pytest.fail("weights were read"))
+    forbid_weights()
     with pytest.raises(InputError, match=message):
         tpuvid.load(str(folder)).generate("a cat", **SMALL)
 

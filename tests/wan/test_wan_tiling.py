@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import tpuvid
-from decoding import check_tiles, chunks_of, random_latents, stock_frames
 from diffusers import AutoencoderKLWan
+from shared.decoding import check_tiles, chunks_of, random_latents, stock_frames
 from tpuvid.stages import Latents
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 from torch import nn
 
-from tpuvid.bridge import TracedModule
 from tpuvid.checkpoint import Checkpoint
-from tpuvid.mesh import split_sizes
-from tpuvid.runtime import Runtime, replicated
+from tpuvid.encoding import Encoder
+from tpuvid.runtime import Runtime
 from tpuvid.stages import GenerationConfig
-from tpuvid.weights import load_parameters, match_parameters
 
 RULES = (
     (r"shared\.weight", ("tp", None)),
@@ -28,22 +25,12 @@ RULES = (
 """Megatron-style tensor parallelism. Torch weights are [out, in]; the embedding is [words, width]."""
 
 
-class T5TextEncoder(ABC):
+class T5TextEncoder(Encoder, ABC):
     """A `tpuvid.stages.TextEncoder` over an encoder module of transformers; a family says in `embed` what it does with padding."""
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime, *, module: nn.Module, tokenizer: Any):
-        self.checkpoint, self.runtime, self.tokenizer = checkpoint, runtime, tokenizer
-        self.traced = TracedModule(module)
-        widths = split_sizes(self.traced.parameters(runtime.dtype), RULES)
-        self.mesh = runtime.encoder_mesh({module.config.num_heads, *widths})
-        self.programs = runtime.programs(self.mesh)
-
-    def verify(self) -> None:
-        match_parameters(self.traced, self.checkpoint.weights("text_encoder"))
-
-    def load(self) -> None:
-        weights = self.checkpoint.weights("text_encoder")
-        self.params = load_parameters(self.traced, weights, mesh=self.mesh, rules=RULES, dtype=self.runtime.dtype)
+        super().__init__(checkpoint, runtime, module, heads={module.config.num_heads}, rules=RULES)
+        self.tokenizer = tokenizer
 
     def prepare(self, prompt: str) -> str:
         """What the tokenizer gets for `prompt`: the prompt itself, unless a family cleans it."""
@@ -61,12 +48,5 @@ class T5TextEncoder(ABC):
         return {name: self._encode(prompt, config.max_sequence_length) for name, prompt in prompts.items()}
 
     def _encode(self, prompt: str, length: int) -> Float[np.ndarray, "1 L E"]:
-        tokens = self.tokenizer(
-            self.prepare(prompt), padding="max_length", max_length=length, truncation=True, return_tensors="np"
-        )
-        inputs = [
-            jax.device_put(tokens[name].astype(np.int32), replicated(self.mesh)) for name in ("input_ids", "attention_mask")
-        ]
-        run = self.programs.get("text encoder", self.embed, self.params, *inputs)
-        with self.runtime.progress.phase("encode"):
-            return np.asarray(run(self.params, *inputs))
+        options = dict(padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        return self.run(self.embed, self.tokenizer(self.prepare(prompt), **options))

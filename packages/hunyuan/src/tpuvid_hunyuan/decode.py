@@ -8,7 +8,6 @@ first one gives one video frame, every other one four.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +23,11 @@ from jax import Array
 from jaxtyping import Float
 from torch import nn
 from torch.nn import functional as F
-from tpuvid.bridge import TracedModule, build, map_rows
+from tpuvid.bridge import build, map_rows
 from tpuvid.checkpoint import Checkpoint
-from tpuvid.runtime import Runtime, replicated
-from tpuvid.sampling import check_latents
+from tpuvid.decoding import VaeDecoder, split_evenly
+from tpuvid.runtime import Runtime
 from tpuvid.tiling import Side, Tiling
-from tpuvid.weights import load_parameters, match_parameters
 
 ENCODER_HALF = ("encoder.",)  # the checkpoint's other half
 
@@ -125,77 +123,47 @@ class DecoderHalf(nn.Module):
         return x, memories
 
 
-class HunyuanDecoder:
+class HunyuanDecoder(VaeDecoder):
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         config = checkpoint.config("vae")
         vae = build(lambda: AutoencoderKLHunyuanVideo15.from_config(config))
-        self.runtime, self.checkpoint, self.mesh = runtime, checkpoint, runtime.single_device()
-        self.channels, self.scale = vae.config.latent_channels, np.float32(1 / vae.config.scaling_factor)
-        self.tiling = _tiling(vae) if runtime.vae_tiling else None
-        self.traced = TracedModule(build(lambda: DecoderHalf(vae)))
-        self.programs = runtime.programs(self.mesh)
+        self.scale = np.float32(1 / vae.config.scaling_factor)
+        tiling = Tiling(
+            Side.by_overlap(vae.tile_latent_min_height, vae.tile_sample_min_height, vae.tile_overlap_factor),
+            Side.by_overlap(vae.tile_latent_min_width, vae.tile_sample_min_width, vae.tile_overlap_factor),
+        )
+        channels = vae.config.latent_channels
+        super().__init__(checkpoint, runtime, DecoderHalf(vae), channels=channels, tiling=tiling, unused=ENCODER_HALF)
 
-    def verify(self) -> None:
-        match_parameters(self.traced, self.checkpoint.weights("vae"), ignore=ENCODER_HALF)
+    def denormalise(self, latents: Float[np.ndarray, "B C f h w"]) -> Float[np.ndarray, "B C f h w"]:
+        return latents * self.scale
 
-    def load(self) -> None:
-        weights, dtype = self.checkpoint.weights("vae"), self.runtime.dtype
-        self.params = load_parameters(self.traced, weights, mesh=self.mesh, dtype=dtype, ignore=ENCODER_HALF)
-
-    def check(self, latents: np.ndarray) -> None:
-        check_latents(latents, self.channels)
-
-    def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
-        z = (latents.astype(np.float32) * self.scale).astype(self.runtime.dtype)
-        yield from self.tiling.decode(z, self._chunks) if self.tiling else self._chunks(z)
-
-    def _chunks(self, z: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
-        z = jax.device_put(z, replicated(self.mesh))
+    def chunks(self, z: Float[Array, "B C f h w"]) -> Iterator[Float[Array, "B n H W 3"]]:
         x = self.programs.get("decoder, middle block", self._middle, self.params, z)(self.params, z)
         first = x[:, :, :1]
         frames, memories = self.programs.get("decoder, first frame", self._first, self.params, first)(self.params, first)
-        count = z.shape[2] - 1
-        size = next((n for n in range(CHUNK, 0, -1) if count % n == 0), 1)
+        size = split_evenly(z.shape[2] - 1, CHUNK)
         for start in range(1, z.shape[2], size):
+            memories = self.set_aside(memories)
+            yield frames
             part = x[:, :, start : start + size]
             run = self.programs.get("decoder, further frames", self._rest, self.params, memories, part, donate=(1,))
-            upcoming, memories = run(self.params, memories, part)
-            if self.tiling:  # until this tile's turn comes again, the device is for the others
-                memories = self._to_host(memories) if start + size < z.shape[2] else None
-            yield self._to_host(frames)  # while the device works on the upcoming ones
-            frames = upcoming
-        del memories  # of a single latent frame: nothing looks back at it
-        yield self._to_host(frames)
-
-    def _to_host(self, arrays: Array | Memories) -> Any:
-        with self.runtime.progress.phase("decode"):
-            return jax.device_get(arrays)
+            frames, memories = run(self.params, memories, part)
+        del memories  # nothing looks back at the last frame
+        yield frames
 
     def _middle(self, params, z: Float[Array, "B C f h w"]) -> Float[Array, "B D f h w"]:
         return self.traced.function("middle")(params, z)
 
     def _first(self, params, x: Float[Array, "B D 1 h w"]) -> tuple[Float[Array, "B 1 H W 3"], Memories]:
         pixels, memories = self.traced.function("upper")(params, x, None)
-        return self._frames(pixels), memories
+        return self.to_frames(pixels), memories
 
     def _rest(self, params, memories: Memories, x: Float[Array, "B D n h w"]) -> tuple[Float[Array, "B m H W 3"], Memories]:
         def one_frame(memories: Memories, x: Float[Array, "B D h w"]) -> tuple[Memories, Float[Array, "B 4 H W 3"]]:
             pixels, memories = self.traced.function("upper")(params, x[:, :, None], memories)
-            return memories, self._frames(pixels)
+            return memories, self.to_frames(pixels)
 
         memories, frames = jax.lax.scan(one_frame, memories, jnp.moveaxis(x, 2, 0))
         frames = jnp.moveaxis(frames, 0, 1)
         return frames.reshape(frames.shape[0], -1, *frames.shape[3:]), memories
-
-    def _frames(self, pixels: Float[Array, "B 3 n H W"]) -> Float[Array, "B n H W 3"]:
-        frames = pixels.astype(jnp.float32) / 2 + 0.5
-        frames = frames if self.tiling else jnp.clip(frames, 0, 1)  # tiles are blended before they are clipped
-        return jnp.moveaxis(frames, 1, -1)
-
-
-def _tiling(vae: AutoencoderKLHunyuanVideo15) -> Tiling:
-    """The tiles that ``vae.enable_tiling()`` takes."""
-    return Tiling(
-        Side.by_overlap(vae.tile_latent_min_height, vae.tile_sample_min_height, vae.tile_overlap_factor),
-        Side.by_overlap(vae.tile_latent_min_width, vae.tile_sample_min_width, vae.tile_overlap_factor),
-    )

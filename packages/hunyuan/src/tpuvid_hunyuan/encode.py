@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from diffusers import HunyuanVideo15Pipeline
@@ -19,13 +18,12 @@ from jax import Array
 from jaxtyping import Float, Int
 from torch import nn
 from tpuvid import t5
-from tpuvid.bridge import TracedModule, build
+from tpuvid.bridge import build
 from tpuvid.checkpoint import Checkpoint
+from tpuvid.encoding import Encoder
 from tpuvid.errors import InputError
-from tpuvid.mesh import Rule, split_sizes
-from tpuvid.runtime import Runtime, replicated
+from tpuvid.runtime import Runtime
 from tpuvid.stages import GenerationConfig
-from tpuvid.weights import load_parameters, match_parameters
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLTextModel, T5EncoderModel
 
 from tpuvid_hunyuan.sharding import QWEN
@@ -55,11 +53,9 @@ class HunyuanTextEncoder:
         layers = text.num_hidden_layers
         unused = ["norm.", *(f"layers.{i}." for i in range(layers - SKIPPED_LAYERS, layers))]
         heads = {text.num_attention_heads, text.num_key_value_heads}
-        self.text = Encoder(
-            checkpoint, runtime, "text_encoder", text_module(text), heads=heads, rules=QWEN, unused=unused, scan={"layers": 1}
-        )
+        self.text = Encoder(checkpoint, runtime, text_module(text), heads=heads, rules=QWEN, unused=unused, scan={"layers": 1})
         module = build(lambda: T5EncoderModel(glyphs))
-        self.glyphs = Encoder(checkpoint, runtime, "text_encoder_2", module, heads={glyphs.num_heads}, rules=t5.RULES)
+        self.glyphs = Encoder(checkpoint, runtime, module, component="text_encoder_2", heads={glyphs.num_heads}, rules=t5.RULES)
         self.glyph_width = glyphs.d_model
 
     def verify(self) -> None:
@@ -81,13 +77,13 @@ class HunyuanTextEncoder:
 
     def _encode(self, prompt: str, length: int) -> dict[str, np.ndarray]:
         tokens = tokenize(self.tokenizer, prompt, length)
-        embeds = self.text.run(embed_text, tokens)[:, TEMPLATE_TOKENS:]
+        embeds = self.text.run(self._embed_text, tokens)[:, TEMPLATE_TOKENS:]
         glyphs = tokenize_glyphs(self.glyph_tokenizer, prompt)
         if glyphs is None:
             embeds_2 = np.zeros((1, GLYPH_TOKENS, self.glyph_width), embeds.dtype)
             mask_2 = np.zeros((1, GLYPH_TOKENS), np.int32)
         else:
-            embeds_2, mask_2 = self.glyphs.run(embed_glyphs, glyphs), glyphs["attention_mask"]
+            embeds_2, mask_2 = self.glyphs.run(self._embed_glyphs, glyphs), glyphs["attention_mask"]
         return {
             "prompt_embeds": embeds,
             "prompt_embeds_mask": tokens["attention_mask"][:, TEMPLATE_TOKENS:],
@@ -95,43 +91,16 @@ class HunyuanTextEncoder:
             "prompt_embeds_mask_2": mask_2,
         }
 
+    def _embed_text(self, params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:
+        length = input_ids.shape[1]
+        # given ready-made, since transformers builds it in ways that can't be traced
+        mask = jnp.tril(jnp.ones((length, length), bool)) & (attention_mask[:, None, None] > 0)
+        forward = self.text.traced.function("forward", return_dict=False, use_cache=False)
+        return forward(params, input_ids=input_ids, attention_mask={"full_attention": mask})[0]
 
-class Encoder:
-    """One of the two text encoders: its parameters on a mesh, its program, and tokens through it."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        runtime: Runtime,
-        component: str,
-        module: nn.Module,
-        *,
-        heads: set[int],
-        rules: Sequence[Rule],
-        unused: Sequence[str] = (),
-        scan: dict[str, int] | None = None,
-    ):
-        self.checkpoint, self.runtime, self.component = checkpoint, runtime, component
-        self.rules, self.unused = rules, unused
-        self.traced = TracedModule(module, scan=scan)
-        self.mesh = runtime.encoder_mesh({*heads, *split_sizes(self.traced.parameters(runtime.dtype), rules)})
-        self.programs = runtime.programs(self.mesh)
-
-    def verify(self) -> None:
-        match_parameters(self.traced, self.checkpoint.weights(self.component), ignore=self.unused)
-
-    def load(self) -> None:
-        weights, dtype = self.checkpoint.weights(self.component), self.runtime.dtype
-        self.params = load_parameters(self.traced, weights, mesh=self.mesh, rules=self.rules, dtype=dtype, ignore=self.unused)
-        self.params |= jax.device_put(self.traced.buffers(), replicated(self.mesh))
-
-    def run(self, embed: Callable, tokens: Tokens) -> Float[np.ndarray, "1 L E"]:
-        forward = self.traced.function("forward", return_dict=False)
-        inputs = [jax.device_put(tokens[name], replicated(self.mesh)) for name in ("input_ids", "attention_mask")]
-        what = self.component.replace("_", " ")
-        run = self.programs.get(what, lambda params, *args: embed(forward, params, *args), self.params, *inputs)
-        with self.runtime.progress.phase("encode"):
-            return np.asarray(run(self.params, *inputs))
+    def _embed_glyphs(self, params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:
+        forward = self.glyphs.traced.function("forward", return_dict=False)
+        return forward(params, input_ids=input_ids, attention_mask=attention_mask)[0]
 
 
 def text_module(config: Any) -> Qwen2_5_VLTextModel:
@@ -144,17 +113,6 @@ def text_module(config: Any) -> Qwen2_5_VLTextModel:
     module = build(lambda: Qwen2_5_VLTextModel(config))
     module.norm = nn.Identity()
     return module
-
-
-def embed_text(forward, params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:
-    length = input_ids.shape[1]
-    # given ready-made, since transformers builds it in ways that can't be traced
-    mask = jnp.tril(jnp.ones((length, length), bool)) & (attention_mask[:, None, None] > 0)
-    return forward(params, input_ids=input_ids, attention_mask={"full_attention": mask}, use_cache=False)[0]
-
-
-def embed_glyphs(forward, params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:
-    return forward(params, input_ids=input_ids, attention_mask=attention_mask)[0]
 
 
 def tokenize(tokenizer: Any, prompt: str, length: int) -> Tokens:

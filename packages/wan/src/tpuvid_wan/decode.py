@@ -9,7 +9,6 @@ run as one `jax.lax.scan`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,12 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T, WanCausalC
 from jax import Array
 from jaxtyping import Float
 from torch import nn
-from tpuvid.bridge import TracedModule, build
+from tpuvid.bridge import build
 from tpuvid.checkpoint import Checkpoint
+from tpuvid.decoding import VaeDecoder, split_evenly
 from tpuvid.errors import InputError
-from tpuvid.runtime import Runtime, replicated
-from tpuvid.sampling import check_latents
+from tpuvid.runtime import Runtime
 from tpuvid.tiling import Side, Tiling
-from tpuvid.weights import load_parameters, match_parameters
 
 ENCODER_HALF = ("encoder.", "quant_conv.")  # the checkpoint's other half
 
@@ -49,57 +47,39 @@ class FrameDecoder(nn.Module):
         return x, cache
 
 
-class WanDecoder:
+class WanDecoder(VaeDecoder):
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         config = checkpoint.config("vae")
         if config.get("patch_size") or config.get("is_residual"):
             raise InputError("this checkpoint's VAE is Wan 2.2's (patch_size, is_residual); tpuvid-wan decodes Wan 2.1's")
         vae = build(lambda: AutoencoderKLWan.from_config(config))
-        self.runtime, self.mesh = runtime, runtime.single_device()
         self.mean, self.std = (
             np.asarray(values, np.float32).reshape(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        self.tiling = _tiling(vae) if runtime.vae_tiling else None
-        self.traced = TracedModule(build(lambda: FrameDecoder(vae)))
-        self.checkpoint = checkpoint
-        self.programs = runtime.programs(self.mesh)
-
-    def verify(self) -> None:
-        match_parameters(self.traced, self.checkpoint.weights("vae"), ignore=ENCODER_HALF)
-
-    def load(self) -> None:
-        self.params = load_parameters(
-            self.traced, self.checkpoint.weights("vae"), mesh=self.mesh, dtype=self.runtime.dtype, ignore=ENCODER_HALF
+        ratio = vae.spatial_compression_ratio
+        tiling = Tiling(
+            Side.by_stride(vae.tile_sample_min_height, vae.tile_sample_stride_height, ratio),
+            Side.by_stride(vae.tile_sample_min_width, vae.tile_sample_stride_width, ratio),
         )
+        channels = self.mean.shape[1]
+        super().__init__(checkpoint, runtime, FrameDecoder(vae), channels=channels, tiling=tiling, unused=ENCODER_HALF)
 
-    def check(self, latents: np.ndarray) -> None:
-        check_latents(latents, self.mean.shape[1])
+    def denormalise(self, latents: Float[np.ndarray, "B C f h w"]) -> Float[np.ndarray, "B C f h w"]:
+        return latents * self.std + self.mean
 
-    def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
-        z = (latents.astype(np.float32) * self.std + self.mean).astype(self.runtime.dtype)
-        yield from self.tiling.decode(z, self._chunks) if self.tiling else self._chunks(z)
-
-    def _chunks(self, z: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
-        z = jax.device_put(z, replicated(self.mesh))
+    def chunks(self, z: Float[Array, "B C f h w"]) -> Iterator[Float[Array, "B n H W 3"]]:
         run = self.programs.get("decoder, first frame", self._first, self.params, z[:, :, :1])
         frames, cache = run(self.params, z[:, :, :1])
-        count = z.shape[2] - 1
-        size = next((n for n in range(CHUNK, 0, -1) if count % n == 0), 1)
+        size = split_evenly(z.shape[2] - 1, CHUNK)
         for start in range(1, z.shape[2], size):
+            cache = self.set_aside(cache)
+            yield frames
             part = z[:, :, start : start + size]
             run = self.programs.get("decoder, further frames", self._rest, self.params, cache, part)
-            upcoming, cache = run(self.params, cache, part)
-            if self.tiling:  # until this tile's turn comes again, the device is for the others
-                cache = self._to_host(cache) if start + size < z.shape[2] else None
-            yield self._to_host(frames)  # while the device works on the upcoming ones
-            frames = upcoming
-        del cache  # of a single latent frame: nothing looks back at it
-        yield self._to_host(frames)
-
-    def _to_host(self, frames: Array | Cache) -> Any:
-        with self.runtime.progress.phase("decode"):
-            return jax.device_get(frames)
+            frames, cache = run(self.params, cache, part)
+        del cache  # nothing looks back at the last frame
+        yield frames
 
     def _first(self, params, z: Float[Array, "B C 1 h w"]) -> tuple[Float[Array, "B 1 H W 3"], Cache]:
         frames, found = self._decode(params, z, [None] * self.traced.module.slots, first_chunk=True)
@@ -126,18 +106,7 @@ class WanDecoder:
     def _decode(self, params, z, cache, *, first_chunk: bool):
         forward = self.traced.function("forward", first_chunk=first_chunk)
         pixels, cache = forward(params, z, cache)
-        frames = pixels.astype(jnp.float32) / 2 + 0.5
-        frames = frames if self.tiling else jnp.clip(frames, 0, 1)  # tiles are blended before they are clipped
-        return jnp.moveaxis(frames, 1, -1), cache
-
-
-def _tiling(vae: AutoencoderKLWan) -> Tiling:
-    """The tiles that ``vae.enable_tiling()`` takes."""
-    ratio = vae.spatial_compression_ratio
-    return Tiling(
-        Side.by_stride(vae.tile_sample_min_height, vae.tile_sample_stride_height, ratio),
-        Side.by_stride(vae.tile_sample_min_width, vae.tile_sample_stride_width, ratio),
-    )
+        return self.to_frames(pixels), cache
 
 
 def _join(frames: Float[Array, "n B t H W C"]) -> Float[Array, "B m H W C"]:

@@ -1,6 +1,6 @@
 """The denoising programs that `generate` would run on TPU v6e chips, compiled by libtpu on this machine; nothing is computed.
 
-`compile_steps` runs this file in a process of its own: the denoiser's own `denoise` prepares everything up to the loop,
+`compile_steps` runs this module in a process of its own: the denoiser's own `denoise` prepares everything up to the loop,
 with structs in the place of device arrays.
 """
 
@@ -33,18 +33,9 @@ def compile_steps(folder: Path, model: str, configs: dict, tensors: dict, *, chi
     for component, config in configs.items():
         (folder / component).mkdir()
         (folder / component / files.get(component, f"{component}_config.json")).write_text(json.dumps(config))
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        __file__,
-        model,
-        str(folder),
-        str(chips),
-        json.dumps(tensors),
-        json.dumps(settings),
-    ]
-    done = subprocess.run(command, env=os.environ | TPU_ENV, capture_output=True, text=True)
+    arguments = model, str(folder), str(chips), json.dumps(tensors), json.dumps(settings)
+    command = [sys.executable, "-W", "ignore", "-m", "shared.aot", *arguments]
+    done = subprocess.run(command, env=os.environ | TPU_ENV, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,0 +1,62 @@
+"""A text encoder of transformers on a mesh: what every family's text encoding stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+from torch import nn
+
+from tpuvid.bridge import TracedModule
+from tpuvid.checkpoint import Checkpoint
+from tpuvid.mesh import Rule, split_sizes
+from tpuvid.runtime import Runtime, replicated
+from tpuvid.weights import load_parameters, match_parameters
+
+Embed = Callable[..., Float[Array, "B L E"]]
+"""(params, input_ids [B, L], attention_mask [B, L]) → embeddings [B, L, E]; traced."""
+
+
+class Encoder:
+    """One text encoder: its parameters on a mesh, its program, and tokens through it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runtime: Runtime,
+        module: nn.Module,
+        *,
+        heads: set[int],
+        rules: Sequence[Rule],
+        component: str = "text_encoder",
+        unused: Sequence[str] = (),
+        scan: dict[str, int] | None = None,
+    ):
+        """`heads`: numbers of heads that a mesh has to divide; `unused`: prefixes of weights that `module` leaves out."""
+        self.checkpoint, self.runtime, self.component = checkpoint, runtime, component
+        self.rules, self.unused = rules, unused
+        self.traced = TracedModule(module, scan=scan)
+        self.mesh = runtime.encoder_mesh({*heads, *split_sizes(self.traced.parameters(runtime.dtype), rules)})
+        self.programs = runtime.programs(self.mesh)
+
+    def verify(self) -> None:
+        match_parameters(self.traced, self.checkpoint.weights(self.component), ignore=self.unused)
+
+    def load(self) -> None:
+        weights, dtype = self.checkpoint.weights(self.component), self.runtime.dtype
+        self.params = load_parameters(self.traced, weights, mesh=self.mesh, rules=self.rules, dtype=dtype, ignore=self.unused)
+        self.params |= jax.device_put(self.traced.buffers(), replicated(self.mesh))
+
+    def run(self, embed: Embed, tokens: Mapping[str, Any]) -> Float[np.ndarray, "B L E"]:
+        """Embeddings of "input_ids" and "attention_mask" [B, L], as a tokenizer gives them."""
+        inputs: list[Int[Array, "B L"]] = [
+            jax.device_put(np.asarray(tokens[name], np.int32), replicated(self.mesh))
+            for name in ("input_ids", "attention_mask")
+        ]
+        run = self.programs.get(self.component.replace("_", " "), embed, self.params, *inputs)
+        with self.runtime.progress.phase("encode"):
+            return np.asarray(run(self.params, *inputs))

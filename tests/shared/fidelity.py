@@ -1,0 +1,63 @@
+"""tpuvid beside a stock diffusers pipeline: the figures, their limits and their table."""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tpuvid.pipeline import Pipeline
+from tpuvid.stages import Conditioning, Latents
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    checkpoint: Any
+    """What to make (its `save` writes a folder), or a registered model id."""
+    settings: dict
+    prompt: str = "a red cat &amp;amp; the  moon"
+    negative_prompt: str = "blue dog"
+    vae_tiling: bool = False
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Largest absolute difference of each stage, relative to the reference tensor's largest value; frames in steps of 255."""
+
+    embeds: float
+    latents: float
+    decoded: float
+    frames: float
+
+    def check(self) -> None:
+        assert max(self.embeds, self.latents, self.decoded) <= 1e-4 and self.frames <= 2, self
+
+
+def compare_stages(
+    pipe: Pipeline, case: Case, conditioning: Conditioning, embeds: float, latents: np.ndarray, frames: np.ndarray
+) -> Fidelity:
+    """Each stage on the reference's input, and the whole from prompt to frames; `latents` and `frames` are the reference's."""
+    found = pipe.denoise(conditioning, **{k: v for k, v in case.settings.items() if k != "max_sequence_length"})
+    decoded = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=latents, config=found.config)).frames
+    whole = pipe.generate(case.prompt, negative_prompt=case.negative_prompt, **case.settings).frames
+    return Fidelity(
+        embeds=embeds,
+        latents=relative(found.latents, latents),
+        decoded=relative(decoded, frames),
+        frames=float(np.abs(whole - frames).max() * 255),
+    )
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def print_table(cases: Iterable[Case], measure: Callable[[Case, Path], Fidelity]) -> None:
+    print("| checkpoint | embeddings | latents | decode | frames (of 255) |\n|---|---|---|---|---|")
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            f = measure(case, Path(folder))
+        print(f"| {case.name} | {f.embeds:.1e} | {f.latents:.1e} | {f.decoded:.1e} | {f.frames:.4f} |", flush=True)

@@ -1,0 +1,49 @@
+"""Every layout of eight CPU devices against one device. `on_eight_devices` runs this module in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+MESHES = ("dp=1,tp=1", "dp=2,tp=1", "dp=1,tp=2", "dp=2,tp=2", "dp=1,tp=4", None)
+CACHE = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cache_step_interval=3)
+
+
+def on_eight_devices(folder: Path, settings: dict, weight: str) -> dict:
+    """By layout: the relative errors of embeddings and latents (with DeepCache too), how `weight` is split, and the meshes."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TPUVID_")}
+    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "ignore", "-m", "shared.mesh_parity", str(folder), json.dumps(settings), weight]
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(folder: str, settings: dict, weight: str) -> dict:
+    import jax
+    import numpy as np
+    import tpuvid
+
+    assert len(jax.devices()) == 8
+    results, expected = {}, None
+    for mesh in MESHES:
+        pipe = tpuvid.load(folder, mesh=mesh)
+        conditioning = pipe.encode('a red "cat"', "dog", max_sequence_length=40)
+        latents, cached = (pipe.denoise(conditioning, **settings | changes) for changes in ({}, CACHE))
+        found = [value for name, value in conditioning.tensors.items() if "mask" not in name and value.any()]
+        found += [latents.latents, cached.latents]  # decoding runs on one device
+        expected = expected or found
+        denoiser, encoder = pipe._opened["denoise"], pipe._opened["encode"]
+        results[str(mesh)] = {
+            "errors": [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True)],
+            "spec": list(denoiser.params[weight].sharding.spec),
+            "mesh": dict(denoiser.mesh.shape),
+            "encoders": [dict(e.mesh.shape) for e in (encoder, *vars(encoder).values()) if hasattr(e, "mesh")],
+        }
+    return results
+
+
+if __name__ == "__main__":
+    folder, settings, weight = sys.argv[1:]
+    print(json.dumps(main(folder, json.loads(settings), weight)))
