@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tpuvid.stages import Conditioning, Latents
 
 INDEX = "model_index.json"
+FINGERPRINTED = (".json", ".safetensors", ".model", ".txt", ".jinja")  # configs, weights, tokenizers, chat templates
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 256, 64 * 1024  # per file: small files whole, a 10 GB shard in 16 MB
 WEIGHTLESS = {
     "tokenizer": "tokenizer_config.json",
@@ -66,13 +67,13 @@ class Checkpoint:
     def fingerprint(self) -> str | None:
         """Tells one local checkpoint from another that has the same shapes, wherever the folder lies.
 
-        A hash of the configs, sizes and samples of all weights; None for a repository, which its id names.
+        A hash of the configs, tokenizers, sizes and samples of all weights; None for a repository, which its id names.
         """
         if self.folder is None:
             return None
         digest = hashlib.sha256()
         for path in sorted(self.folder.glob("*/*")):
-            if path.suffix not in (".json", ".safetensors"):
+            if path.suffix not in FINGERPRINTED:
                 continue
             size = path.stat().st_size
             digest.update(f"{path.relative_to(self.folder)} {size} ".encode())
