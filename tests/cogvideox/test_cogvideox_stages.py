@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLCogVideoX
 from safetensors.numpy import save_file
 from tpuvid import InputError, testing
 from tpuvid.checkpoint import resolve_model
+from tpuvid.cli import run
 from tpuvid.runtime import Runtime
 from tpuvid.stages import Latents
 from tpuvid_cogvideox.denoise import CogVideoXDenoiser
@@ -37,10 +38,13 @@ def test_guidance_off_ignores_the_negative_prompt(pipe):
     assert not np.array_equal(a, c)
 
 
-def test_an_even_number_of_latent_frames_decodes_as_in_diffusers(pipe):
-    """5 frames asked for are 2 latent frames, of which the VAE makes 8; the settings say what was made."""
+def test_an_even_number_of_latent_frames_decodes_as_in_diffusers(checkpoint, pipe, tmp_path, capsys):
+    """5 frames asked for are 2 latent frames, of which the VAE makes 8. The record keeps what was asked, to be run again."""
     video = pipe.generate("a cat", **SMALL | {"num_frames": 5})
-    assert video.frames.shape[1] == video.config.num_frames == 8
+    assert video.frames.shape[1] == 8 and video.config.num_frames == 5
+    sampling = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "1"]
+    run(["generate", "--model", str(checkpoint), "--prompt", "a cat", *sampling, "-o", str(tmp_path / "a.mp4")])
+    assert "frames: 8; 5 were asked for" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 7])

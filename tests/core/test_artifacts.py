@@ -115,6 +115,7 @@ def test_a_real_file_of_another_tool():
         ({"dtype_info": "{"}, "dtype_info"),
         ({"history": "[]"}, "history"),
         ({"dtype_info": "[1]"}, "dtype_info"),
+        ({"history": '{"denoise": 3}'}, "history"),
         ({"num_frames": "many"}, "num_frames='many' is no int"),
     ],
 )

@@ -177,6 +177,14 @@ def test_a_profile_holds_the_steady_steps(net, schedule, tmp_path):
     assert steps == set(range(1, 1 + PROFILED_STEPS))
 
 
+def test_every_run_has_a_profile_of_its_own(net, schedule, tmp_path):
+    """Also two in one second, whose folders JAX would give one name; writing it is not counted as denoising."""
+    runs = [run(net, schedule, profile=tmp_path)[1] for _ in range(2)]
+    assert len({progress.notes["profile"] for progress in runs}) == 2
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 2
+    assert all(progress.seconds["denoise"] < progress.seconds["write profile"] for progress in runs)
+
+
 def test_a_stopped_run_ends_its_profile(net, schedule, tmp_path):
     def cancel(done, total):
         if done == 3:

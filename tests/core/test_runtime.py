@@ -1,12 +1,13 @@
+import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tpuvid import InputError
 from tpuvid.kernels.placement import placement
-from tpuvid.runtime import Runtime
+from tpuvid.progress import Progress
+from tpuvid.runtime import Runtime, describe_mesh
 
 TPU = SimpleNamespace(platform="tpu", id=0)
 
@@ -31,7 +32,9 @@ def test_on_a_cpu_nothing_is_freed_for_the_denoiser():
     [
         (dict(text_encoder_device="gpu"), "text_encoder_device='gpu': choose from device, cpu"),
         (dict(warmup_steps=-1), "warmup_steps=-1: needs a whole number"),
-        (dict(profile=Path(__file__)), "is a file; give a folder"),
+        (dict(profile=__file__), "test_runtime.py: is no folder to write to"),
+        (dict(profile="/dev/null/profile"), "/dev/null/profile: is no folder to write to"),
+        (dict(profile=3), "profile=3: needs the path of a folder"),
         (dict(dtype="int8"), "dtype='int8': choose from"),
         (dict(attention_backend="splash"), "runs on tpu, these devices are cpu"),
     ],
@@ -39,3 +42,20 @@ def test_on_a_cpu_nothing_is_freed_for_the_denoiser():
 def test_what_this_machine_cannot_do_is_refused(options, message):
     with pytest.raises(InputError, match=message):
         Runtime.create(**options)
+
+
+def test_the_record_says_where_programs_ran():
+    runtime = Runtime.create()
+    for _ in range(2):
+        runtime.programs(runtime.single_device()).get("f", lambda x: x + 1, np.zeros(3, np.float32))
+    assert runtime.progress.take()["devices"] == "1 × cpu"
+    mesh = SimpleNamespace(size=8, shape={"dp": 2, "tp": 4}, devices=np.array([[SimpleNamespace(device_kind="TPU v6 lite")]]))
+    assert describe_mesh(mesh) == "8 × TPU v6 lite, dp=2, tp=4"
+
+
+def test_a_phase_within_another_counts_by_itself():
+    progress = Progress()
+    with progress.phase("outer"):
+        with progress.phase("inner"):
+            time.sleep(0.05)
+    assert progress.seconds["inner"] >= 0.05 and progress.seconds["outer"] < 0.04

@@ -46,10 +46,16 @@ def test_scales_that_would_mean_something_else_are_refused(original, refused, ta
     guidance = Guidance(use_original_formulation=original)
     for scale in refused:
         with pytest.raises(InputError, match=f"guidance_scale={scale}: this checkpoint's guider takes"):
-            guidance.check(scale)
-        Guidance(enabled=False).check(scale)
-    for scale in taken:
-        guidance.check(scale)
+            guidance.resolve(scale)
+    assert [guidance.resolve(scale) for scale in taken] == list(taken)
+    assert guidance.resolve(None) == 7.5
+
+
+def test_a_guider_that_is_off_takes_no_scale():
+    guidance = Guidance(enabled=False, guidance_scale=6.0)
+    assert guidance.resolve(None) == guidance.resolve(1.0) == 1.0
+    with pytest.raises(InputError, match="guidance_scale=8.0: this checkpoint's guider is switched off"):
+        guidance.resolve(8.0)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,14 @@ def test_scales_that_would_mean_something_else_are_refused(original, refused, ta
         ({"_class_name": "AdaptiveProjectedGuidance"}, "guider 'AdaptiveProjectedGuidance': HunyuanVideo runs with"),
         ({"_class_name": "ClassifierFreeGuidance", "momentum": 1}, "momentum: no setting"),
         ({"_class_name": "ClassifierFreeGuidance", "start": 0.5, "stop": 0.2}, "start=0.5, stop=0.2"),
+        ({"_class_name": "ClassifierFreeGuidance", "guidance_scale": "six"}, "guidance_scale='six': needs a finite number"),
+        ({"_class_name": "ClassifierFreeGuidance", "guidance_scale": None}, "guidance_scale=None: needs a finite number"),
+        ({"_class_name": "ClassifierFreeGuidance", "guidance_scale": float("nan")}, "guidance_scale=nan: needs a finite"),
+        (
+            {"_class_name": "ClassifierFreeGuidance", "guidance_rescale": 5.0},
+            "guidance_rescale=5.0: needs a number from 0 to 1",
+        ),
+        ({"_class_name": "ClassifierFreeGuidance", "enabled": "no"}, "enabled='no': needs true or false"),
     ],
 )
 def test_other_guiders_are_refused(config, message):

@@ -228,6 +228,8 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, unread
         ("prompt_embeds_mask", lambda t: None, "prompt_embeds_mask is missing"),
         ("prompt_embeds_mask", lambda t: t[:, :7], r"prompt_embeds_mask is \[1, 7\], not \[1, 1000\]"),
         ("prompt_embeds_mask", lambda t: 0 * t, "prompt_embeds_mask keeps no token"),
+        ("prompt_embeds_mask_2", lambda t: t - 1, "prompt_embeds_mask_2 holds other values than 0 and 1"),
+        ("prompt_embeds", lambda t: t * np.inf, "prompt_embeds holds NaN or infinity"),
         ("negative_prompt_embeds", lambda t: t[:, :7], "both prompts' alike"),
         ("negative_prompt_embeds_mask_2", lambda t: None, "negative_prompt_embeds_mask_2 is missing"),
         ("negative_prompt_embeds_2", lambda t: t[..., :3], r"negative_prompt_embeds_2 is float32 .* takes \[1, L, 24\]"),
@@ -280,6 +282,25 @@ def test_missing_parts_are_named(checkpoint, tmp_path, component):
     shutil.rmtree(_copy(checkpoint, tmp_path) / component)
     with pytest.raises(InputError, match=f"no '{component}' folder"):
         tpuvid.load(str(tmp_path / "copy")).generate("a cat", **SMALL)
+
+
+def test_tokenizers_of_other_models_are_refused(checkpoint, tmp_path, forbid_weights):
+    """What they would give is nonsense, or words that the text encoder has no embedding of."""
+    forbid_weights()
+    plain = _copy(checkpoint, tmp_path)
+    (plain / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="tokenizer: has no chat template"):
+        tpuvid.load(str(plain)).generate("a cat", **SMALL)
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    shutil.rmtree(other / "tokenizer_2")
+    shutil.copytree(checkpoint / "tokenizer", other / "tokenizer_2")
+    with pytest.raises(InputError, match="tokenizer_2: is a Qwen2Tokenizer.*, not the ByT5Tokenizer"):
+        tpuvid.load(str(other)).generate("a cat", **SMALL)
+    small = shutil.copytree(checkpoint, tmp_path / "small")
+    config = small / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 9}))
+    with pytest.raises(InputError, match=r"tokenizer has \d+ words, text_encoder embeds 9: they are of two models"):
+        tpuvid.load(str(small)).generate("a cat", **SMALL)
 
 
 def _copy(checkpoint, tmp_path):

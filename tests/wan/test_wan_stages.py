@@ -241,6 +241,9 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, forbid
     )
     with pytest.raises(InputError, match=r"negative_prompt_embeds is float32 \[1, 226, 24\]"):
         pipe.denoise(short, **SMALL)
+    broken = replace(conditioning, tensors={k: np.full_like(v, np.nan) for k, v in conditioning.tensors.items()})
+    with pytest.raises(InputError, match="prompt_embeds holds NaN or infinity; encode again"):
+        pipe.denoise(broken, **SMALL)
     positive = replace(conditioning, tensors={"prompt_embeds": conditioning.tensors["prompt_embeds"]})
     with pytest.raises(InputError, match="pass guidance_scale=1.0"):
         pipe.denoise(positive, **SMALL)

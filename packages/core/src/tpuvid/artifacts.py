@@ -104,10 +104,13 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise `InputError` if no files can be written into the folder `path`, which need not exist yet."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file; give a folder")
-    check_output(path / "file", overwrite=True)
+    """Make the folder `path` where it does not exist; raise `InputError` if no files can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: is no folder to write to ({error.strerror}); choose another") from None
 
 
 def _umask() -> int:
@@ -171,8 +174,8 @@ def _parse_object(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str
         value = json.loads(text)
     except ValueError:
         value = None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: metadata {key}={text!r} is no JSON object; make the file again")
+    if not isinstance(value, dict) or (key == "history" and not all(isinstance(v, dict) for v in value.values())):
+        raise InputError(f"{path}: metadata {key}={text!r} is no JSON object of the right form; make the file again")
     return value
 
 

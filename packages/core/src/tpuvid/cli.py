@@ -138,6 +138,11 @@ class Outputs:
         write_json(self.files["settings"], about | {"history": video.history}, overwrite=self.overwrite)
         for name, path in self.files.items():
             click.echo(f"{name}: {path}")
+        made = video.frames.shape[1]
+        if made != video.config.num_frames:
+            click.echo(
+                f"frames: {made}; {video.config.num_frames} were asked for, and this VAE makes {made} of as many latents"
+            )
 
 
 @cli.command("list-models")

@@ -163,7 +163,7 @@ def _open(path: Path) -> _Source:
     if path.is_dir():
         return _open(_in_folder(path))
     if not path.exists():
-        raise InputError(f"{path}: does not exist")
+        raise InputError(f"{path}: does not exist; give an .mp4, a stage file or a folder with one")
     if path.suffix == ".mp4":
         return _Source(path, "frames", lambda: _mp4(path))
     if path.suffix != ".safetensors":

@@ -77,7 +77,7 @@ class Sampler:
 
         kept = None
         moments = _moments(schedule, scales, noise.shape, generator)
-        with progress.steps("denoise", total) as report, StepProfiler(self.runtime.profile, is_full) as profiler:
+        with progress.steps("denoise", total) as report, StepProfiler(self.runtime.profile, is_full, progress) as profiler:
             for step, moment in enumerate(moments):
                 with profiler.step(step):
                     if is_full[step]:

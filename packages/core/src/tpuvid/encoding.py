@@ -13,6 +13,7 @@ from torch import nn
 
 from tpuvid.bridge import TracedModule
 from tpuvid.checkpoint import Checkpoint
+from tpuvid.errors import InputError
 from tpuvid.mesh import Rule, split_sizes
 from tpuvid.runtime import Runtime, replicated
 from tpuvid.weights import load_parameters, match_parameters
@@ -60,3 +61,12 @@ class Encoder:
         run = self.programs.get(self.component.replace("_", " "), embed, self.params, *inputs)
         with self.runtime.progress.phase("encode"):
             return np.asarray(run(self.params, *inputs))
+
+
+def check_vocabulary(name: str, tokenizer: Any, encoder: Encoder) -> None:
+    """Raise `InputError` if the tokenizer of component `name` gives tokens that the encoder has no embedding of."""
+    words = encoder.traced.module.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise InputError(
+            f"{name} has {len(tokenizer)} words, {encoder.component} embeds {words}: they are of two models; download both again"
+        )

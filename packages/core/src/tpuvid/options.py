@@ -83,7 +83,12 @@ sampling_options = _options(
     click.option("--num-inference-steps", "--steps", type=int, help="Denoising steps."),
     click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1.0 switches it off."),
     click.option("--flow-shift", type=float, help="Timestep shift; default by resolution or checkpoint."),
-    click.option("--use-dynamic-cfg", is_flag=True, default=None, help="CogVideoX: guidance that grows from step to step."),
+    click.option(
+        "--use-dynamic-cfg",
+        is_flag=True,
+        default=None,
+        help="CogVideoX: guidance that changes with the timestep, as in diffusers.",
+    ),
     click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
 )
 cache_options = _options(

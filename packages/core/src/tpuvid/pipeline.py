@@ -72,7 +72,7 @@ def load(
         text_encoder_device=text_encoder_device,
         vae_tiling=vae_tiling,
         warmup_steps=warmup_steps,
-        profile=None if profile is None else Path(profile),
+        profile=profile,
         progress=progress or Progress(),
     )
     return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
@@ -154,6 +154,8 @@ class Pipeline:
         """Stage 3: latents → frames."""
         frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
         _, num_frames, height, width, _ = frames.shape  # what a foreign file says of them may be missing or wrong
+        if (latents.config.num_frames - 1) // self.spec.rules.frame_step + 1 == latents.latents.shape[2]:
+            num_frames = latents.config.num_frames  # as asked, also where a VAE makes a few more of as many latent frames
         config = latents.config.override(num_frames=num_frames, height=height, width=width)
         history = {**latents.history, "decode": self._record() | {"vae_tiling": self.runtime.vae_tiling}}
         return Video(model_id=self.spec.model_id, frames=frames, config=config, history=history)
@@ -179,12 +181,10 @@ class Pipeline:
 
     def _record(self) -> dict[str, Any]:
         """What a stage keeps with its result about how it ran, JSON-ready."""
-        devices = self.runtime.devices
         return {
             "checkpoint": self.checkpoint.source,
             "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in self.checkpoint.loras],
             "dtype": self.runtime.dtype.name,
-            "devices": f"{len(devices)} × {devices[0].device_kind}",
             "tpuvid_version": tpuvid.__version__,
             **self.runtime.progress.take(),
         }

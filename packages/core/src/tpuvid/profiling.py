@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Self
 
 import jax
+
+from tpuvid.progress import Progress
 
 PROFILED_STEPS = 5
 """Enough to see that steps are alike; traces of many steps are too large to open."""
@@ -22,10 +25,10 @@ def steady_steps(is_full: Sequence[bool]) -> range:
 
 
 class StepProfiler:
-    """Profiles the steady ones of a run's steps into `folder`; does nothing where that is None."""
+    """Profiles the steady ones of a run's steps into a new folder of its own in `folder`; does nothing where that is None."""
 
-    def __init__(self, folder: Path | None, is_full: Sequence[bool]):
-        self.folder, self._steps = folder, steady_steps(is_full)
+    def __init__(self, folder: Path | None, is_full: Sequence[bool], progress: Progress):
+        self.folder, self._steps, self._progress = folder, steady_steps(is_full), progress
         self._running = ExitStack()
         self.written: Path | None = None
         """Where the profile's files are, once they are written."""
@@ -43,13 +46,26 @@ class StepProfiler:
             yield
             return
         if number == self._steps.start:
-            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
-            self._running.callback(self._stop)
+            run = new_folder(self.folder)  # JAX's own names say the second only
+            jax.profiler.start_trace(run, create_perfetto_trace=True)
+            self._running.callback(self._stop, run)
         with jax.profiler.StepTraceAnnotation("denoise", step_num=number):
             yield
         if number == self._steps[-1]:
             self._running.close()
 
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        self.written = max((self.folder / "plugins" / "profile").iterdir(), key=lambda run: run.stat().st_mtime)
+    def _stop(self, run: Path) -> None:
+        with self._progress.phase("write profile"):
+            jax.profiler.stop_trace()
+        (self.written,) = (run / "plugins" / "profile").iterdir()
+
+
+def new_folder(parent: Path) -> Path:
+    """The first of ``parent/1``, ``parent/2``, … that does not exist yet, made."""
+    for number in count(1):
+        folder = parent / str(number)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder

@@ -15,6 +15,7 @@ class Progress:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.notes: dict[str, Any] = {}
+        self._inner = 0.0
 
     def note(self, name: str, value: Any) -> None:
         """Something to keep with the stage's result, JSON-ready."""
@@ -22,12 +23,21 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A part of the work with no known length: "load denoiser", "compile denoiser"."""
+        """A part of the work with no known length: "load denoiser", "compile denoiser". A phase within it counts by itself."""
+        outer, self._inner = self._inner, 0.0
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner
+            self._inner = outer + took
+
+    def note_also(self, name: str, value: str) -> None:
+        """One of several things under one name, "; " between them, each once."""
+        values = self.notes[name].split("; ") if name in self.notes else []
+        if value not in values:
+            self.notes[name] = "; ".join([*values, value])
 
     def take(self) -> dict[str, Any]:
         """The notes and the seconds recorded since the last call."""

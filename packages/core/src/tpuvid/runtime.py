@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,9 @@ class Runtime:
         if type(runtime.warmup_steps) is not int or runtime.warmup_steps < 0:
             raise InputError(f"warmup_steps={runtime.warmup_steps!r}: needs a whole number ≥ 0")
         if runtime.profile is not None:
+            if not isinstance(runtime.profile, str | Path):
+                raise InputError(f"profile={runtime.profile!r}: needs the path of a folder")
+            runtime = replace(runtime, profile=Path(runtime.profile))
             check_folder(runtime.profile)
         return runtime
 
@@ -128,6 +131,7 @@ class Programs:
 
     def get(self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Callable:
         """`function` compiled for arguments like `args` (arrays or shape structs); compiling is a phase of its own."""
+        self._runtime.progress.note_also("devices", describe_mesh(self._mesh))
         leaves, structure = jax.tree.flatten(args)
         key = (what, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
@@ -143,6 +147,12 @@ def _cpu() -> Sequence[jax.Device]:
         raise InputError(
             "text_encoder_device=cpu: JAX_PLATFORMS leaves out the CPU; add it (JAX_PLATFORMS=tpu,cpu) or unset it"
         ) from None
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """For the record: "8 × TPU v6 lite, dp=2, tp=4"."""
+    axes = "".join(f", {axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} × {mesh.devices.flat[0].device_kind}{axes}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -26,6 +26,13 @@ def check_embeds(tensors: Mapping[str, np.ndarray], width: int) -> None:
             raise InputError(
                 f"{name} is {embeds.dtype} {list(embeds.shape)}, this model takes [1, L, {width}], both alike; encode with this model"
             )
+        check_finite_embeds(name, embeds)
+
+
+def check_finite_embeds(name: str, embeds: np.ndarray) -> None:
+    """Raise `InputError` where the conditioning `name` holds NaN or infinity."""
+    if not np.isfinite(embeds.astype(np.float32)).all():
+        raise InputError(f"{name} holds NaN or infinity; encode again")
 
 
 def check_latents(latents: np.ndarray, channels: int) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 API_VERSION = 1
 OPTIONAL_SETTINGS = {
     "flow_shift": "flow-matching schedule",
-    "use_dynamic_cfg": "guidance that grows from step to step",
+    "use_dynamic_cfg": "dynamic guidance",
     "cache": "step cache",
 }
 MAX_SEED = 2**63 - 1  # torch.Generator.manual_seed takes an int64
@@ -48,7 +48,7 @@ class GenerationConfig:
     flow_shift: float | None = None
     """Timestep shift of a flow-matching schedule; None takes the checkpoint's own."""
     use_dynamic_cfg: bool = False
-    """CogVideoX: guidance that grows from step to step."""
+    """CogVideoX: guidance that changes with the timestep, as its diffusers pipeline has it."""
     seed: int = 42
     max_sequence_length: int = 512
     cache: str | None = None

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from tpuvid.checkpoint import Checkpoint
-from tpuvid.encoding import Encoder
+from tpuvid.encoding import Encoder, check_vocabulary
 from tpuvid.runtime import Runtime
 from tpuvid.stages import GenerationConfig
 
@@ -31,6 +31,10 @@ class T5TextEncoder(Encoder, ABC):
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime, *, module: nn.Module, tokenizer: Any):
         super().__init__(checkpoint, runtime, module, heads={module.config.num_heads}, rules=RULES)
         self.tokenizer = tokenizer
+
+    def verify(self) -> None:
+        check_vocabulary("tokenizer", self.tokenizer, self)
+        super().verify()
 
     def prepare(self, prompt: str) -> str:
         """What the tokenizer gets for `prompt`: the prompt itself, unless a family cleans it."""

@@ -21,7 +21,7 @@ from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
 from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import make_generator, make_noise, with_negative
+from tpuvid.sampling import check_finite_embeds, make_generator, make_noise, with_negative
 from tpuvid.schedule import Schedule, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.stepcache import step_cache
@@ -74,6 +74,9 @@ def check_streams(tensors: Mapping[str, np.ndarray], text_width: int, glyph_widt
                 raise InputError(
                     f"{mask_name} is {list(mask.shape)}, not {[1, *length]} as the embeddings are; encode with this model"
                 )
+            if not np.isin(mask, (0, 1)).all():
+                raise InputError(f"{mask_name} holds other values than 0 and 1; encode with this model")
+            check_finite_embeds(name, embeds[mask != 0])
     for sign in signs:
         if not np.any(tensors[f"{sign}prompt_embeds_mask"]):
             raise InputError(f"{sign}prompt_embeds_mask keeps no token; encode with this model")
@@ -112,10 +115,8 @@ class HunyuanDenoiser:
         self.params = load_parameters(self.traced, weights, mesh=self.mesh, rules=TRANSFORMER, dtype=dtype, ignore=IMAGE_HALF)
 
     def resolve(self, config: GenerationConfig) -> GenerationConfig:
-        scale = self.guidance.guidance_scale if config.guidance_scale is None else config.guidance_scale
         shift = self.scheduler_config.get("shift", 1.0) if config.flow_shift is None else config.flow_shift
-        self.guidance.check(scale)
-        return config.override(guidance_scale=scale, flow_shift=shift)
+        return config.override(guidance_scale=self.guidance.resolve(config.guidance_scale), flow_shift=shift)
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         check_streams(tensors, self.config.text_embed_dim, self.config.text_embed_2_dim)

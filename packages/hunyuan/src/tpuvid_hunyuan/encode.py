@@ -20,11 +20,11 @@ from torch import nn
 from tpuvid import t5
 from tpuvid.bridge import build
 from tpuvid.checkpoint import Checkpoint
-from tpuvid.encoding import Encoder
+from tpuvid.encoding import Encoder, check_vocabulary
 from tpuvid.errors import InputError
 from tpuvid.runtime import Runtime
 from tpuvid.stages import GenerationConfig
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLTextModel, T5EncoderModel
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, Qwen2_5_VLTextModel, T5EncoderModel
 
 from tpuvid_hunyuan.sharding import QWEN
 
@@ -59,6 +59,13 @@ class HunyuanTextEncoder:
         self.glyph_width = glyphs.d_model
 
     def verify(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError("tokenizer: has no chat template, which every prompt goes through; download the tokenizer again")
+        if not isinstance(self.glyph_tokenizer, ByT5Tokenizer):
+            name = type(self.glyph_tokenizer).__name__
+            raise InputError(f"tokenizer_2: is a {name}, not the ByT5Tokenizer of HunyuanVideo 1.5; download it again")
+        check_vocabulary("tokenizer", self.tokenizer, self.text)
+        check_vocabulary("tokenizer_2", self.glyph_tokenizer, self.glyphs)
         self.text.verify()
         self.glyphs.verify()
 

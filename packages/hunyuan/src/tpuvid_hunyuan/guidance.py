@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,15 +37,41 @@ class Guidance:
         if unknown := sorted(set(settings) - set(cls.__dataclass_fields__)):
             raise InputError(f"guider_config.json: {', '.join(unknown)}: no setting of ClassifierFreeGuidance; remove it")
         guidance = cls(**settings)
+        for field in fields(cls):
+            value = getattr(guidance, field.name)
+            good = type(value) is bool if type(field.default) is bool else type(value) in (int, float) and isfinite(value)
+            if not good:
+                kind = "true or false" if type(field.default) is bool else "a finite number"
+                raise InputError(f"guider_config.json: {field.name}={value!r}: needs {kind}")
+        if not 0 <= guidance.guidance_rescale <= 1:
+            raise InputError(f"guider_config.json: guidance_rescale={guidance.guidance_rescale}: needs a number from 0 to 1")
         if not 0 <= guidance.start <= guidance.stop <= 1:
             raise InputError(f"guider_config.json: start={guidance.start}, stop={guidance.stop}: needs 0 ≤ start ≤ stop ≤ 1")
         return guidance
 
-    def check(self, scale: float) -> None:
-        """Raise `InputError` for a scale up to 1 with which the guider would guide: tpuvid takes it for no guidance."""
-        off = 0.0 if self.use_original_formulation else 1.0
-        if self.enabled and scale <= 1 and scale != off:
-            raise InputError(f"guidance_scale={scale}: this checkpoint's guider takes {off} (no guidance) or more than 1")
+    @property
+    def neutral(self) -> float:
+        """The scale that guides nowhere."""
+        return 0.0 if self.use_original_formulation else 1.0
+
+    def resolve(self, given: float | None) -> float:
+        """The scale that a run takes: `given`, or else the guider's own; neutral where the guider is switched off.
+
+        Raises `InputError` for a given scale that a guider switched off can't take, and for one up to 1 with which the
+        guider would guide: tpuvid takes that for no guidance.
+        """
+        if not self.enabled:
+            if given not in (None, self.neutral):
+                raise InputError(
+                    f"guidance_scale={given}: this checkpoint's guider is switched off (guider_config.json: enabled); leave it out"
+                )
+            return self.neutral
+        scale = self.guidance_scale if given is None else given
+        if scale <= 1 and scale != self.neutral:
+            raise InputError(
+                f"guidance_scale={scale}: this checkpoint's guider takes {self.neutral} (no guidance) or more than 1"
+            )
+        return scale
 
     def scales(self, config: GenerationConfig) -> Float[np.ndarray, "steps"] | None:
         """The scale of every step, neutral outside of [start, stop); None where no step is guided."""
@@ -52,8 +79,8 @@ class Guidance:
         first, end = int(self.start * count), int(self.stop * count)
         if not (self.enabled and config.do_classifier_free_guidance and first < end):
             return None
-        neutral = 0.0 if self.use_original_formulation else 1.0
-        return np.array([config.guidance_scale if first <= step < end else neutral for step in range(count)], np.float32)
+        scales = [config.guidance_scale if first <= step < end else self.neutral for step in range(count)]
+        return np.array(scales, np.float32)
 
     def guide(self, output: Float[Array, "B2 ..."], scale: Float[Array, ""]) -> Float[Array, "B ..."]:
         """One prediction of a batch that holds the prompt's half first, the negative prompt's second."""
