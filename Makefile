@@ -26,8 +26,11 @@ fidelity: setup
 	PYTHONPATH=tests $(BIN)/python -W ignore -m cogvideox.fidelity
 	PYTHONPATH=tests $(BIN)/python -W ignore -m hunyuan.fidelity
 
+# Time per stage, what DeepCache saves and costs, and each stage's peak memory: the tables of docs/results.md.
 benchmark: setup
 	$(BIN)/python benchmarks/against_diffusers.py
+	$(BIN)/python -W ignore benchmarks/deepcache.py
+	PYTHONPATH=tests $(BIN)/python -W ignore benchmarks/stage_memory.py
 
 clean:
 	rm -rf .venv dist

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,17 +72,8 @@ class Checkpoint:
         """
         if self.folder is None:
             return None
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*/*")):
-            if path.suffix not in FINGERPRINTED:
-                continue
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(self.folder)} {size} ".encode())
-            with path.open("rb") as file:
-                for i in range(FINGERPRINT_SAMPLES):
-                    file.seek(size * i // FINGERPRINT_SAMPLES)
-                    digest.update(file.read(FINGERPRINT_BYTES))
-        return digest.hexdigest()[:32]
+        stats = ((path, path.stat()) for path in sorted(self.folder.glob("*/*")) if path.suffix in FINGERPRINTED)
+        return _fingerprint(self.folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
     def require(self, components: tuple[str, ...]) -> None:
         """Raise `InputError` unless each component is there, with its config (and weights, where it has any)."""
@@ -93,6 +85,19 @@ class Checkpoint:
 
     def weights(self, component: str) -> Weights:
         return Weights(weight_files(self.component(component)))
+
+
+@lru_cache(maxsize=8)
+def _fingerprint(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files with their sizes and times of change, by which it is known again without reading."""
+    digest = hashlib.sha256()
+    for path, size, _ in files:
+        digest.update(f"{path.relative_to(folder)} {size} ".encode())
+        with path.open("rb") as file:
+            for i in range(FINGERPRINT_SAMPLES):
+                file.seek(size * i // FINGERPRINT_SAMPLES)
+                digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
