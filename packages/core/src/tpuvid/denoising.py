@@ -70,10 +70,11 @@ class Sampler:
         total, progress = len(schedule.timesteps), self.runtime.progress
         is_full = cache.full_steps(total)
         state = jax.device_put(sampling.initial_state(noise, schedule), replicated(self.mesh))
-        full, cached = self.compile(params, state, inputs, first_moment(schedule, scales, noise.shape), cache)
+        first = first_moment(schedule, scales, noise.shape)
+        full, cached = self.compile(params, state, inputs, first, cache)
         if self.runtime.warmup_steps:
             with progress.phase("warm up"):
-                self._warm_up(full, cached, params, state, inputs, first_moment(schedule, scales, noise.shape))
+                self._warm_up(full, cached, params, state, inputs, first)
 
         kept = None
         moments = _moments(schedule, scales, noise.shape, generator)
