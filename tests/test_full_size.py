@@ -190,8 +190,9 @@ def test_published_text_encoders_are_matched(model, tmp_path):
     (tmp_path / "text_encoder").mkdir()
     encoder.config.save_pretrained(tmp_path / "text_encoder")
     write_holes(tmp_path / "text_encoder", shapes_of(encoder))
-    write_json(tmp_path / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
-    write_json(tmp_path / "tokenizer_2" / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+    for name in ("tokenizer", "tokenizer_2"):
+        config = {"tokenizer_class": "ByT5Tokenizer", "chat_template": "{{ messages }}"}
+        write_json(tmp_path / name / "tokenizer_config.json", config)
     if model.startswith("hunyuan"):
         glyphs = empty(
             lambda: T5EncoderModel(T5Config(d_model=1472, d_kv=64, d_ff=3584, num_layers=12, num_heads=6, vocab_size=1510, feed_forward_proj="gated-gelu"))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MESHES = ("dp=1,tp=1", "dp=2,tp=1", "dp=1,tp=2", "dp=2,tp=2", "dp=1,tp=4", None)
+MESHES = ("dp=1,tp=1", "dp=2,tp=1", "dp=1,tp=4", None)  # None: dp=2,tp=4
 CACHE = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cache_step_interval=3)
 
 
