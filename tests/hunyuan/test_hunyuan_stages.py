@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from tpuvid import InputError, testing
 from tpuvid.artifacts import load_conditioning
 from tpuvid.checkpoint import resolve_model
+from tpuvid.cli import run
 from tpuvid.kernels import attention
 from tpuvid.registry import registry
 from tpuvid.runtime import Runtime
@@ -282,6 +283,18 @@ def test_missing_parts_are_named(checkpoint, tmp_path, component):
     shutil.rmtree(_copy(checkpoint, tmp_path) / component)
     with pytest.raises(InputError, match=f"no '{component}' folder"):
         tpuvid.load(str(tmp_path / "copy")).generate("a cat", **SMALL)
+
+
+def test_a_scale_that_the_guider_cannot_take_is_refused_first(checkpoint, tmp_path, forbid_weights, capsys):
+    folder = _copy(checkpoint, tmp_path)
+    path = folder / "guider" / "guider_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"enabled": False}))
+    forbid_weights()
+    with pytest.raises(InputError, match="guidance_scale=3.0: this checkpoint's guider is switched off"):
+        tpuvid.load(str(folder)).generate("a cat", **SMALL)
+    sampling = ["--height", "32", "--width", "48", "--num-frames", "5", "--guidance-scale", "3"]
+    assert run(["generate", "--model", str(folder), "--prompt", "a cat", *sampling, "-o", str(tmp_path / "a.mp4")]) == 2
+    assert "guider is switched off" in capsys.readouterr().err
 
 
 def test_tokenizers_of_other_models_are_refused(checkpoint, tmp_path, forbid_weights):

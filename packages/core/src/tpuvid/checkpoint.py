@@ -267,7 +267,7 @@ def readable_safetensors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise InputError(f"{path}: does not exist") from None
+        raise InputError(f"{path}: does not exist; check the path, or run what makes it") from None
     except SafetensorError as error:
         raise InputError(
             f"{path}: is no complete safetensors file ({error}); it is truncated or foreign: make or fetch it again"

@@ -219,6 +219,7 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
         checkpoint.require(stage)  # after all that is free to check: this may fetch
     pipe = _load(model, options)
     pipe.verify()
+    configs = [pipe.resolve(config) for config in configs]
     failures = _generate_all(pipe, configs, outputs)
     for config, error in failures:
         click.echo(f"tpuvid: error: {config.prompt!r}: {error}", err=True)

@@ -93,6 +93,7 @@ class Pipeline:
         """
         config = self.spec.configure(prompt=prompt, **settings).with_drawn_seed()
         self.verify()
+        config = self.resolve(config)
         return self.decode(self.denoise_config(self.encode_config(config), config, on_step=on_step))
 
     def encode(self, prompt: str, negative_prompt: str = "", *, max_sequence_length: int | None = None) -> Conditioning:
@@ -131,7 +132,7 @@ class Pipeline:
     ) -> Latents:
         """Stage 2 for a checked config."""
         check_origin("embeddings", conditioning, self.spec, self.checkpoint)
-        config = self._open("denoise").resolve(config)
+        config = self.resolve(config)
         if config.do_classifier_free_guidance and "negative_prompt_embeds" not in conditioning.tensors:
             raise InputError(
                 f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "
@@ -178,6 +179,10 @@ class Pipeline:
             self.checkpoint.require(components)
         for name in LOADERS:
             self._open(name)
+
+    def resolve(self, config: GenerationConfig) -> GenerationConfig:
+        """`config` with what it leaves to the checkpoint filled in; raises `InputError` for what the checkpoint can't take."""
+        return self._open("denoise").resolve(config)
 
     def _record(self) -> dict[str, Any]:
         """What a stage keeps with its result about how it ran, JSON-ready."""
