@@ -16,11 +16,12 @@ LANES = 128
 LONG = Blocks(q=3024 // LANES * LANES, kv=2048, kv_compute=1024)
 
 
-def splash_blocks(queries: int, keys: int) -> Blocks:
-    """Blocks for these sequence lengths: `LONG`, shrunk to the lengths where they are shorter."""
-    kv = min(LONG.kv, _round_up(keys))
+def splash_blocks(queries: int, keys: int, dim: int) -> Blocks:
+    """Blocks for these sequence lengths: `LONG`, shrunk to the lengths where they are shorter and to VMEM for wider heads."""
+    widths = _round_up(dim) // LANES  # a VAE's single head has 384 or 1024 channels
+    kv = min(_round_up(LONG.kv // widths), _round_up(keys))
     compute = LONG.kv_compute if kv % LONG.kv_compute == 0 else LANES
-    return Blocks(q=min(LONG.q, _round_up(queries)), kv=kv, kv_compute=compute)
+    return Blocks(q=min(_round_up(LONG.q // widths), _round_up(queries)), kv=kv, kv_compute=compute)
 
 
 def _round_up(length: int) -> int:

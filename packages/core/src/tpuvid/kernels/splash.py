@@ -25,7 +25,7 @@ def attention_splash(
     batch, heads, queries, dim = query.shape
     keys = key.shape[2]
     scale = dim**-0.5 if scale is None else scale
-    blocks = splash_blocks(queries, keys)
+    blocks = splash_blocks(queries, keys, dim)
     # the kernel has no scale; folded into q in float32 so that bf16 rounds once
     query = _pad((query.astype(jnp.float32) * scale).astype(query.dtype), blocks.q)
     key, value = _pad(key, blocks.kv), _pad(value, blocks.kv)

@@ -1,0 +1,150 @@
+"""TPU slices by the names that users rent them under, and what the vendor says of their chips. Imports neither jax nor torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from tpuvid.errors import InputError
+
+INSTALL_LIBTPU = "pip install 'tpuvid-core[tpu]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """One device as JAX counts them: a chip of v4, v5e, v5p or v6e; one of the two cores of a tpu7x chip.
+
+    Source: the vendor's pages on each TPU version (2026-11). v4 is left out: libtpu compiles for its cores singly, JAX runs them in pairs.
+    """
+
+    name: str
+    device_kind: str
+    """As JAX names it."""
+    clock_ghz: float | None
+    """Of the VLIW core; None where counting its bundles gives times above the peak, so that the clock can't be right."""
+    bf16_tflops: float
+    hbm_gb: float
+    hbm_gb_per_s: float
+    link_gb_per_s: float
+    """One way, of one interconnect link."""
+    dimensions: int
+    """Of the interconnect: a 2D mesh or a 3D torus."""
+    host: tuple[int, ...]
+    """Chips of one host, along each dimension."""
+    devices_per_chip: int = 1
+    cores_per_chip: int = 1
+    """Which the older naming schemes count: a v5p-8 has four chips."""
+    aliases: tuple[str, ...] = ()
+
+
+CHIPS = (
+    Chip("v5e", "TPU v5 lite", None, 197, 16, 819, 50, 2, (2, 2, 1), aliases=("v5litepod", "v5lite")),
+    Chip("v5p", "TPU v5", None, 459, 95, 2765, 100, 3, (2, 2, 1), cores_per_chip=2),
+    Chip("v6e", "TPU v6 lite", 1.75, 918, 32, 1638, 90, 2, (2, 2, 1), aliases=("trillium",)),
+    Chip("tpu7x", "TPU7x", None, 2307 / 2, 96, 7380 / 2, 100, 3, (2, 2, 1), devices_per_chip=2, cores_per_chip=2,
+         aliases=("v7x", "ironwood")),
+)  # fmt: skip
+
+SHAPES = {
+    2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
+    3: {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)},
+}
+"""By the interconnect's dimensions: chips → the slice that is rented under that number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A slice: `chip` and how many of them lie along each dimension."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def devices(self) -> int:
+        """As JAX counts them."""
+        return self.chips * self.chip.devices_per_chip
+
+    @property
+    def libtpu_name(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def host(self) -> tuple[int, ...]:
+        """Chips of one host: fewer than usual where the slice is smaller."""
+        padded = self.shape + (1,) * (3 - len(self.shape))
+        return tuple(min(a, b) for a, b in zip(self.chip.host, padded))
+
+    def environment(self, flags: str = "") -> dict[str, str]:
+        """For a process in which libtpu compiles for this slice: it must not look for a cloud machine, nor be kept from
+        running beside another compile. `flags` are libtpu's own."""
+        accelerator = "v5litepod" if self.chip.name == "v5e" else self.chip.name
+        return {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_ACCELERATOR_TYPE": f"{accelerator}-8",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
+            "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
+        }
+
+    def jax_devices(self) -> list:
+        """The slice's devices, to lower and compile for; within a process that has `environment`."""
+        from jax.experimental import topologies
+
+        description = topologies.get_topology_desc(self.libtpu_name, "tpu", chips_per_host_bounds=self.host)
+        return list(description.devices)
+
+
+def parse_topology(text: str) -> Topology:
+    """From "v6e-8" (as slices are rented: chips, or for v5p and tpu7x cores) or "v6e:2x4" (as libtpu says it).
+
+    Raises `InputError` for what no slice is called.
+    """
+    found = re.fullmatch(r"([a-z]+\d?[a-z0-9]*?)(?:-(\d+)|:(\d+(?:x\d+)*))", text.strip().lower())
+    chip = next((c for c in CHIPS if found and found[1] in (c.name, *c.aliases)), None)
+    if chip is None:
+        raise InputError(f"topology={text!r}: is no TPU slice; choose from {', '.join(known_topologies())}, cpu or gpu")
+    if found[3]:
+        shape = tuple(map(int, found[3].split("x")))
+        if len(shape) != chip.dimensions or 0 in shape:
+            form = "x".join("234"[: chip.dimensions])
+            raise InputError(
+                f"topology={text!r}: {chip.name} has {chip.dimensions} dimensions; give one like {chip.name}:{form}"
+            )
+    else:
+        chips = int(found[2]) // chip.cores_per_chip
+        shape = SHAPES[chip.dimensions].get(chips)
+        if shape is None or chips * chip.cores_per_chip != int(found[2]):
+            sizes = ", ".join(_name(chip, n) for n in SHAPES[chip.dimensions])
+            raise InputError(f"topology={text!r}: {chip.name} comes as {sizes}")
+    chips = math.prod(shape)
+    standard = SHAPES[chip.dimensions].get(chips) == shape
+    name = _name(chip, chips) if standard else f"{chip.name}:{'x'.join(map(str, shape))}"
+    return Topology(name, chip, shape)
+
+
+def known_topologies() -> list[str]:
+    """Names of the slices up to 16 chips."""
+    return [_name(chip, n) for chip in CHIPS for n in SHAPES[chip.dimensions] if n <= 16]
+
+
+def _name(chip: Chip, chips: int) -> str:
+    return f"{chip.name}-{chips * chip.cores_per_chip}"
+
+
+def require_libtpu() -> Path:
+    """The folder of libtpu; raises `InputError` where it isn't installed."""
+    spec = find_spec("libtpu")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"libtpu, which compiles for TPUs, is not installed; {INSTALL_LIBTPU} brings it (no TPU is needed)")
+    return Path(spec.submodule_search_locations[0])
