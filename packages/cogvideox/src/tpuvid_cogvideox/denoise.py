@@ -111,8 +111,8 @@ class CogVideoXDenoiser:
         frames, additional = self._latent_frames(config)
         shape = (1, frames, self.config.in_channels, config.height // VAE_SPACE, config.width // VAE_SPACE)
         inputs = Inputs(
-            text=jax.device_put(text, batch_sharded(self.mesh, len(text))),
-            rotary=jax.device_put(rotary_tables(self.config, frames, *shape[3:]), replicated(self.mesh)),
+            text=self.runtime.put(text, batch_sharded(self.mesh, len(text))),
+            rotary=self.runtime.put(rotary_tables(self.config, frames, *shape[3:]), replicated(self.mesh)),
         )
         generator = make_generator(config.seed)
         noise = make_noise(shape, generator)

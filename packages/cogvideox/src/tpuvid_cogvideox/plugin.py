@@ -12,6 +12,7 @@ COGVIDEOX_1_5_5B = ModelSpec(
     family="cogvideox",
     pipeline_class="CogVideoXPipeline",
     checkpoint="zai-org/CogVideoX1.5-5B",
+    configs="tpuvid_cogvideox:configs/cogvideox1.5-5b",
     parameters="5.6B",
     signature={"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64, "patch_size_t": 2},
     defaults=GenerationConfig(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -85,6 +85,22 @@ class Checkpoint:
 
     def weights(self, component: str) -> Weights:
         return Weights(weight_files(self.component(component)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigsOnly(Checkpoint):
+    """A checkpoint of which only the configs and tokenizers are read: for planning, with no weights at hand."""
+
+    place: Callable[[Any, Any], Any]
+    """(shape struct, sharding) → what stands for a parameter."""
+
+    def require(self, components: tuple[str, ...]) -> None:
+        """Raise `InputError` unless each component's config is there."""
+        for name in components:
+            self.config(name, WEIGHTLESS.get(name, "config.json"))
+
+    def weights(self, component: str) -> UnseenWeights:
+        return UnseenWeights(self.place)
 
 
 @lru_cache(maxsize=8)
@@ -257,6 +273,14 @@ class Weights(Mapping[str, tuple[int, ...]]):
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The part `index` of one tensor (all of it by default); only that part enters memory."""
         return self._slices[name][index or ...]
+
+
+class UnseenWeights(Weights):
+    """Weights of which nothing is known but that they will fit; in the place of loading them, `place` is called for each."""
+
+    def __init__(self, place: Callable[[Any, Any], Any]):
+        self._slices = {}
+        self.place = place
 
 
 @contextmanager

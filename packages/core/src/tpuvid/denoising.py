@@ -69,7 +69,7 @@ class Sampler:
         """
         total, progress = len(schedule.timesteps), self.runtime.progress
         is_full = cache.full_steps(total)
-        state = jax.device_put(sampling.initial_state(noise, schedule), replicated(self.mesh))
+        state = self.runtime.put(sampling.initial_state(noise, schedule), replicated(self.mesh))
         first = first_moment(schedule, scales, noise.shape)
         full, cached = self.compile(params, state, inputs, first, cache)
         if self.runtime.warmup_steps:
@@ -97,7 +97,7 @@ class Sampler:
                 for what, flag in (("full", True), ("cached", False))
             }
             progress.note("cache", {"name": cache.name, **steps, "saved_steps": is_full.count(False)})
-        return np.asarray(state[0])
+        return self.runtime.fetch(state[0])
 
     def compile(
         self, params: Params, state: Any, inputs: Any, moment: Moment, cache: StepCache

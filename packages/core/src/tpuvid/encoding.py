@@ -50,17 +50,17 @@ class Encoder:
     def load(self) -> None:
         weights, dtype = self.checkpoint.weights(self.component), self.runtime.dtype
         self.params = load_parameters(self.traced, weights, mesh=self.mesh, rules=self.rules, dtype=dtype, ignore=self.unused)
-        self.params |= jax.device_put(self.traced.buffers(), replicated(self.mesh))
+        self.params |= self.runtime.put(self.traced.buffers(), replicated(self.mesh))
 
     def run(self, embed: Embed, tokens: Mapping[str, Any]) -> Float[np.ndarray, "B L E"]:
         """Embeddings of "input_ids" and "attention_mask" [B, L], as a tokenizer gives them."""
         inputs: list[Int[Array, "B L"]] = [
-            jax.device_put(np.asarray(tokens[name], np.int32), replicated(self.mesh))
+            self.runtime.put(np.asarray(tokens[name], np.int32), replicated(self.mesh))
             for name in ("input_ids", "attention_mask")
         ]
         run = self.programs.get(self.component.replace("_", " "), embed, self.params, *inputs)
         with self.runtime.progress.phase("encode"):
-            return np.asarray(run(self.params, *inputs))
+            return self.runtime.fetch(run(self.params, *inputs))
 
 
 def check_vocabulary(name: str, tokenizer: Any, encoder: Encoder) -> None:

@@ -118,15 +118,26 @@ class Runtime:
                 raise InputError(str(error)) from None
             raise
 
-    def programs(self, mesh: Mesh) -> Programs:
-        return Programs(self, mesh)
+    def put(self, tree: Any, sharding: NamedSharding) -> Any:
+        """Host arrays onto the devices."""
+        return jax.device_put(tree, sharding)
+
+    def fetch(self, tree: Any) -> Any:
+        """Device arrays back to the host, once they are computed."""
+        return jax.device_get(tree)
+
+    def programs(self, mesh: Mesh, *, effort: float | None = None) -> Programs:
+        """For the functions of a stage; `effort` (−1 … 1) is what a TPU's compiler spends on fast ones, None its own choice."""
+        return Programs(self, mesh, effort)
 
 
 class Programs:
     """The compiled functions of one stage: each is compiled ahead of time, once for every set of argument shapes."""
 
-    def __init__(self, runtime: Runtime, mesh: Mesh):
+    def __init__(self, runtime: Runtime, mesh: Mesh, effort: float | None = None):
         self._runtime, self._mesh = runtime, mesh
+        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        self._options = {"exec_time_optimization_effort": effort} if on_tpu and effort is not None else None
         self._compiled: dict[tuple, Callable] = {}
 
     def get(self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Callable:
@@ -136,8 +147,12 @@ class Programs:
         key = (what, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
             with self._runtime.progress.phase(f"compile {what}"), self._runtime.scope(self._mesh):
-                self._compiled[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+                lowered = jax.jit(function, donate_argnums=donate).lower(*args)
+                self._compiled[key] = self._compile(what, lowered)
         return self._compiled[key]
+
+    def _compile(self, what: str, lowered: jax.stages.Lowered) -> Callable:
+        return lowered.compile(self._options)
 
 
 def _cpu() -> Sequence[jax.Device]:

@@ -233,6 +233,8 @@ class ModelSpec:
     """``_class_name`` in a checkpoint's model_index.json."""
     checkpoint: str
     """A Hub repository ("owner/name") or a folder inside a Python package ("package:folder")."""
+    configs: str | None = None
+    """A folder inside a Python package that holds the checkpoint's configs, for planning without a network."""
     parameters: str
     """Size of the diffusion model as published, for people: "14.3B"."""
     signature: Mapping[str, Any]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpuvid.bridge import Params, TracedModule
-from tpuvid.checkpoint import Weights
+from tpuvid.checkpoint import UnseenWeights, Weights
 from tpuvid.errors import InputError
 from tpuvid.mesh import Rule, shard_parameters
 
@@ -20,6 +20,8 @@ def match_parameters(traced: TracedModule, weights: Weights, *, ignore: Sequence
     `ignore` are prefixes of checkpoint names that this stage has no use for. Raises `InputError` naming the tensors
     where the checkpoint and the module don't match: all must be found with their shapes, none may be left over.
     """
+    if isinstance(weights, UnseenWeights):
+        return {}
     structs = traced.parameters(np.dtype(np.float32))
     sources, missing = {}, []
     for name, aliases in traced.sources().items():
@@ -57,6 +59,8 @@ def load_parameters(
     """
     structs = traced.parameters(dtype)
     shardings = shard_parameters(structs, rules, mesh)
+    if isinstance(weights, UnseenWeights):
+        return {name: weights.place(struct, shardings[name]) for name, struct in structs.items()}
     sources = match_parameters(traced, weights, ignore=ignore)
 
     def load(name: str) -> jax.Array:

@@ -156,5 +156,5 @@ class HunyuanDenoiser:
             mask = with_negative(tensors, f"prompt_embeds_mask{stream}", scales) != 0
             embeds = np.where(mask[..., None], with_negative(tensors, f"prompt_embeds{stream}", scales), 0)
             streams += [embeds.astype(self.runtime.dtype), mask.astype(np.int32)]
-        streams = jax.device_put(streams, batch_sharded(self.mesh, len(streams[0])))
-        return Inputs(*streams, rotary=jax.device_put(rotary_tables(self.rope, *grid), replicated(self.mesh)))
+        streams = self.runtime.put(streams, batch_sharded(self.mesh, len(streams[0])))
+        return Inputs(*streams, rotary=self.runtime.put(rotary_tables(self.rope, *grid), replicated(self.mesh)))

@@ -29,6 +29,7 @@ SAMPLING = dict(num_frames=121, fps=24, num_inference_steps=50, guidance_scale=N
 HUNYUAN_720P = ModelSpec(
     model_id="hunyuanvideo-1.5-t2v-720p",
     checkpoint="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v",
+    configs="tpuvid_hunyuan:configs/hunyuanvideo-1.5-t2v-720p",
     signature={"num_layers": 54, "target_size": 960},
     defaults=GenerationConfig(height=720, width=1280, **SAMPLING),
     **COMMON,
@@ -36,6 +37,7 @@ HUNYUAN_720P = ModelSpec(
 HUNYUAN_480P = ModelSpec(
     model_id="hunyuanvideo-1.5-t2v-480p",
     checkpoint="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+    configs="tpuvid_hunyuan:configs/hunyuanvideo-1.5-t2v-480p",
     signature={"num_layers": 54, "target_size": 640},
     defaults=GenerationConfig(height=480, width=848, **SAMPLING),
     **COMMON,

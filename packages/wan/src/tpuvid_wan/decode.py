@@ -76,7 +76,7 @@ class WanDecoder(VaeDecoder):
             cache = self.set_aside(cache)
             yield frames
             part = z[:, :, start : start + size]
-            run = self.programs.get("decoder, further frames", self._rest, self.params, cache, part)
+            run = self.programs.get("decoder, further frames", self._rest, self.params, cache, part, donate=(1,))
             frames, cache = run(self.params, cache, part)
         del cache  # nothing looks back at the last frame
         yield frames

@@ -61,7 +61,7 @@ class WanDenoiser:
 
     def load(self) -> None:
         self.params = load_parameters(self.traced, self._weights(), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype)
-        self.params |= jax.device_put(self.traced.buffers(), replicated(self.mesh))
+        self.params |= self.runtime.put(self.traced.buffers(), replicated(self.mesh))
 
     def _weights(self) -> Weights:
         return adapt(self.checkpoint.weights("transformer"), self.checkpoint.loras)
@@ -79,7 +79,7 @@ class WanDenoiser:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
         scales = guidance_scales(config)
         text = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
-        text = jax.device_put(text, batch_sharded(self.mesh, len(text)))
+        text = self.runtime.put(text, batch_sharded(self.mesh, len(text)))
         generator = make_generator(config.seed)
         noise = make_noise((1, *self._latent_shape(config)), generator)
         cache = step_cache(config)

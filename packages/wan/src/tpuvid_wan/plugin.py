@@ -26,6 +26,7 @@ SAMPLING = dict(num_frames=81, fps=16, num_inference_steps=50, guidance_scale=5.
 WAN_14B = ModelSpec(
     model_id="wan2.1-t2v-14b",
     checkpoint="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    configs="tpuvid_wan:configs/wan2.1-t2v-14b",
     parameters="14.3B",
     signature={"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16},
     defaults=GenerationConfig(height=720, width=1280, **SAMPLING),
@@ -35,6 +36,7 @@ WAN_14B = ModelSpec(
 WAN_1_3B = ModelSpec(
     model_id="wan2.1-t2v-1.3b",
     checkpoint="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    configs="tpuvid_wan:configs/wan2.1-t2v-1.3b",
     parameters="1.4B",
     signature={"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16},
     defaults=GenerationConfig(height=480, width=832, **SAMPLING),

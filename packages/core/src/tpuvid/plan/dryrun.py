@@ -1,0 +1,198 @@
+"""`generate` without computing: a runtime whose programs are compiled for its devices and never run.
+
+The stages run as they are. Where an array would stand on a device, an `AbsentArray` says its shape, dtype and sharding;
+calling a program counts the call and gives the absent arrays that it would return. So what is compiled is what `generate`
+compiles, how often each program runs is what the loops do, and the arrays alive at each call are those that would take memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding
+
+from tpuvid.progress import Progress
+from tpuvid.runtime import Programs, Runtime
+
+OUT_OF_HBM = re.compile(r"Ran out of memory in memory space hbm.*?Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.S)
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class AbsentArray:
+    """The shape, dtype and sharding of an array that would stand on the devices."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, ledger: Ledger, nbytes: int | None = None):
+        """`nbytes` per device, where it is known better than from the shape: tiled layouts pad."""
+        self.shape, self.dtype, self.sharding, self._ledger = tuple(shape), np.dtype(dtype), sharding, ledger
+        self.nbytes = device_bytes(self.shape, self.dtype, sharding) if nbytes is None else nbytes
+        ledger.add(self)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> AbsentArray:
+        shape = jax.eval_shape(lambda x: x[index], jax.ShapeDtypeStruct(self.shape, self.dtype)).shape
+        share = self.nbytes * math.prod(shape) // max(math.prod(self.shape), 1)
+        return AbsentArray(shape, self.dtype, self.sharding, self._ledger, share)
+
+    @property
+    def struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
+
+
+def device_bytes(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> int:
+    return math.prod(sharding.shard_shape(tuple(shape))) * np.dtype(dtype).itemsize
+
+
+class Ledger:
+    """The absent arrays that are alive."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._alive: weakref.WeakValueDictionary[int, AbsentArray] = weakref.WeakValueDictionary()
+
+    def add(self, array: AbsentArray) -> None:
+        self._alive[next(self._numbers)] = array
+
+    def array(self, like: Any, sharding: Sharding) -> AbsentArray:
+        """For something with a shape and a dtype."""
+        return AbsentArray(like.shape, like.dtype, sharding, self)
+
+    def bytes(self, without: Iterable[Any] = ()) -> int:
+        """Per device, of all that are alive but those `without`."""
+        left_out = {id(array) for array in without}
+        return sum(array.nbytes for array in self._alive.values() if id(array) not in left_out)
+
+
+@dataclass
+class Footprint:
+    """Bytes per device that a program takes while it runs."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    """Of the outputs, what takes the place of arguments."""
+    temporary: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporary + self.code
+
+
+@dataclass
+class DryProgram:
+    """One compiled program and what is known of its runs. Callable like the program."""
+
+    stage: str
+    name: str
+    mesh: Mesh
+    lowered: jax.stages.Lowered
+    compiled: jax.stages.Compiled | None
+    """None where the compiler found that it doesn't fit."""
+    needed: int | None
+    """Bytes per device that the compiler asked for where it doesn't fit."""
+    compile_seconds: float
+    ledger: Ledger
+    calls: int = 0
+    around: int = 0
+    """Most bytes per device of other arrays that were alive at a call."""
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        self.around = max(self.around, self.ledger.bytes(without=jax.tree.leaves(args)))
+        infos = jax.tree.leaves(self.out_info)
+        sizes = [device_bytes(info.shape, info.dtype, self._sharding(info)) for info in infos]
+        actual = self.footprint.outputs if self.footprint else sum(sizes)
+        arrays = [
+            AbsentArray(info.shape, info.dtype, self._sharding(info), self.ledger, size * actual // max(sum(sizes), 1))
+            for info, size in zip(infos, sizes)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(self.out_info), arrays)
+
+    @property
+    def out_info(self) -> Any:
+        return self.lowered.out_info if self.compiled is None else self.compiled.out_info
+
+    def _sharding(self, info: Any) -> Sharding:
+        sharding = getattr(info, "sharding", None)
+        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()) if sharding is None else sharding
+
+    @property
+    def footprint(self) -> Footprint | None:
+        if self.compiled is None:
+            return None
+        m = self.compiled.memory_analysis()
+        return Footprint(
+            arguments=m.argument_size_in_bytes,
+            outputs=m.output_size_in_bytes,
+            aliased=m.alias_size_in_bytes,
+            temporary=m.temp_size_in_bytes,
+            code=m.generated_code_size_in_bytes,
+        )
+
+    @property
+    def peak(self) -> int:
+        """Bytes per device while it runs, with all else that stands there; at least, where it doesn't fit."""
+        return self.around + (self.needed if self.footprint is None else self.footprint.total)
+
+
+class DryPrograms(Programs):
+    def __init__(self, runtime: DryRuntime, mesh: Mesh, effort: float | None = None):
+        super().__init__(runtime, mesh, effort)
+        self._dry = runtime
+
+    def get(self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Callable:
+        structs = jax.tree.map(lambda x: x.struct if isinstance(x, AbsentArray) else x, args)
+        return super().get(what, function, *structs, donate=donate)
+
+    def _compile(self, what: str, lowered: jax.stages.Lowered) -> DryProgram:
+        start, compiled, needed = time.perf_counter(), None, None
+        try:
+            compiled = super()._compile(what, lowered)
+        except jax.errors.JaxRuntimeError as error:
+            needed = _needed_hbm(str(error))
+            if needed is None:
+                raise
+        seconds = time.perf_counter() - start
+        program = DryProgram(self._dry.stage, what, self._mesh, lowered, compiled, needed, seconds, self._dry.ledger)
+        self._dry.on_program(program)
+        return program
+
+
+def _needed_hbm(message: str) -> int | None:
+    """Bytes that the compiler says a program would use, from its error."""
+    found = OUT_OF_HBM.search(message)
+    return int(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+@dataclass(frozen=True)
+class DryRuntime(Runtime):
+    stage: str = ""
+    ledger: Ledger = field(default_factory=Ledger)
+    on_program: Callable[[DryProgram], None] = lambda program: None
+    """Told of each program once it is compiled."""
+    progress: Progress = field(default_factory=Progress)
+
+    def put(self, tree: Any, sharding: Sharding) -> Any:
+        return jax.tree.map(lambda x: self.ledger.array(x, sharding), tree)
+
+    def fetch(self, tree: Any) -> Any:
+        """Zeros that take no memory."""
+        return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
+
+    def programs(self, mesh: Mesh, *, effort: float | None = None) -> DryPrograms:
+        return DryPrograms(self, mesh, effort)
