@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import diffusers
-import jax
 import numpy as np
 from diffusers import CogVideoXTransformer3DModel
 from jax import Array

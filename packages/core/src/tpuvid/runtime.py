@@ -147,12 +147,11 @@ class Programs:
         key = (what, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
             with self._runtime.progress.phase(f"compile {what}"), self._runtime.scope(self._mesh):
-                lowered = jax.jit(function, donate_argnums=donate).lower(*args)
-                self._compiled[key] = self._compile(what, lowered)
+                self._compiled[key] = self._compile(what, jax.jit(function, donate_argnums=donate), args)
         return self._compiled[key]
 
-    def _compile(self, what: str, lowered: jax.stages.Lowered) -> Callable:
-        return lowered.compile(self._options)
+    def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> Callable:
+        return function.lower(*args).compile(self._options)
 
 
 def _cpu() -> Sequence[jax.Device]:

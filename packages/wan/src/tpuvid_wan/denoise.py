@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import diffusers
-import jax
 import numpy as np
 from diffusers import WanTransformer3DModel
 from jax import Array

@@ -7,23 +7,27 @@ compiles, how often each program runs is what the loops do, and the arrays alive
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import re
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from tpuvid.checkpoint import ConfigsOnly
 from tpuvid.progress import Progress
 from tpuvid.runtime import Programs, Runtime
+from tpuvid.stages import GenerationConfig, ModelSpec
 
 OUT_OF_HBM = re.compile(r"Ran out of memory in memory space hbm.*?Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.S)
+STAGES = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -95,18 +99,19 @@ class Footprint:
 
 @dataclass
 class DryProgram:
-    """One compiled program and what is known of its runs. Callable like the program."""
+    """One program and what is known of its runs. Callable like the program."""
 
     stage: str
     name: str
     mesh: Mesh
-    lowered: jax.stages.Lowered
-    compiled: jax.stages.Compiled | None
-    """None where the compiler found that it doesn't fit."""
-    needed: int | None
-    """Bytes per device that the compiler asked for where it doesn't fit."""
-    compile_seconds: float
     ledger: Ledger
+    out_info: Any
+    compiled: jax.stages.Compiled | None = None
+    """None where its stage isn't compiled, or where the compiler found that it doesn't fit."""
+    needed: int | None = None
+    """Bytes per device that the compiler asked for where it doesn't fit."""
+    compile_seconds: float = 0.0
+    """Tracing and lowering included."""
     calls: int = 0
     around: int = 0
     """Most bytes per device of other arrays that were alive at a call."""
@@ -122,10 +127,6 @@ class DryProgram:
             for info, size in zip(infos, sizes)
         ]
         return jax.tree.unflatten(jax.tree.structure(self.out_info), arrays)
-
-    @property
-    def out_info(self) -> Any:
-        return self.lowered.out_info if self.compiled is None else self.compiled.out_info
 
     def _sharding(self, info: Any) -> Sharding:
         sharding = getattr(info, "sharding", None)
@@ -146,7 +147,7 @@ class DryProgram:
 
     @property
     def peak(self) -> int:
-        """Bytes per device while it runs, with all else that stands there; at least, where it doesn't fit."""
+        """Bytes per device while it runs, with all else that stands there."""
         return self.around + (self.needed if self.footprint is None else self.footprint.total)
 
 
@@ -159,17 +160,22 @@ class DryPrograms(Programs):
         structs = jax.tree.map(lambda x: x.struct if isinstance(x, AbsentArray) else x, args)
         return super().get(what, function, *structs, donate=donate)
 
-    def _compile(self, what: str, lowered: jax.stages.Lowered) -> DryProgram:
-        start, compiled, needed = time.perf_counter(), None, None
+    def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> DryProgram:
+        runtime, start = self._dry, time.perf_counter()
+        if runtime.stage not in runtime.compiled_stages:
+            out = function.eval_shape(*args)
+            return DryProgram(runtime.stage, what, self._mesh, runtime.ledger, out_info=out)
+        lowered = function.lower(*args)
+        program = DryProgram(runtime.stage, what, self._mesh, runtime.ledger, out_info=lowered.out_info)
         try:
-            compiled = super()._compile(what, lowered)
+            program.compiled = lowered.compile(self._options)
+            program.out_info = program.compiled.out_info
         except jax.errors.JaxRuntimeError as error:
-            needed = _needed_hbm(str(error))
-            if needed is None:
+            program.needed = _needed_hbm(str(error))
+            if program.needed is None:
                 raise
-        seconds = time.perf_counter() - start
-        program = DryProgram(self._dry.stage, what, self._mesh, lowered, compiled, needed, seconds, self._dry.ledger)
-        self._dry.on_program(program)
+        program.compile_seconds = time.perf_counter() - start
+        runtime.on_program(program)
         return program
 
 
@@ -182,6 +188,9 @@ def _needed_hbm(message: str) -> int | None:
 @dataclass(frozen=True)
 class DryRuntime(Runtime):
     stage: str = ""
+    """The one that runs with it."""
+    compiled_stages: tuple[str, ...] = tuple(STAGES)
+    """Of the others, programs are traced for the shapes that they return."""
     ledger: Ledger = field(default_factory=Ledger)
     on_program: Callable[[DryProgram], None] = lambda program: None
     """Told of each program once it is compiled."""
@@ -196,3 +205,28 @@ class DryRuntime(Runtime):
 
     def programs(self, mesh: Mesh, *, effort: float | None = None) -> DryPrograms:
         return DryPrograms(self, mesh, effort)
+
+
+def dry_generate(spec: ModelSpec, checkpoint: ConfigsOnly, config: GenerationConfig, runtime: DryRuntime) -> dict[str, int]:
+    """Run `generate`'s three stages one after the other, freeing each, as far as the last that is to be compiled.
+
+    Returns the bytes per device of the weights of each stage that ran; programs go to ``runtime.on_program``.
+    """
+    weights, value = {}, None
+    last = max(list(STAGES).index(stage) for stage in runtime.compiled_stages)
+    for name in list(STAGES)[: last + 1]:
+        stage = spec.load(STAGES[name], checkpoint, replace(runtime, stage=name))
+        before = runtime.ledger.bytes()
+        stage.load()
+        weights[name] = runtime.ledger.bytes() - before
+        match name:
+            case "encode":
+                value = stage.encode(config, negative=config.do_classifier_free_guidance)
+            case "denoise":
+                value = stage.denoise(value, stage.resolve(config), lambda done, total: None)
+            case "decode":
+                for _ in stage.decode(value):
+                    pass
+        del stage
+        gc.collect()  # a stage may refer to itself
+    return weights

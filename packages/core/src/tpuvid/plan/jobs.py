@@ -1,0 +1,135 @@
+"""Functions in processes of their own: libtpu reads its settings once in a process, and a compile can't be stopped from within.
+
+A job dies with the process that started it, and what it wrote to its scratch folder goes with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from tpuvid.errors import InputError, TpuvidError
+
+PREFIX = "tpuvid-job-"
+Report = Callable[[Mapping[str, Any]], None]
+"""Sends an event (JSON-ready) to whoever started the job."""
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for what jobs write, removed afterwards; those of processes that were killed go too."""
+    parent = Path(tempfile.gettempdir())
+    for left in parent.glob(f"{PREFIX}*-*"):
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Jobs:
+    """Processes that run side by side. Leaving the context kills those that are still at work."""
+
+    def __init__(self, scratch: Path):
+        self.scratch = scratch
+        self._events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
+        self._running: dict[str, subprocess.Popen] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._running.values():
+            process.kill()
+        for process in self._running.values():
+            process.wait()
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def start(self, name: str, function: str, argument: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        """Run "module:function"(argument, report) with `argument` JSON-ready and `environment` on top of this process's."""
+        command = [sys.executable, "-W", "ignore", "-m", "tpuvid.plan.jobs", function, str(self.scratch)]
+        errors = (self.scratch / f"{name.replace('/', '_')}.stderr").open("w+")
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **environment}
+        )
+        process.stdin.write(json.dumps(argument) + "\n")
+        process.stdin.flush()  # and stays open: its end tells the job that we are gone
+        self._running[name] = process
+        threading.Thread(target=self._listen, args=(name, process, errors), daemon=True).start()
+
+    def events(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(job, event) as they come, until no job is left; the last event of each has its "result".
+
+        Raises the `TpuvidError` that a job raised, or one that says how it ended.
+        """
+        while self._running:
+            name, event = self._events.get()
+            if "error" in event:
+                raise (InputError if event["exit_code"] == 2 else TpuvidError)(event["error"])
+            if "result" in event:
+                self._running.pop(name).wait()
+            yield name, event
+
+    def _listen(self, name: str, process: subprocess.Popen, errors: Any) -> None:
+        ended = False
+        for line in process.stdout:
+            event = json.loads(line)
+            ended = ended or "result" in event or "error" in event
+            self._events.put((name, event))
+        code = process.wait()
+        errors.seek(0)
+        if not ended:
+            said = [line for line in errors.read().splitlines() if line.strip()]
+            why = "it was killed, perhaps for want of memory" if code in (-9, 137) else (said or ["it said nothing"])[-1]
+            self._events.put((name, {"error": f"{name}: the process ended with code {code}: {why}", "exit_code": 1}))
+        errors.close()
+
+
+def _main(function: str, scratch: str) -> None:
+    argument = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True).start()
+    # libtpu writes to stdout as it likes; what we report goes through a descriptor of its own
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def report(event: Mapping[str, Any]) -> None:
+        channel.write(json.dumps(event) + "\n")
+        channel.flush()
+
+    module, _, name = function.partition(":")
+    try:
+        report({"result": getattr(importlib.import_module(module), name)(argument, report)})
+    except TpuvidError as error:
+        report({"error": str(error), "exit_code": error.exit_code})
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        first = (str(error).splitlines() or [""])[0]
+        report({"error": f"{type(error).__name__}: {first}", "exit_code": 1})
+
+
+def _die_with_parent(scratch: str) -> None:
+    sys.stdin.read()  # ends when the parent does
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
