@@ -24,6 +24,7 @@ from tpuvid.options import (
     config_option,
     encoder_options,
     fps_option,
+    length_option,
     loop_options,
     lora_options,
     mesh_option,
@@ -34,7 +35,9 @@ from tpuvid.options import (
     runtime_options,
     sampling_options,
     save_frames_option,
+    size_options,
     stage_model_option,
+    topology_option,
     vae_tiling_option,
 )
 from tpuvid.registry import registry
@@ -354,6 +357,52 @@ def decode(
     check_origin("latents", latents, spec, checkpoint)
     checkpoint.require(spec.components["decode"])
     outputs.write(_load(model, options).decode(latents))
+
+
+@cli.command("plan")
+@config_option
+@model_option
+@topology_option
+@size_options
+@length_option
+@cache_options
+@mesh_option
+@vae_tiling_option
+@runtime_options
+@click.option("--max-frames", is_flag=True, help="Also find the largest number of frames that fits.")
+@click.option("--no-search", is_flag=True, help="Where it doesn't fit, don't look for what does.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def plan_command(
+    model: str, topology: str, mesh: str | None, vae_tiling: bool, dtype: str | None, attention_backend: str,
+    max_frames: bool, no_search: bool, as_json: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """What a TPU would do: whether it fits, how it is laid out, how long it takes. Needs neither TPU nor weights.
+
+    libtpu compiles the programs that `generate` would run, on this machine; they are not run.
+    """
+    from tpuvid.checkpoint import resolve_model
+    from tpuvid.plan.planning import Planner
+    from tpuvid.plan.report import render
+    from tpuvid.plan.topologies import check_topology
+
+    check_topology(topology)
+    spec, _ = resolve_model(model)
+    config = spec.configure(**settings)
+    options = {
+        "mesh": mesh,
+        "dtype": dtype or ("float32" if topology == "cpu" else "bfloat16"),
+        "attention_backend": attention_backend,
+        "vae_tiling": vae_tiling,
+    }
+    planner = Planner(model, spec, options, say=lambda line: click.echo(line, err=True))
+    plan = planner.plan(topology, config, search=not no_search)
+    found = {"max_frames": planner.largest_num_frames(topology, config)} if max_frames else {}
+    if as_json:
+        click.echo(json.dumps(plan.to_dict() | found, indent=2))
+        return
+    click.echo(render(plan))
+    if max_frames:
+        click.echo(f"most frames that fit: {found['max_frames'] or 'none'}")
 
 
 @cli.command("inspect")

@@ -72,16 +72,25 @@ def _options(*decorators: Callable) -> Callable:
 path_type = click.Path(path_type=Path)
 model_option = click.option("--model", required=True, help="Registered id, local diffusers folder, or Hub id.")
 stage_model_option = click.option("--model", help="Default: the model that made the stage file.")
+length_option = click.option("--max-sequence-length", type=int, help="Text tokens; longer prompts are cut.")
 prompt_options = _options(
     click.option("--negative-prompt", help="What to steer away from."),
-    click.option("--max-sequence-length", type=int, help="Text tokens; longer prompts are cut."),
+    length_option,
 )
-sampling_options = _options(
+topology_option = click.option(
+    "--topology",
+    required=True,
+    help="A TPU slice (v5e-8, v5p-8, v6e-1, v6e-8, v6e-16, tpu7x-8, …), or this machine's cpu or gpu.",
+)
+size_options = _options(
     click.option("--height", type=int, help="Pixels."),
     click.option("--width", type=int, help="Pixels."),
     click.option("--num-frames", type=int),
     click.option("--num-inference-steps", "--steps", type=int, help="Denoising steps."),
     click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1.0 switches it off."),
+)
+sampling_options = _options(
+    size_options,
     click.option("--flow-shift", type=float, help="Timestep shift; default by resolution or checkpoint."),
     click.option(
         "--use-dynamic-cfg",

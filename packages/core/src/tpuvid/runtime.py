@@ -139,6 +139,7 @@ class Programs:
         on_tpu = mesh.devices.flat[0].platform == "tpu"
         self._options = {"exec_time_optimization_effort": effort} if on_tpu and effort is not None else None
         self._compiled: dict[tuple, Callable] = {}
+        self._doing = "compile"
 
     def get(self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Callable:
         """`function` compiled for arguments like `args` (arrays or shape structs); compiling is a phase of its own."""
@@ -146,7 +147,7 @@ class Programs:
         leaves, structure = jax.tree.flatten(args)
         key = (what, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
-            with self._runtime.progress.phase(f"compile {what}"), self._runtime.scope(self._mesh):
+            with self._runtime.progress.phase(f"{self._doing} {what}"), self._runtime.scope(self._mesh):
                 self._compiled[key] = self._compile(what, jax.jit(function, donate_argnums=donate), args)
         return self._compiled[key]
 

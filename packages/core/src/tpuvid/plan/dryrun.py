@@ -15,18 +15,21 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from tpuvid.checkpoint import ConfigsOnly
+from tpuvid.checkpoint import Checkpoint, ConfigsOnly
 from tpuvid.progress import Progress
 from tpuvid.runtime import Programs, Runtime
 from tpuvid.stages import GenerationConfig, ModelSpec
 
-OUT_OF_HBM = re.compile(r"Ran out of memory in memory space hbm.*?Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", re.S)
+OUT_OF_HBM = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+"""What libtpu says it would need, arguments included."""
 STAGES = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -155,6 +158,8 @@ class DryPrograms(Programs):
     def __init__(self, runtime: DryRuntime, mesh: Mesh, effort: float | None = None):
         super().__init__(runtime, mesh, effort)
         self._dry = runtime
+        if runtime.stage not in runtime.compiled_stages:
+            self._doing = "trace"
 
     def get(self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Callable:
         structs = jax.tree.map(lambda x: x.struct if isinstance(x, AbsentArray) else x, args)
@@ -182,7 +187,10 @@ class DryPrograms(Programs):
 def _needed_hbm(message: str) -> int | None:
     """Bytes that the compiler says a program would use, from its error."""
     found = OUT_OF_HBM.search(message)
-    return int(float(found[1]) * UNITS[found[2]]) if found else None
+    if not found:
+        return None
+    number, unit = (group for group in found.groups() if group)
+    return int(float(number) * UNITS[unit])
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,20 @@ class DryRuntime(Runtime):
 
     def programs(self, mesh: Mesh, *, effort: float | None = None) -> DryPrograms:
         return DryPrograms(self, mesh, effort)
+
+
+def configs_checkpoint(spec: ModelSpec, checkpoint: Checkpoint, place: Callable[[Any, Any], Any]) -> ConfigsOnly:
+    """The configs of a checkpoint: of a local folder its own, of a registered model those in its package, else the Hub's."""
+    folder = checkpoint.folder
+    if folder is None and spec.configs and checkpoint.repo_id in (None, spec.checkpoint):
+        package, _, inner = spec.configs.partition(":")
+        folder = Path(str(files(package))) / inner
+    found = ConfigsOnly(
+        model_id=checkpoint.model_id, folder=folder, repo_id=None if folder else checkpoint.repo_id, place=place
+    )
+    for components in spec.components.values():
+        found.require(components)
+    return found
 
 
 def dry_generate(spec: ModelSpec, checkpoint: ConfigsOnly, config: GenerationConfig, runtime: DryRuntime) -> dict[str, int]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tpuvid.errors import InputError
 
+LOCAL = ("cpu", "gpu")
+"""Topologies that this machine's own backend answers for."""
 INSTALL_LIBTPU = "pip install 'tpuvid-core[tpu]'"
 
 
@@ -28,6 +30,8 @@ class Chip:
     """Of the VLIW core; None where counting its bundles gives times above the peak, so that the clock can't be right."""
     bf16_tflops: float
     hbm_gb: float
+    usable_gib: float
+    """Of its HBM, what libtpu 0.0.42.1 gives to programs, as its own out-of-memory errors say."""
     hbm_gb_per_s: float
     link_gb_per_s: float
     """One way, of one interconnect link."""
@@ -42,10 +46,10 @@ class Chip:
 
 
 CHIPS = (
-    Chip("v5e", "TPU v5 lite", None, 197, 16, 819, 50, 2, (2, 2, 1), aliases=("v5litepod", "v5lite")),
-    Chip("v5p", "TPU v5", None, 459, 95, 2765, 100, 3, (2, 2, 1), cores_per_chip=2),
-    Chip("v6e", "TPU v6 lite", 1.75, 918, 32, 1638, 90, 2, (2, 2, 1), aliases=("trillium",)),
-    Chip("tpu7x", "TPU7x", None, 2307 / 2, 96, 7380 / 2, 100, 3, (2, 2, 1), devices_per_chip=2, cores_per_chip=2,
+    Chip("v5e", "TPU v5 lite", None, 197, 16, 15.75, 819, 50, 2, (2, 2, 1), aliases=("v5litepod", "v5lite")),
+    Chip("v5p", "TPU v5", None, 459, 95, 95.74, 2765, 100, 3, (2, 2, 1), cores_per_chip=2),
+    Chip("v6e", "TPU v6 lite", 1.75, 918, 32, 31.25, 1638, 90, 2, (2, 2, 1), aliases=("trillium",)),
+    Chip("tpu7x", "TPU7x", None, 2307 / 2, 96, 94.75, 7380 / 2, 100, 3, (2, 2, 1), devices_per_chip=2, cores_per_chip=2,
          aliases=("v7x", "ironwood")),
 )  # fmt: skip
 
@@ -133,9 +137,21 @@ def parse_topology(text: str) -> Topology:
     return Topology(name, chip, shape)
 
 
+def check_topology(text: str) -> None:
+    """Raise `InputError` for a name that is no topology, or one that needs libtpu where that isn't installed."""
+    if text not in LOCAL:
+        parse_topology(text)
+        require_libtpu()
+
+
 def known_topologies() -> list[str]:
     """Names of the slices up to 16 chips."""
     return [_name(chip, n) for chip in CHIPS for n in SHAPES[chip.dimensions] if n <= 16]
+
+
+def slices_of(chip: Chip, *, more_than: int) -> list[Topology]:
+    """Slices of more chips than that, up to 16, smallest first."""
+    return [parse_topology(_name(chip, n)) for n in SHAPES[chip.dimensions] if more_than < n <= 16]
 
 
 def _name(chip: Chip, chips: int) -> str:

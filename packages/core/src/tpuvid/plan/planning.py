@@ -1,0 +1,270 @@
+"""`tpuvid plan`: does a model at a size fit a slice, how is it laid out, how long will it take; and what to change where it doesn't fit.
+
+Imports neither jax nor torch: the compiling is done by jobs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tpuvid.errors import InputError
+from tpuvid.plan.jobs import Jobs, scratch_folder
+from tpuvid.plan.topologies import LOCAL, parse_topology, require_libtpu, slices_of
+from tpuvid.stages import GenerationConfig, ModelSpec
+
+GIB = 2**30
+JOB_BYTES = 6 * GIB
+"""Memory that a job is granted: the VAEs' take the most, 4.5 GiB was seen for HunyuanVideo's at 720p."""
+GROUPS = (("encode", "denoise"), ("decode",))
+"""Stages that one job compiles; the groups take about as long as each other."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on a slice; bytes are per device."""
+
+    name: str
+    weights: int
+    programs: list[dict[str, Any]]
+    usable: int | None
+    """None where the backend doesn't tell."""
+
+    @property
+    def peak(self) -> int:
+        return max((program["peak"] for program in self.programs), default=self.weights)
+
+    @property
+    def fits(self) -> bool:
+        return self.usable is None or self.peak <= self.usable
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(program["compile_seconds"] for program in self.programs)
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        return self.programs[0]["mesh"]
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all calls for one video, predicted; None where any is not."""
+        seconds = [p["prediction"] and p["prediction"]["seconds"] for p in self.programs]
+        return None if None in seconds else sum(s * p["calls"] for s, p in zip(seconds, self.programs))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "peak": self.peak,
+            "fits": self.fits,
+            "compile_seconds": round(self.compile_seconds, 1),
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    model_id: str
+    topology: str
+    device_kind: str
+    devices: int
+    dtype: str
+    config: GenerationConfig
+    mesh_asked: str | None
+    stages: dict[str, StagePlan]
+    remedies: list[str] = field(default_factory=list)
+    """Where it doesn't fit: changes with which it does, each found by compiling."""
+
+    @property
+    def fits(self) -> bool:
+        return all(stage.fits for stage in self.stages.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "predicted": True,
+            "model_id": self.model_id,
+            "topology": self.topology,
+            "device_kind": self.device_kind,
+            "devices": self.devices,
+            "dtype": self.dtype,
+            "settings": self.config.to_dict(),
+            "fits": self.fits,
+            "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
+            "remedies": self.remedies,
+        }
+
+
+class Planner:
+    """Compiles stages of one model, for one slice after the other."""
+
+    def __init__(self, model: str, spec: ModelSpec, options: Mapping[str, Any], say: Say):
+        """`options`: "mesh" ("dp=2,tp=4" or None), "dtype", "attention_backend", "vae_tiling"; `say` is told what goes on."""
+        self.model, self.spec, self.options, self.say = model, spec, dict(options), say
+
+    def plan(self, topology: str, config: GenerationConfig, *, search: bool = True) -> Plan:
+        """Compile every stage for `topology` ("v6e-8", "cpu", …). With `search`, find what fits where this doesn't.
+
+        Raises `InputError` for a topology or options that can't be had.
+        """
+        found = self._compile([(topology, stages, config, self.options) for stages in GROUPS])
+        first = found[0]
+        stages = {name: stage for result in found for name, stage in _stages(result).items()}
+        plan = Plan(
+            model_id=self.spec.model_id,
+            topology=topology if topology in LOCAL else parse_topology(topology).name,
+            device_kind=first["device_kind"],
+            devices=first["devices"],
+            dtype=first["dtype"],
+            config=config,
+            mesh_asked=self.options["mesh"],
+            stages=stages,
+        )
+        if search and not plan.fits:
+            plan.remedies.extend(self._remedies(plan))
+        return plan
+
+    def largest_num_frames(
+        self, topology: str, config: GenerationConfig, stages: Sequence[str] = ("denoise", "decode")
+    ) -> int | None:
+        """The most frames with which `stages` fit, all else as in `config`; None where one frame is too much.
+
+        Memory grows linearly with frames, nearly: a straight line through two sizes says where to look, compiling there
+        says whether it is so.
+        """
+        rules = self.spec.rules
+        step, most = rules.frame_step, (rules.max_frames - 1) // rules.frame_step
+
+        def excess(n: int) -> int:
+            """Bytes over what is usable with step·n + 1 frames, of the stage that has most."""
+            (found,) = self._compile([(topology, stages, config.override(num_frames=step * n + 1), self.options)])
+            return max(stage.peak - stage.usable for stage in _stages(found).values())
+
+        fits, too_many = None, most + 1  # bounds on n
+        known: dict[int, int] = {}
+        guess = (config.num_frames - 1) // step
+        while (low := -1 if fits is None else fits) + 1 < too_many:
+            known[guess] = excess(guess)
+            fits, too_many = (guess, too_many) if known[guess] <= 0 else (fits, guess)
+            low = -1 if fits is None else fits
+            if len(known) == 1:
+                guess = 2 * guess if fits is not None else guess // 2
+            else:
+                (n0, y0), (n1, y1) = sorted(known.items(), key=lambda item: abs(item[1]))[:2]
+                slope = (y1 - y0) / (n1 - n0)
+                guess = int(n0 - y0 / slope) if slope > 0 else (low + too_many) // 2
+                guess = guess if guess not in known else guess + (1 if known[guess] <= 0 else -1)
+            guess = min(max(guess, low + 1), too_many - 1)
+        return None if fits is None else step * fits + 1
+
+    def _remedies(self, plan: Plan) -> Iterator[str]:
+        """Changes that make the plan fit: fewer frames, more chips, another layout; the nearest of each."""
+        failing = tuple(name for name, stage in plan.stages.items() if not stage.fits)
+        if plan.topology in LOCAL:
+            yield "fewer frames, a smaller size or --dtype bfloat16"
+            return
+        topology, config = parse_topology(plan.topology), plan.config
+        self.say(f"{', '.join(failing)} doesn't fit; looking for what does")
+        if "encode" in failing:
+            yield "--text-encoder-device cpu (for generate): the text encoder then runs beside the TPU"
+        if "decode" in failing and not self.options["vae_tiling"]:
+            tiled = self.options | {"vae_tiling": True}
+            if self._fits(plan.topology, ("decode",), config, tiled):
+                yield "--vae-tiling (decode then fits, with slightly other frames)"
+        if "denoise" in failing:
+            for mesh in _other_meshes(plan):
+                if self._fits(plan.topology, ("denoise",), config, self.options | {"mesh": mesh}):
+                    yield f"--mesh {mesh}"
+                    break
+            for larger in slices_of(topology.chip, more_than=topology.chips):
+                if self._fits(larger.name, ("denoise",), config, self.options | {"mesh": None}):
+                    yield f"--topology {larger.name}"
+                    break
+        if set(failing) - {"encode"}:
+            frames = self.largest_num_frames(plan.topology, config, [name for name in failing if name != "encode"])
+            if frames is not None:
+                yield f"--num-frames {frames}"
+            else:
+                yield "a smaller --height and --width: one frame is too much at this size"
+
+    def _fits(self, topology: str, stages: Sequence[str], config: GenerationConfig, options: Mapping[str, Any]) -> bool:
+        try:
+            (found,) = self._compile([(topology, stages, config, options)])
+        except InputError:  # a layout that doesn't divide this model
+            return False
+        return all(stage.fits for stage in _stages(found).values())
+
+    def _compile(
+        self, wanted: Sequence[tuple[str, Sequence[str], GenerationConfig, Mapping[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """One job for each (topology, stages, config, options); as many at a time as cores and memory allow."""
+        waiting = list(enumerate(wanted))
+        results: dict[int, dict[str, Any]] = {}
+        at_once = max(1, min(os.cpu_count() or 1, _available_bytes() // JOB_BYTES))
+        with scratch_folder() as scratch, Jobs(scratch) as jobs:
+
+            def start() -> None:
+                while waiting and jobs.running < at_once:
+                    number, (topology, stages, config, options) = waiting.pop(0)
+                    jobs.start(
+                        str(number),
+                        "tpuvid.plan.programs:compile_stages",
+                        {
+                            "model": self.model,
+                            "topology": topology,
+                            "stages": list(stages),
+                            "settings": _settings(config),
+                            "options": dict(options),
+                            "dump": str(scratch / str(number)),
+                        },
+                        _environment(topology, scratch / str(number)),
+                    )
+
+            start()
+            for name, event in jobs.events():
+                if event.get("phase", "").startswith("compile"):
+                    topology, _, config, _ = wanted[int(name)]
+                    self.say(f"{topology}, {config.num_frames} frames: {event['phase']}")
+                if "result" in event:
+                    results[int(name)] = event["result"]
+                    start()
+        return [results[number] for number in range(len(wanted))]
+
+
+def _settings(config: GenerationConfig) -> dict[str, Any]:
+    """What decides the programs' shapes, and how often they run."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("prompt", "seed") and value is not None}
+
+
+def _environment(topology: str, dump: Path) -> dict[str, str]:
+    match topology:
+        case "cpu":
+            return {"JAX_PLATFORMS": "cpu"}
+        case "gpu":
+            return {}
+    require_libtpu()
+    dump.mkdir()
+    return parse_topology(topology).environment()
+
+
+def _stages(result: Mapping[str, Any]) -> dict[str, StagePlan]:
+    return {name: StagePlan(name, usable=result["usable"], **stage) for name, stage in result["stages"].items()}
+
+
+def _other_meshes(plan: Plan) -> list[str]:
+    """Layouts over all devices but the one that was tried, the most split first."""
+    tried = plan.stages["denoise"].mesh
+    pairs = [(dp, plan.devices // dp) for dp in (1, 2) if plan.devices % dp == 0]
+    return [f"dp={dp},tp={tp}" for dp, tp in pairs if {"dp": dp, "tp": tp} != tried]
+
+
+def _available_bytes() -> int:
+    """Memory that may still be used on this machine, at the least what one job takes where nothing is known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return JOB_BYTES
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), JOB_BYTES)

@@ -1,0 +1,98 @@
+"""The job of a plan: a dry run of some stages for a topology, and what the compiler says of each program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from tpuvid.checkpoint import resolve_model
+from tpuvid.errors import InputError
+from tpuvid.mesh import MeshConfig
+from tpuvid.plan.dryrun import DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
+from tpuvid.plan.jobs import Report
+from tpuvid.plan.topologies import LOCAL, parse_topology
+from tpuvid.progress import Progress
+
+PROMPT = 'a sign that says "tpuvid"'
+"""With a quotation: HunyuanVideo's second text encoder runs for nothing else. Prompts are padded, so any other gives the same."""
+
+
+class Relay(Progress):
+    """Tells whoever started the job which phase has begun."""
+
+    def __init__(self, report: Report):
+        super().__init__()
+        self._report = report
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._report({"phase": name})
+        with super().phase(name):
+            yield
+
+
+def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Compile ``job["stages"]`` of a model for ``job["topology"]``.
+
+    `job` also has "model", "settings" (of `GenerationConfig`) and "options" ("mesh", "dtype", "attention_backend",
+    "vae_tiling"). Returns what `tpuvid.plan.planning` makes a plan of, JSON-ready; raises `InputError` for what can't run there.
+    """
+    devices, usable = _devices(job["topology"])
+    spec, checkpoint = resolve_model(job["model"])
+    ledger, programs = Ledger(), []
+    options = dict(job["options"])
+    mesh = options.pop("mesh")
+    runtime = DryRuntime.create(
+        **options,
+        mesh_config=MeshConfig.parse(mesh) if mesh else None,
+        devices=devices,
+        compiled_stages=tuple(job["stages"]),
+        ledger=ledger,
+        on_program=lambda program: programs.append((program, _analyse(program, job["topology"]))),
+        progress=Relay(report),
+    )
+    config = spec.configure(prompt=PROMPT, **job["settings"])
+    weights = dry_generate(spec, configs_checkpoint(spec, checkpoint, ledger.array), config, runtime)
+    return {
+        "usable": usable,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "dtype": runtime.dtype.name,
+        "stages": {
+            stage: {"weights": weights[stage], "programs": [_describe(p, found) for p, found in programs if p.stage == stage]}
+            for stage in job["stages"]
+        },
+    }
+
+
+def _devices(topology: str) -> tuple[list[jax.Device], int | None]:
+    """The devices to compile for, and the bytes of memory that programs may use on each."""
+    if topology not in LOCAL:
+        slice_ = parse_topology(topology)
+        return slice_.jax_devices(), int(slice_.chip.usable_gib * 2**30)
+    try:
+        devices = jax.local_devices(backend=topology)
+    except RuntimeError:
+        raise InputError(f"topology={topology}: JAX sees no {topology} on this machine; name a TPU slice like v6e-8") from None
+    return devices, (devices[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _describe(program: DryProgram, analysis: dict[str, Any] | None) -> dict[str, Any]:
+    footprint = program.footprint
+    return {
+        "name": program.name,
+        "calls": program.calls,
+        "mesh": {axis: size for axis, size in program.mesh.shape.items()},
+        "compile_seconds": round(program.compile_seconds, 1),
+        "footprint": footprint and vars(footprint),
+        "around": program.around,
+        "peak": program.peak,
+        "prediction": analysis,
+    }
+
+
+def _analyse(program: DryProgram, topology: str) -> dict[str, Any] | None:
+    return None

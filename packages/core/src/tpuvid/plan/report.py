@@ -1,0 +1,112 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tpuvid.plan.planning import GIB, Plan, StagePlan
+from tpuvid.plan.topologies import LOCAL
+
+
+def render(plan: Plan) -> str:
+    config = plan.config
+    guidance = "the checkpoint's own guidance" if config.guidance_scale is None else f"guidance {config.guidance_scale:g}"
+    size = f"{config.width}x{config.height}, {config.num_frames} frames, {config.num_inference_steps} steps"
+    how = "this machine's own backend" if plan.topology in LOCAL else "libtpu, on this machine"
+    lines = [
+        f"{plan.model_id} on {plan.topology} ({plan.devices} × {plan.device_kind}): {size}, {guidance}, {plan.dtype}",
+        f"predicted: every program was compiled by {how}, and none was run",
+        "",
+        *_verdict(plan),
+        f"layout: {_layout(plan)}",
+        "",
+        *table(
+            ["stage", "mesh", "weights GiB", "activations GiB", "peak GiB", "fits", "compile s", "s per video"],
+            [_stage_row(stage) for stage in plan.stages.values()],
+        ),
+    ]
+    for program in (p for stage in plan.stages.values() if stage.name == "denoise" for p in stage.programs):
+        lines += ["", *_step(program)]
+    total = [stage.seconds for stage in plan.stages.values()]
+    if None not in total:
+        lines += ["", f"one video: {sum(total):.1f} s of computing, weights loaded and programs compiled"]
+    if plan.remedies:
+        lines += ["", "what fits:", *(f"  {remedy}" for remedy in plan.remedies)]
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> list[str]:
+    worst = max(plan.stages.values(), key=lambda stage: stage.peak)
+    if worst.usable is None:
+        return [f"memory: {worst.peak / GIB:.2f} GiB at most, in {worst.name}; this backend doesn't say how much there is"]
+    used = f"{worst.peak / GIB:.2f} of {worst.usable / GIB:.2f} GiB per device, in {worst.name}"
+    return [f"fits: {used}"] if plan.fits else [f"does not fit: {used}"]
+
+
+def _layout(plan: Plan) -> str:
+    mesh = plan.stages["denoise"].mesh
+    used = mesh["dp"] * mesh["tp"]
+    shape = f"dp={mesh['dp']}, tp={mesh['tp']}"
+    if plan.mesh_asked:
+        return f"{shape}, as asked"
+    halves = "dp for the two halves of guidance, " if mesh["dp"] > 1 else ""
+    idle = f"; {plan.devices - used} devices idle" if used < plan.devices else ""
+    return f"{shape}: {halves}tp the largest split of the rest that divides the heads and widths of this model{idle}"
+
+
+def _stage_row(stage: StagePlan) -> list[str]:
+    mesh = " ".join(f"{axis}={size}" for axis, size in stage.mesh.items() if size > 1) or "1 device"
+    return [
+        stage.name,
+        mesh,
+        f"{stage.weights / GIB:.2f}",
+        f"{(stage.peak - stage.weights) / GIB:.2f}",
+        f"{stage.peak / GIB:.2f}",
+        "yes" if stage.fits else "no",
+        f"{stage.compile_seconds:.0f}",
+        "-" if stage.seconds is None else f"{stage.seconds:.2f}",
+    ]
+
+
+def _step(program: dict[str, Any]) -> list[str]:
+    """One denoising program: its time by part, its FLOPs and its collectives."""
+    found = program["prediction"]
+    if found is None:
+        return [f"{program['name']}: runs {program['calls']} times; does not fit"]
+    title = f"{program['name']}, {program['calls']} times per video"
+    flops = f"{found['flops'] / 1e12:.1f} TFLOP per device"
+    if found["seconds"] is None:
+        lines = [f"{title}: {flops}; {found['reason']}"]
+    else:
+        lines = [
+            f"{title}: {found['seconds']:.3f} s, {flops}, {found['mfu']:.0%} of the peak",
+            *table(
+                ["  part", "s per step", "s per video", "share"],
+                [
+                    [f"  {part}", f"{s:.3f}", f"{s * program['calls']:.1f}", f"{s / found['seconds']:.0%}"]
+                    for part, s in found["parts"].items()
+                ],
+            ),
+        ]
+    collectives = [
+        [f"  {c['kind']}", str(c["count"]), f"{c['bytes'] / 1e9:.3f}", _seconds(c["seconds"]), _seconds(c["exposed_seconds"])]
+        for c in found["collectives"]
+    ]
+    if collectives:
+        lines += table(["  collective", "per step", "GB per device", "s", "s not hidden"], collectives)
+    return lines
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell; all but the first to the right."""
+    cells = [list(head), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    return [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
+    ]
