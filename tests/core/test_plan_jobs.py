@@ -1,0 +1,103 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from tpuvid import InputError
+from tpuvid.errors import TpuvidError
+from tpuvid.plan import jobs as jobs_module
+from tpuvid.plan.jobs import PREFIX, Jobs, scratch_folder
+
+TESTS = {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def echo(argument, report):
+    print("what a library prints goes elsewhere")
+    report({"phase": "one"})
+    return argument | {"variable": os.environ["A_VARIABLE"]}
+
+
+def refuse(argument, report):
+    raise InputError("height=70: needs a multiple of 16")
+
+
+def crash(argument, report):
+    raise RuntimeError("a bug\nwith details")
+
+
+def hang(argument, report):
+    report({"phase": "hanging"})
+    time.sleep(600)
+
+
+def die(argument, report):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(function, argument=None):
+    with scratch_folder() as scratch, Jobs(scratch) as jobs:
+        jobs.start("job", f"core.test_plan_jobs:{function.__name__}", argument or {}, TESTS | {"A_VARIABLE": "set"})
+        return list(jobs.events())
+
+
+def test_events_come_in_order_and_the_result_last():
+    events = run(echo, {"x": 1})
+    assert events == [("job", {"phase": "one"}), ("job", {"result": {"x": 1, "variable": "set"}})]
+
+
+@pytest.mark.parametrize(
+    "function, error, message",
+    [
+        (refuse, InputError, "^height=70: needs a multiple of 16$"),
+        (crash, TpuvidError, "^RuntimeError: a bug$"),
+        (die, TpuvidError, "was killed, perhaps for want of memory"),
+    ],
+)
+def test_errors_of_a_job_are_ours(function, error, message):
+    with pytest.raises(error, match=message):
+        run(function)
+
+
+def test_a_scratch_folder_goes_whatever_happens():
+    with pytest.raises(KeyError), scratch_folder() as folder:
+        (folder / "large").write_text("x")
+        raise KeyError
+    assert not folder.exists()
+
+
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, own = tmp_path / f"{PREFIX}{dead.pid}-abc", tmp_path / f"{PREFIX}{os.getpid()}-abc"
+    left.mkdir()
+    own.mkdir()
+    with scratch_folder():
+        assert not left.exists() and own.exists()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_killed_parent_leaves_no_job_and_no_files(sign, tmp_path):
+    script = textwrap.dedent("""
+        from core.test_plan_jobs import TESTS, hang
+        from tpuvid.plan.jobs import Jobs, scratch_folder
+        with scratch_folder() as scratch, Jobs(scratch) as jobs:
+            jobs.start("job", "core.test_plan_jobs:hang", {}, TESTS)
+            for name, event in jobs.events():
+                print(jobs._running["job"].pid, scratch, flush=True)
+    """)
+    environment = {**os.environ, **TESTS, "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    child, scratch = parent.stdout.readline().split()
+    assert Path(scratch).exists()
+    parent.send_signal(sign)
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (Path(scratch).exists() or Path("/proc", child).exists()):
+        time.sleep(0.05)
+    assert not Path("/proc", child).exists()
+    assert list(tmp_path.iterdir()) == []
