@@ -91,7 +91,9 @@ def test_a_killed_parent_leaves_no_job_and_no_files(sign, tmp_path):
                 print(jobs._running["job"].pid, scratch, flush=True)
     """)
     environment = {**os.environ, **TESTS, "TMPDIR": str(tmp_path)}
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     child, scratch = parent.stdout.readline().split()
     assert Path(scratch).exists()
     parent.send_signal(sign)
