@@ -2,8 +2,8 @@
 
 The model, with nothing fitted to a measurement:
 
-- **Core.** An instruction takes the longer of its cycles over the clock and of its HBM bytes over HBM's bandwidth. Cycles are
-  those of its VLIW schedule (bundles × grid steps) where the caller has counted them: `schedule_cycles`, by instruction, for
+- **Core.** An instruction takes the longest of its cycles over the clock, of its HBM bytes over HBM's bandwidth, and of its FLOPs
+  over the bf16 peak. Cycles are those of its VLIW schedule (bundles × grid steps) where the caller has counted them: `schedule_cycles`, by instruction, for
   Pallas kernels and XLA's own fusions alike. For other instructions they are XLA's `estimated_cycles`, which serve it to choose
   tile sizes: for passes over HBM they are 2 to 7 times what schedule and bandwidth say, so `Part.estimated_seconds` tells how
   much rests on them. A Pallas kernel without a schedule can't be priced.
@@ -23,14 +23,13 @@ Left out: DMA latencies, refetched tiles, contention for HBM, the host's dispatc
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 from tpuvid.plan import hlo
+from tpuvid.plan.flops import MULTIPLIES, attention_flops, multiply_flops
 from tpuvid.plan.links import Coords, collective_cost
 from tpuvid.plan.topologies import Topology
 
@@ -46,7 +45,6 @@ MOVES = FREE | frozenset(
 )
 """Opcodes that only move data."""
 
-MULTIPLIES = ("dot", "convolution")
 KERNEL = "tpu_custom_call"
 
 
@@ -136,7 +134,9 @@ def predict(
     flops = sum(part.flops for part in parts.values())
     reason = None
     if pricer.clock is None:
-        reason = f"{topology.chip.name}: its clock isn't known (schedules would run faster than its peak), so cycles give no seconds"
+        reason = (
+            f"{topology.chip.name}: its clock isn't known (schedules would run faster than its peak), so cycles give no seconds"
+        )
     elif pricer.unpriced:
         reason = f"no schedule was counted of the Pallas kernels {', '.join(sorted(pricer.unpriced))}"
     seconds = None if reason else total
@@ -215,6 +215,28 @@ class _Pricer:
     unpriced: set[str] = field(default_factory=set)
     notes: dict[str, None] = field(default_factory=dict)
     """In order, each once."""
+    _bodies: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def cycles_of_code(self) -> dict[int, float]:
+        """The counted schedules by what they are of: libtpu compiles instructions that do the same only once."""
+        known = ((c, i) for c in self.module.computations.values() for i in c if i.name in self.schedule_cycles)
+        return {self.code(c, i): self.schedule_cycles[i.name] for c, i in known}
+
+    def code(self, computation: hlo.Computation, instruction: hlo.Instruction) -> int:
+        """A hash of what `instruction` does, alike for those that differ only in names and origin."""
+        inside = tuple(self._body(called.name) for called in self.module.called(instruction))
+        operands = tuple(operand.outputs for operand in computation.operands(instruction))
+        return hash((instruction.opcode, instruction.outputs, operands, inside, instruction.own_attributes))
+
+    def _body(self, name: str) -> int:
+        if name not in self._bodies:
+            computation = self.module.computations[name]
+            number = {inner: n for n, inner in enumerate(computation.instructions)}
+            places = [tuple(number[operand] for operand in i.operands) or i.literal for i in computation]
+            steps = [self.code(computation, i) for i in computation]
+            self._bodies[name] = hash((*places, *steps, number[computation.root]))
+        return self._bodies[name]
 
     @property
     def clock(self) -> float | None:
@@ -296,19 +318,23 @@ class _Pricer:
         """Seconds of one run on the core; counts it `times` over."""
         part = self._part(instruction)
         tally = self.tallies[part]
-        tally.flops += self._flops(computation, instruction) * times
+        flops = self._flops(computation, instruction)
+        tally.flops += flops * times
         moved = self._hbm_bytes(computation, instruction)
         tally.hbm_bytes += moved * times
         if self.clock is None:
             return 0.0
         scheduled = self.schedule_cycles.get(instruction.name)
+        if scheduled is None:
+            scheduled = self.cycles_of_code.get(self.code(computation, instruction))
         if scheduled is None and part == "attention":
             self.unpriced.add(instruction.name)
         cycles = scheduled if scheduled is not None else instruction.estimated_cycles or 0
+        computing = max(cycles / self.clock, flops / (self.topology.chip.bf16_tflops * 1e12))
         streaming = moved / (self.topology.chip.hbm_gb_per_s * 1e9)
-        seconds = max(cycles / self.clock, streaming)
+        seconds = max(computing, streaming)
         tally.seconds += seconds * times
-        if streaming >= cycles / self.clock:
+        if streaming >= computing:
             tally.hbm_bound += seconds * times
         elif scheduled is None:
             tally.estimated += seconds * times
@@ -337,7 +363,7 @@ class _Pricer:
         if instruction.target == KERNEL:
             if instruction.name in self.kernel_flops:
                 return self.kernel_flops[instruction.name]
-            flops = _attention_flops(computation, instruction)
+            flops = attention_flops(computation, instruction)
             if flops is None:
                 self.notes[f"{instruction.name}: the FLOPs of this kernel aren't known"] = None
             return flops or 0.0
@@ -347,8 +373,8 @@ class _Pricer:
     def _hbm_bytes(self, computation: hlo.Computation, instruction: hlo.Instruction) -> int:
         if instruction.opcode != "fusion":
             single = {instruction.name: instruction}
-            single |= {o.name: hlo.Instruction(o.name, "parameter", o.outputs, (), (), "", str(n))
-                       for n, o in enumerate(computation.operands(instruction))}  # fmt: skip
+            for number, operand in enumerate(computation.operands(instruction)):
+                single[operand.name] = hlo.Instruction(operand.name, "parameter", operand.outputs, (), (), "", str(number))
             inner = hlo.Computation("", single, instruction.name)
         else:
             inner = self.module.called(instruction)[0]
@@ -401,53 +427,3 @@ def _moved_bytes(start: hlo.Instruction) -> int:
     if not arrays:
         return 0
     return min(array.bytes for array in arrays) * sum(array.space == hlo.HBM for array in arrays[:2])
-
-
-def _attention_flops(computation: hlo.Computation, kernel: hlo.Instruction) -> float | None:
-    """Of softmax(QKᵀ)V, by the first three operands [heads, tokens, dim]; None where they don't look so."""
-    arrays = [array for operand in computation.operands(kernel) for array in operand.outputs]
-    arrays = [array for array in arrays if len(array.shape) >= 3 and re.fullmatch(r"bf16|f\d+.*", array.dtype)]
-    if len(arrays) < 3:
-        return None
-    (*_, _, dim), (*_, keys, key_dim), (*_, values, value_dim) = (array.shape for array in arrays[:3])
-    if dim != key_dim or keys != values:
-        return None
-    return 2 * math.prod(arrays[0].shape[:-1]) * keys * (dim + value_dim)
-
-
-def multiply_flops(computation: hlo.Computation, instruction: hlo.Instruction) -> float:
-    """2 × multiply-adds of a dot or a convolution."""
-    out = instruction.outputs[0].shape
-    left, right = (operand.outputs[0].shape for operand in computation.operands(instruction)[:2])
-    if instruction.opcode == "dot":
-        return 2 * math.prod(out) * math.prod(left[axis] for axis in instruction.dims("lhs_contracting_dims"))
-    lhs, rhs, result = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute(r"dim_labels=([^\s,]+)")).groups()
-    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
-    taps = 1
-    for n, label in enumerate(sorted(set(result) - set("bf"))):
-        taps *= _taps(out[result.index(label)], left[lhs.index(label)], right[rhs.index(label)], _window(window, n))
-    batch = out[result.index("b")]
-    return 2 * batch * out[result.index("f")] * right[rhs.index("i")] * taps
-
-
-def _window(text: str, axis: int) -> tuple[int, int, int, int]:
-    """Stride, padding before, dilation of the input, dilation of the kernel, along one spatial dimension."""
-    fields = dict(part.split("=") for part in text.split())
-    value = {name: entry.split("x")[axis] for name, entry in fields.items()}
-    before = int(re.match(r"-?\d+", value.get("pad", "0_0"))[0])
-    return int(value.get("stride", 1)), before, int(value.get("lhs_dilate", 1)), int(value.get("rhs_dilate", 1))
-
-
-@cache
-def _taps(out: int, size: int, kernel: int, window: tuple[int, int, int, int]) -> int:
-    """Pairs of an output and a tap of the kernel that meet an element of the input."""
-    stride, before, dilation, spread = window
-    reach = (size - 1) * dilation
-    if kernel == 1 and dilation == 1:  # each output takes one element or none
-        first, last = -(-before // stride), (reach + before) // stride
-        return max(0, min(out - 1, last) - max(0, first) + 1)
-    count = 0
-    for tap in range(kernel):
-        places = range(tap * spread - before, tap * spread - before + out * stride, stride)
-        count += sum(0 <= place <= reach and place % dilation == 0 for place in places)
-    return count

@@ -24,6 +24,9 @@ _HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = ")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[^\s,]+)")
+_ORIGIN = re.compile(
+    _CALLED.pattern + r"|\bchannel_id=\d+|metadata=\{[^}]*\}|control-predecessors=\{[^}]*\}|kernel_metadata=\{[^}]*\}"
+)
 _NAME = re.compile(r"%([^\s,(){}]+)")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -79,6 +82,11 @@ class Instruction:
         """Which of `COLLECTIVES` it is or starts."""
         kind = self.opcode.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
+
+    @property
+    def own_attributes(self) -> str:
+        """Without the names of others, of channels and of its origin."""
+        return _ORIGIN.sub("", self.attributes)
 
     def attribute(self, pattern: str) -> str | None:
         found = re.search(pattern, self.attributes)
