@@ -1,0 +1,123 @@
+"""Predictions for what others have measured on a v6e-8, in their settings: the table of docs/predictions.md.
+
+    python benchmarks/published_predictions.py [NAME…] [--keep FOLDER]
+
+Compiles each model's denoising step for the slice (minutes and gigabytes each; no TPU needed) and prices it with
+`tpuvid.plan.cost`. `--keep` leaves the compiled programs and their schedules there and takes those that it finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from functools import partial
+from importlib import import_module
+from importlib.resources import files
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpuvid.plan.jobs import Jobs, Report, scratch_folder
+from tpuvid.plan.topologies import parse_topology
+
+TOPOLOGY = parse_topology("v6e-8")
+BLOCKS = (3328, 2816, 256)
+"""Of stock splash in the published runs: queries, keys, keys per computation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A measurement, from model-contracts' table of published figures."""
+
+    what: str
+    seconds: float
+    model: str | None = None
+    """None: one self-attention call of Wan 2.1 14B at 720p on one chip's five heads."""
+    replicated_rows: bool = False
+    """Row-parallel layers replicated instead of all-reduced."""
+    layout: str = "tensor"
+    """"tensor": Megatron's, dp2 × tp4. "sequence": tokens split over tp, all-to-all before and after self-attention, weights
+    replicated (what gathering them would take is not in it)."""
+
+
+PUBLISHED = {
+    "attention": Published("self-attention call of Wan 2.1 14B, 5 heads, 75,600 tokens", 43.93e-3),
+    "wan": Published("Wan 2.1 14B, 1280×720×81, CFG", 4.60, "wan2.1-t2v-14b"),
+    "wan-sequence": Published(
+        "Wan 2.1 14B, as above, tokens instead of widths split", 4.60, "wan2.1-t2v-14b", layout="sequence"
+    ),
+    "cogvideox": Published("CogVideoX1.5-5B, 1360×768×81, CFG", 2.31, "cogvideox1.5-5b"),
+    "hunyuan": Published("HunyuanVideo 1.5, 1280×720×121, CFG", 7.29, "hunyuanvideo-1.5-t2v-720p", replicated_rows=True),
+}
+
+
+def compile_published(argument: Mapping[str, Any], report: Report) -> None:
+    """A job: writes the scheduled program of `argument["name"]` to `argument["hlo"]`."""
+    import jax
+    import jax.numpy as jnp
+    from tpuvid.kernels import block_sizes, splash
+
+    published = PUBLISHED[argument["name"]]
+    block_sizes.LONG = block_sizes.Blocks(*BLOCKS)
+
+    def as_published(query, key, value, *, kv_mask=None, scale=None):
+        """Keys padded with zeros to whole blocks and not masked, as those runs did: so no segment ids are compared."""
+        key, value = (splash._pad(x, block_sizes.splash_blocks(*query.shape[2:3], *x.shape[2:]).kv) for x in (key, value))
+        return splash.attention_splash(query, key, value, scale=scale)
+
+    attention = import_module("tpuvid.kernels.attention")
+    attention.attention_splash = as_published
+    if published.layout == "sequence":
+        attention._attention_sharded = partial(_attention_over_tokens, as_published)
+    devices = TOPOLOGY.jax_devices()
+    if published.model is None:
+        heads = jax.ShapeDtypeStruct((1, 5, 75_600, 128), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+        compiled = jax.jit(as_published).lower(heads, heads, heads).compile()
+    else:
+        compiled = _denoising_step(published, devices)
+    Path(argument["hlo"]).write_text(compiled.as_text())
+
+
+def _attention_over_tokens(kernel, mesh, query, key, value, mask, scale):
+    """Queries [B, N, T, D] split over tp along T; to self-attention they and the keys go by heads, and come back by all-to-all."""
+    import jax
+
+    if mask is not None:
+        raise ValueError("attention over split tokens takes no mask")
+    tokens, whole = jax.sharding.PartitionSpec("dp", None, "tp", None), jax.sharding.PartitionSpec("dp", None, None, None)
+    to_heads = partial(jax.lax.all_to_all, axis_name="tp", split_axis=1, concat_axis=2, tiled=True)
+    to_tokens = partial(jax.lax.all_to_all, axis_name="tp", split_axis=2, concat_axis=1, tiled=True)
+    if query.shape[2] == key.shape[2]:
+        run, of_keys = lambda q, k, v: to_tokens(kernel(to_heads(q), to_heads(k), to_heads(v), scale=scale)), tokens
+    else:
+        run, of_keys = partial(kernel, scale=scale), whole
+    specs = (tokens, of_keys, of_keys)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)(query, key, value)
+
+
+def _denoising_step(published: Published, devices: list) -> Any:
+    from tpuvid.checkpoint import ConfigsOnly
+    from tpuvid.mesh import MeshConfig
+    from tpuvid.plan.dryrun import DryRuntime, dry_generate
+    from tpuvid.registry import registry
+    from tpuvid.runtime import DTYPES
+
+    spec = registry().get(published.model)
+    sharding = import_module(f"{spec.load_denoiser.split('.')[0]}.sharding")
+    if published.replicated_rows:
+        sharding.TRANSFORMER = tuple(rule for rule in sharding.TRANSFORMER if rule[1] != (None, "tp"))
+    if published.layout == "sequence":
+        sharding.TRANSFORMER = ()
+    programs = []
+    runtime = DryRuntime(
+        DTYPES["bfloat16"],
+        devices=devices,
+        mesh_config=MeshConfig(dp=2, tp=4),
+        compiled_stages=("denoise",),
+        on_program=programs.append,
+    )
+    package, _, folder = spec.configs.partition(":")
+    checkpoint = ConfigsOnly(spec.model_id, Path(str(files(package))) / folder, place=runtime.ledger.array)
+    dry_generate(spec, checkpoint, spec.configure(prompt="a cat"), runtime)
+    return programs[0].compiled
