@@ -15,13 +15,15 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from tpuvid.checkpoint import ConfigsOnly
+from tpuvid.checkpoint import Checkpoint, ConfigsOnly
 from tpuvid.progress import Progress
 from tpuvid.runtime import Programs, Runtime
 from tpuvid.stages import GenerationConfig, ModelSpec
@@ -105,6 +107,8 @@ class DryProgram:
     name: str
     mesh: Mesh
     ledger: Ledger
+    arguments: tuple[Any, ...]
+    """Shape structs, or host arrays."""
     out_info: Any
     compiled: jax.stages.Compiled | None = None
     """None where its stage isn't compiled, or where the compiler found that it doesn't fit."""
@@ -164,9 +168,9 @@ class DryPrograms(Programs):
         runtime, start = self._dry, time.perf_counter()
         if runtime.stage not in runtime.compiled_stages:
             out = function.eval_shape(*args)
-            return DryProgram(runtime.stage, what, self._mesh, runtime.ledger, out_info=out)
+            return DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=out)
         lowered = function.lower(*args)
-        program = DryProgram(runtime.stage, what, self._mesh, runtime.ledger, out_info=lowered.out_info)
+        program = DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=lowered.out_info)
         try:
             program.compiled = lowered.compile(self._options)
             program.out_info = program.compiled.out_info
@@ -205,6 +209,15 @@ class DryRuntime(Runtime):
 
     def programs(self, mesh: Mesh, *, effort: float | None = None) -> DryPrograms:
         return DryPrograms(self, mesh, effort)
+
+
+def configs_checkpoint(spec: ModelSpec, checkpoint: Checkpoint, place: Callable[[Any, Any], Any]) -> ConfigsOnly:
+    """The configs of what `resolve_model` gave, with absent weights that `place` makes: a registered model's from its
+    package, so that nothing is fetched; any other's from its folder or repository, which are the ones it runs with."""
+    if spec.configs and checkpoint.repo_id == spec.checkpoint:
+        package, _, folder = spec.configs.partition(":")
+        return ConfigsOnly(checkpoint.model_id, folder=Path(str(files(package))) / folder, place=place)
+    return ConfigsOnly(checkpoint.model_id, folder=checkpoint.folder, repo_id=checkpoint.repo_id, place=place)
 
 
 def dry_generate(spec: ModelSpec, checkpoint: ConfigsOnly, config: GenerationConfig, runtime: DryRuntime) -> dict[str, int]:
