@@ -108,6 +108,8 @@ class DryProgram:
     name: str
     mesh: Mesh
     ledger: Ledger
+    arguments: tuple[Any, ...]
+    """Shape structs, or host arrays."""
     out_info: Any
     compiled: jax.stages.Compiled | None = None
     """None where its stage isn't compiled, or where the compiler found that it doesn't fit."""
@@ -169,9 +171,9 @@ class DryPrograms(Programs):
         runtime, start = self._dry, time.perf_counter()
         if runtime.stage not in runtime.compiled_stages:
             out = function.eval_shape(*args)
-            return DryProgram(runtime.stage, what, self._mesh, runtime.ledger, out_info=out)
+            return DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=out)
         lowered = function.lower(*args)
-        program = DryProgram(runtime.stage, what, self._mesh, runtime.ledger, out_info=lowered.out_info)
+        program = DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=lowered.out_info)
         try:
             program.compiled = lowered.compile(self._options)
             program.out_info = program.compiled.out_info
@@ -216,14 +218,16 @@ class DryRuntime(Runtime):
 
 
 def configs_checkpoint(spec: ModelSpec, checkpoint: Checkpoint, place: Callable[[Any, Any], Any]) -> ConfigsOnly:
-    """The configs of a checkpoint: of a local folder its own, of a registered model those in its package, else the Hub's."""
-    folder = checkpoint.folder
-    if folder is None and spec.configs and checkpoint.repo_id in (None, spec.checkpoint):
+    """The configs of what `resolve_model` gave, with absent weights that `place` makes: a registered model's from its
+    package, so that nothing is fetched; any other's from its folder or repository, which are the ones it runs with.
+
+    Raises `InputError` where one is missing.
+    """
+    folder, repo_id = checkpoint.folder, checkpoint.repo_id
+    if spec.configs and repo_id == spec.checkpoint:
         package, _, inner = spec.configs.partition(":")
-        folder = Path(str(files(package))) / inner
-    found = ConfigsOnly(
-        model_id=checkpoint.model_id, folder=folder, repo_id=None if folder else checkpoint.repo_id, place=place
-    )
+        folder, repo_id = Path(str(files(package))) / inner, None
+    found = ConfigsOnly(checkpoint.model_id, folder=folder, repo_id=repo_id, place=place)
     for components in spec.components.values():
         found.require(components)
     return found
