@@ -147,7 +147,7 @@ class LinearPlanner(Planner):
         super().__init__("wan2.1-t2v-14b", registry().get("wan2.1-t2v-14b"), OPTIONS, say=lambda line: None)
         self.base, self.slope, self.usable, self.compiled = base, slope, usable, []
 
-    def _compile(self, wanted):
+    def _compile(self, wanted, *, predict=False):
         results = []
         for topology, stages, config, options in wanted:
             chips = 4 if "4" in topology else 8 if "8" in topology else 1

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tpuvid.errors import InputError
+from tpuvid.plan.bundles import dump_flags
 from tpuvid.plan.jobs import Jobs, scratch_folder
 from tpuvid.plan.topologies import LOCAL, parse_topology, require_libtpu, slices_of
 from tpuvid.stages import GenerationConfig, ModelSpec
@@ -110,7 +111,7 @@ class Planner:
 
         Raises `InputError` for a topology or options that can't be had.
         """
-        found = self._compile([(topology, stages, config, self.options) for stages in GROUPS])
+        found = self._compile([(topology, stages, config, self.options) for stages in GROUPS], predict=True)
         first = found[0]
         stages = {name: stage for result in found for name, stage in _stages(result).items()}
         plan = Plan(
@@ -198,9 +199,12 @@ class Planner:
         return all(stage.fits for stage in _stages(found).values())
 
     def _compile(
-        self, wanted: Sequence[tuple[str, Sequence[str], GenerationConfig, Mapping[str, Any]]]
+        self, wanted: Sequence[tuple[str, Sequence[str], GenerationConfig, Mapping[str, Any]]], *, predict: bool = False
     ) -> list[dict[str, Any]]:
-        """One job for each (topology, stages, config, options); as many at a time as cores and memory allow."""
+        """One job for each (topology, stages, config, options); as many at a time as cores and memory allow.
+
+        With `predict`, they also say how long programs take; else only what memory they need.
+        """
         waiting = list(enumerate(wanted))
         results: dict[int, dict[str, Any]] = {}
         at_once = max(1, min(os.cpu_count() or 1, _available_bytes() // JOB_BYTES))
@@ -209,6 +213,7 @@ class Planner:
             def start() -> None:
                 while waiting and jobs.running < at_once:
                     number, (topology, stages, config, options) = waiting.pop(0)
+                    dump = scratch / f"dump-{number}" if predict and topology not in LOCAL else None
                     jobs.start(
                         str(number),
                         "tpuvid.plan.programs:compile_stages",
@@ -218,9 +223,9 @@ class Planner:
                             "stages": list(stages),
                             "settings": _settings(config),
                             "options": dict(options),
-                            "dump": str(scratch / str(number)),
+                            "dump": str(dump) if dump else None,
                         },
-                        _environment(topology, scratch / str(number)),
+                        _environment(topology, dump),
                     )
 
             start()
@@ -239,15 +244,17 @@ def _settings(config: GenerationConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in ("prompt", "seed") and value is not None}
 
 
-def _environment(topology: str, dump: Path) -> dict[str, str]:
+def _environment(topology: str, dump: Path | None) -> dict[str, str]:
+    """Of a job; libtpu leaves its schedules in the new folder `dump`."""
     match topology:
         case "cpu":
             return {"JAX_PLATFORMS": "cpu"}
         case "gpu":
             return {}
     require_libtpu()
-    dump.mkdir()
-    return parse_topology(topology).environment()
+    if dump:
+        dump.mkdir()
+    return parse_topology(topology).environment(dump_flags(dump) if dump else "")
 
 
 def _stages(result: Mapping[str, Any]) -> dict[str, StagePlan]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import jax
 from tpuvid.checkpoint import resolve_model
 from tpuvid.errors import InputError
 from tpuvid.mesh import MeshConfig
+from tpuvid.plan.bundles import kernels
+from tpuvid.plan.cost import predict
 from tpuvid.plan.dryrun import DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import Report
 from tpuvid.plan.topologies import LOCAL, parse_topology
@@ -37,8 +40,8 @@ class Relay(Progress):
 def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Compile ``job["stages"]`` of a model for ``job["topology"]``.
 
-    `job` also has "model", "settings" (of `GenerationConfig`) and "options" ("mesh", "dtype", "attention_backend",
-    "vae_tiling"). Returns what `tpuvid.plan.planning` makes a plan of, JSON-ready; raises `InputError` for what can't run there.
+    `job` also has "model", "settings" (of `GenerationConfig`), "options" ("mesh", "dtype", "attention_backend",
+    "vae_tiling") and "dump", the folder that libtpu was told to leave schedules in (None: no times are asked for). Returns what `tpuvid.plan.planning` makes a plan of, JSON-ready; raises `InputError` for what can't run there.
     """
     devices, usable = _devices(job["topology"])
     spec, checkpoint = resolve_model(job["model"])
@@ -51,7 +54,7 @@ def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         devices=devices,
         compiled_stages=tuple(job["stages"]),
         ledger=ledger,
-        on_program=lambda program: programs.append((program, _analyse(program, job["topology"]))),
+        on_program=lambda program: programs.append((program, _predict(program, job["topology"], job["dump"]))),
         progress=Relay(report),
     )
     config = spec.configure(prompt=PROMPT, **job["settings"])
@@ -94,5 +97,12 @@ def _describe(program: DryProgram, analysis: dict[str, Any] | None) -> dict[str,
     }
 
 
-def _analyse(program: DryProgram, topology: str) -> dict[str, Any] | None:
-    return None
+def _predict(program: DryProgram, topology: str, dump: str | None) -> dict[str, Any] | None:
+    """What one run takes on a TPU, by the schedules that libtpu has left in `dump`; they are removed."""
+    if program.compiled is None or dump is None:
+        return None
+    coords = [tuple(device.coords) for device in program.mesh.devices.flat]
+    cycles = {name: found.cycles for name, found in kernels(Path(dump)).items()}
+    for file in Path(dump).iterdir():
+        file.unlink()
+    return predict(program.compiled.as_text(), parse_topology(topology), coords=coords, schedule_cycles=cycles).to_dict()

@@ -80,26 +80,37 @@ def _step(program: dict[str, Any]) -> list[str]:
         lines = [f"{title}: {flops}; {found['reason']}"]
     else:
         lines = [
-            f"{title}: {found['seconds']:.3f} s, {flops}, {found['mfu']:.0%} of the peak",
+            f"{title}: {found['seconds']:.3f} s, {flops}, {found['share_of_peak']:.0%} of the peak",
             *table(
-                ["  part", "s per step", "s per video", "share"],
+                ["  part", "s per step", "s per video", "share", "s bound by HBM"],
                 [
-                    [f"  {part}", f"{s:.3f}", f"{s * program['calls']:.1f}", f"{s / found['seconds']:.0%}"]
-                    for part, s in found["parts"].items()
+                    [
+                        f"  {name}",
+                        f"{part['seconds']:.3f}",
+                        f"{part['seconds'] * program['calls']:.1f}",
+                        f"{part['seconds'] / found['seconds']:.0%}",
+                        f"{part['hbm_bound_seconds']:.3f}",
+                    ]
+                    for name, part in found["parts"].items()
                 ],
             ),
         ]
-    collectives = [
-        [f"  {c['kind']}", str(c["count"]), f"{c['bytes'] / 1e9:.3f}", _seconds(c["seconds"]), _seconds(c["exposed_seconds"])]
-        for c in found["collectives"]
+    if found["collectives"]:
+        kinds = sorted({c["kind"] for c in found["collectives"]})
+        rows = [_collective_row(kind, [c for c in found["collectives"] if c["kind"] == kind]) for kind in kinds]
+        lines += table(["  collective", "per step", "GB per device", "s", "s not hidden"], rows)
+    return [*lines, *(f"  {note}" for note in found["notes"])]
+
+
+def _collective_row(kind: str, found: list[dict[str, Any]]) -> list[str]:
+    exposed = [c["exposed_seconds"] for c in found]
+    return [
+        f"  {kind}",
+        str(sum(c["count"] for c in found)),
+        f"{sum(c['count'] * c['bytes'] for c in found) / 1e9:.2f}",
+        f"{sum(c['seconds'] for c in found):.3f}",
+        "-" if None in exposed else f"{sum(exposed):.3f}",
     ]
-    if collectives:
-        lines += table(["  collective", "per step", "GB per device", "s", "s not hidden"], collectives)
-    return lines
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
