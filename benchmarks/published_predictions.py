@@ -39,6 +39,8 @@ class Published:
     """None: one self-attention call of Wan 2.1 14B at 720p on one chip's five heads."""
     replicated_rows: bool = False
     """Row-parallel layers replicated instead of all-reduced."""
+    masked: bool = False
+    """Keys that only pad a block, and padded text, masked by segment ids, as tpuvid does; the published runs padded with zeros."""
     mesh: tuple[int, int] = (2, 4)
     """dp, tp."""
     layout: str = "tensor"
@@ -54,6 +56,9 @@ PUBLISHED = {
     ),
     "cogvideox": Published("CogVideoX1.5-5B, 1360×768×81, CFG", 2.31, "cogvideox1.5-5b"),
     "hunyuan": Published("HunyuanVideo 1.5, 1280×720×121, CFG", 7.29, "hunyuanvideo-1.5-t2v-720p", replicated_rows=True),
+    "hunyuan-masked": Published(
+        "HunyuanVideo 1.5, as above, padding masked", 7.29, "hunyuanvideo-1.5-t2v-720p", replicated_rows=True, masked=True
+    ),
     "hunyuan-8": Published(
         "HunyuanVideo 1.5, as above, one group of eight chips",
         7.29,
@@ -74,12 +79,13 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[
     block_sizes.LONG = block_sizes.Blocks(*BLOCKS)
 
     def as_published(query, key, value, *, kv_mask=None, scale=None):
-        """Keys padded with zeros to whole blocks and not masked, as those runs did: so no segment ids are compared."""
+        """Keys padded with zeros to whole blocks, no mask: so no segment ids are compared."""
         key, value = (splash._pad(x, block_sizes.splash_blocks(*query.shape[2:3], *x.shape[2:]).kv) for x in (key, value))
         return splash.attention_splash(query, key, value, scale=scale)
 
     attention = import_module("tpuvid.kernels.attention")
-    attention.attention_splash = as_published
+    if not published.masked:
+        attention.attention_splash = as_published
     if published.layout == "sequence":
         attention._attention_sharded = partial(_attention_over_tokens, as_published)
     devices = TOPOLOGY.jax_devices()
