@@ -3,7 +3,7 @@
     python benchmarks/published_predictions.py [NAME…] [--keep FOLDER]
 
 Compiles each model's denoising step for the slice (minutes and gigabytes each; no TPU needed) and prices it with
-`tpuvid.plan.cost`. `--keep` leaves the compiled programs and their schedules there and takes those that it finds.
+`tpuvid.plan.cost`. `--keep` leaves the programs and the cycles of their schedules there, and takes those that it finds.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
 from importlib.resources import files
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpuvid.plan.bundles import dump_flags
+from tpuvid.plan.cost import Prediction, predict
 from tpuvid.plan.jobs import Jobs, Report, scratch_folder
+from tpuvid.plan.schedules import schedule_cycles
 from tpuvid.plan.topologies import parse_topology
 
 TOPOLOGY = parse_topology("v6e-8")
@@ -36,8 +39,12 @@ class Published:
     """None: one self-attention call of Wan 2.1 14B at 720p on one chip's five heads."""
     replicated_rows: bool = False
     """Row-parallel layers replicated instead of all-reduced."""
+    masked: bool = False
+    """Keys that only pad a block, and padded text, masked by segment ids, as tpuvid does; the published runs padded with zeros."""
+    mesh: tuple[int, int] = (2, 4)
+    """dp, tp."""
     layout: str = "tensor"
-    """"tensor": Megatron's, dp2 × tp4. "sequence": tokens split over tp, all-to-all before and after self-attention, weights
+    """"tensor": Megatron's. "sequence": tokens split over tp, all-to-all before and after self-attention, weights
     replicated (what gathering them would take is not in it)."""
 
 
@@ -49,11 +56,21 @@ PUBLISHED = {
     ),
     "cogvideox": Published("CogVideoX1.5-5B, 1360×768×81, CFG", 2.31, "cogvideox1.5-5b"),
     "hunyuan": Published("HunyuanVideo 1.5, 1280×720×121, CFG", 7.29, "hunyuanvideo-1.5-t2v-720p", replicated_rows=True),
+    "hunyuan-masked": Published(
+        "HunyuanVideo 1.5, as above, padding masked", 7.29, "hunyuanvideo-1.5-t2v-720p", replicated_rows=True, masked=True
+    ),
+    "hunyuan-8": Published(
+        "HunyuanVideo 1.5, as above, one group of eight chips",
+        7.29,
+        "hunyuanvideo-1.5-t2v-720p",
+        replicated_rows=True,
+        mesh=(1, 8),
+    ),
 }
 
 
-def compile_published(argument: Mapping[str, Any], report: Report) -> None:
-    """A job: writes the scheduled program of `argument["name"]` to `argument["hlo"]`."""
+def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[int]]:
+    """A job: writes the scheduled program of `argument["name"]` to `argument["hlo"]`; returns its devices' coordinates."""
     import jax
     import jax.numpy as jnp
     from tpuvid.kernels import block_sizes, splash
@@ -62,12 +79,13 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> None:
     block_sizes.LONG = block_sizes.Blocks(*BLOCKS)
 
     def as_published(query, key, value, *, kv_mask=None, scale=None):
-        """Keys padded with zeros to whole blocks and not masked, as those runs did: so no segment ids are compared."""
+        """Keys padded with zeros to whole blocks, no mask: so no segment ids are compared."""
         key, value = (splash._pad(x, block_sizes.splash_blocks(*query.shape[2:3], *x.shape[2:]).kv) for x in (key, value))
         return splash.attention_splash(query, key, value, scale=scale)
 
     attention = import_module("tpuvid.kernels.attention")
-    attention.attention_splash = as_published
+    if not published.masked:
+        attention.attention_splash = as_published
     if published.layout == "sequence":
         attention._attention_sharded = partial(_attention_over_tokens, as_published)
     devices = TOPOLOGY.jax_devices()
@@ -77,6 +95,7 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> None:
     else:
         compiled = _denoising_step(published, devices)
     Path(argument["hlo"]).write_text(compiled.as_text())
+    return [list(device.coords) for device in devices]
 
 
 def _attention_over_tokens(kernel, mesh, query, key, value, mask, scale):
@@ -113,7 +132,7 @@ def _denoising_step(published: Published, devices: list) -> Any:
     runtime = DryRuntime(
         DTYPES["bfloat16"],
         devices=devices,
-        mesh_config=MeshConfig(dp=2, tp=4),
+        mesh_config=MeshConfig(*published.mesh),
         compiled_stages=("denoise",),
         on_program=programs.append,
     )
@@ -121,3 +140,47 @@ def _denoising_step(published: Published, devices: list) -> Any:
     checkpoint = ConfigsOnly(spec.model_id, Path(str(files(package))) / folder, place=runtime.ledger.array)
     dry_generate(spec, checkpoint, spec.configure(prompt="a cat"), runtime)
     return programs[0].compiled
+
+
+def prediction(name: str, folder: Path) -> Prediction:
+    """Of one published point; what was compiled for it lies in `folder` or comes there."""
+    hlo, about = folder / f"{name}.hlo", folder / f"{name}.json"
+    if not about.exists():
+        with scratch_folder() as scratch, Jobs(scratch) as jobs:
+            environment = TOPOLOGY.environment(dump_flags(scratch)) | {"PYTHONPATH": str(Path(__file__).parent)}
+            jobs.start(name, "published_predictions:compile_published", {"name": name, "hlo": str(hlo)}, environment)
+            *_, (_, done) = jobs.events()
+            about.write_text(json.dumps({"coords": done["result"], "cycles": schedule_cycles(scratch)}))
+    known = json.loads(about.read_text())
+    return predict(hlo.read_text(), TOPOLOGY, coords=known["coords"], schedule_cycles=known["cycles"])
+
+
+def row(name: str, found: Prediction) -> str:
+    published = PUBLISHED[name]
+    # of the attention call alone: the published figure is the kernel's
+    seconds = found.parts["attention"].seconds if published.model is None else found.seconds
+    parts = " | ".join(f"{part.seconds:.3f}" for part in found.parts.values())
+    error = f"{seconds / published.seconds - 1:+.0%}"
+    return (
+        f"| {published.what} | {seconds:.4g} | {published.seconds:.4g} | {error} | {parts} | {found.collective_seconds:.3f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {', '.join(PUBLISHED)}; all by default.")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(PUBLISHED):
+        parser.error(f"{', '.join(unknown)}: choose from {', '.join(PUBLISHED)}")
+    print("| point | predicted s | published s | error | attention | matmul | elementwise | collectives | other | links busy |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    with scratch_folder() as scratch:
+        folder = arguments.keep or scratch
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in arguments.names or PUBLISHED:
+            print(row(name, prediction(name, folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
