@@ -12,10 +12,10 @@ import jax
 from tpuvid.checkpoint import resolve_model
 from tpuvid.errors import InputError
 from tpuvid.mesh import MeshConfig
-from tpuvid.plan.bundles import kernels
 from tpuvid.plan.cost import predict
 from tpuvid.plan.dryrun import DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import Report
+from tpuvid.plan.schedules import schedule_cycles
 from tpuvid.plan.topologies import LOCAL, parse_topology
 from tpuvid.progress import Progress
 
@@ -102,7 +102,7 @@ def _predict(program: DryProgram, topology: str, dump: str | None) -> dict[str, 
     if program.compiled is None or dump is None:
         return None
     coords = [tuple(device.coords) for device in program.mesh.devices.flat]
-    cycles = {name: found.cycles for name, found in kernels(Path(dump)).items()}
+    cycles = schedule_cycles(Path(dump))
     for file in Path(dump).iterdir():
         file.unlink()
     return predict(program.compiled.as_text(), parse_topology(topology), coords=coords, schedule_cycles=cycles).to_dict()
