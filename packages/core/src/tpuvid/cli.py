@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ from tpuvid.options import (
     runtime_options,
     sampling_options,
     save_frames_option,
+    search_options,
+    shape_options,
     size_options,
     stage_model_option,
     topology_option,
@@ -168,10 +171,7 @@ def list_models(as_json: bool) -> None:
     if not rows:
         click.echo("no models installed; try: pip install tpuvid-wan")
     else:
-        table = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        for row in table:
-            click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        _echo_table([list(rows[0]), *([str(v) for v in row.values()] for row in rows)])
     for plugin in broken:
         click.echo(f"warning: plugin {plugin['plugin']} ({plugin['package']}) does not load: {plugin['error']}", err=True)
 
@@ -431,6 +431,49 @@ def compare_command(a: Path, b: Path, as_json: bool) -> None:
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else render(found))
 
 
+@cli.group()
+def tune() -> None:
+    """Find tile sizes of kernels for a TPU, on a machine without one."""
+
+
+@tune.command("attention")
+@click.option("--model", help="The shapes of this model's denoising step. Or give one shape by the next five.")
+@shape_options
+@click.option("--topology", "topology_name", required=True, help="TPU slice, like v6e-8.")
+@search_options
+@click.option("--output", type=path_type, help="Table to write to. Default: the package's own.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def tune_attention_command(
+    model: str | None, topology_name: str, masked: bool, jobs: int | None, max_candidates: int, output: Path | None,
+    as_json: bool, **sizes: int | None,
+) -> None:  # fmt: skip
+    """Blocks of the attention kernel with the fewest predicted cycles, written to the table that the kernel reads."""
+    from tpuvid.plan.topologies import parse_topology
+    from tpuvid.plan.tune import attention_shapes, tune_attention
+
+    topology = parse_topology(topology_name)
+    missing = [name for name, size in sizes.items() if size is None]
+    if model is not None and (masked or len(missing) < len(sizes)):
+        raise InputError(f"--model={model} brings its shapes; leave out --heads, --queries, --keys, --head-dim and --masked")
+    if model is None and missing:
+        raise InputError(f"give --model, or a whole shape: {', '.join('--' + n.replace('_', '-') for n in missing)} missing")
+    if model is not None:
+        shapes, which = attention_shapes(model, topology), f"--model {shlex.quote(model)}"
+    else:
+        from tpuvid.kernels.block_sizes import AttentionShape
+
+        shapes = [AttentionShape(**sizes, masked=masked)]
+        which = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items()) + " --masked" * masked
+    command = f"tpuvid tune attention {which} --topology {topology.name} --max-candidates {max_candidates}"
+    say = lambda line: click.echo(line, err=True)  # noqa: E731
+    rows = tune_attention(shapes, topology, command=command, output=output, jobs=jobs, max_candidates=max_candidates, say=say)
+    if as_json:
+        click.echo(json.dumps([row._asdict() for row in rows], indent=2))
+    else:
+        columns = ("heads", "queries", "keys", "head_dim", "masked", "block_q", "block_kv", "block_kv_compute", "predicted_ms")
+        _echo_table([columns, *([str(getattr(row, name)) for name in columns] for row in rows)])
+
+
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def doctor(as_json: bool) -> int:
@@ -440,6 +483,12 @@ def doctor(as_json: bool) -> int:
     report = examine()
     click.echo(json.dumps(report, indent=2) if as_json else render(report))
     return 1 if report["problems"] else 0
+
+
+def _echo_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _say_how(latents: Latents) -> None:

@@ -131,6 +131,17 @@ config_option = click.option(
     "--config", "config_file", type=path_type, is_eager=True, expose_value=False, callback=_from_yaml,
     help="YAML file of these settings; flags win.",
 )  # fmt: skip
+shape_options = _options(
+    click.option("--heads", type=click.IntRange(1), help="Per device."),
+    click.option("--queries", type=click.IntRange(1), help="Tokens."),
+    click.option("--keys", type=click.IntRange(1), help="Tokens."),
+    click.option("--head-dim", type=click.IntRange(1)),
+    click.option("--masked", is_flag=True, help="With a mask over keys."),
+)
+search_options = _options(
+    click.option("--jobs", type=click.IntRange(1), help="Compiles at a time. Default by cores and free memory."),
+    click.option("--max-candidates", type=click.IntRange(1), default=24, show_default=True, help="Per shape."),
+)
 runtime_options = _options(
     click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Default: bfloat16; float32 on a CPU."),
     click.option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpuvid.artifacts import check_folder
+from tpuvid.cache_folder import cache_folder
 from tpuvid.errors import InputError
 from tpuvid.kernels import placed_on
 from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh
@@ -22,7 +22,6 @@ from tpuvid.progress import Progress
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 TEXT_ENCODER_DEVICES = ("device", "cpu")
-CACHE_VARIABLE = "TPUVID_CACHE_DIR"
 
 
 def default_dtype() -> str:
@@ -37,12 +36,7 @@ def enable_compilation_cache() -> Path:
     """
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get(CACHE_VARIABLE) or home / "tpuvid") / "xla"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: can't be made ({error.strerror}); set {CACHE_VARIABLE} to a writable folder") from None
+    folder = cache_folder("xla")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a second run compiles nothing
     return folder

@@ -8,6 +8,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float
 
+from tpuvid.kernels.block_sizes import device_chip
 from tpuvid.kernels.placement import Placement, placement
 from tpuvid.kernels.splash import attention_splash
 from tpuvid.kernels.xla import attention_xla
@@ -59,7 +60,8 @@ def _attention_cudnn(query, key, value, mask, scale):
 
 def _attention_sharded(mesh: Mesh | None, query, key, value, mask, scale):
     """The TPU kernel on every device: batch over dp; over tp the heads, or else the queries, or else nothing."""
-    kernel = partial(attention_splash, scale=scale)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    kernel = partial(attention_splash, scale=scale, chip=device_chip(device, query.dtype))
     kv_mask = None if mask is None else mask[:, 0, 0]
     if mesh is None or mesh.size == 1:
         return kernel(query, key, value, kv_mask=kv_mask)

@@ -1,6 +1,16 @@
-"""Tile sizes of the splash kernel, as data with provenance."""
+"""Tile sizes of the splash kernel, as data with provenance: the rows of block_sizes.json, and the user's own.
 
+`tpuvid tune attention` writes them; the variable TPUVID_BLOCK_SIZES names a file of rows that come before the package's.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
+
+import jax
 
 
 class Blocks(NamedTuple):
@@ -9,19 +19,119 @@ class Blocks(NamedTuple):
     kv_compute: int
 
 
+class AttentionShape(NamedTuple):
+    """One call of the kernel on one device, per batch item."""
+
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    masked: bool
+    """Whether it is given a mask over keys; padding to whole blocks isn't one."""
+
+
+class Row(NamedTuple):
+    """The best blocks found for one shape, bfloat16, on one chip."""
+
+    chip: str
+    """As JAX names the device's kind: "TPU v6 lite"."""
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    masked: bool
+    block_q: int
+    block_kv: int
+    block_kv_compute: int
+    predicted_ms: float
+    jax: str
+    libtpu: str
+    date: str
+    command: str
+
+    @property
+    def shape(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.queries, self.keys, self.head_dim, self.masked)
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.block_q, self.block_kv, self.block_kv_compute)
+
+
 LANES = 128
+TABLE = Path(__file__).with_name("block_sizes.json")
+VARIABLE = "TPUVID_BLOCK_SIZES"
+NEAR = 2.0
+"""A row serves lengths up to so many times longer or shorter than its own."""
 
-# Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 41.6 ms per call by counting VLIW bundles, the least
-# that a search of this kernel found (2026-11; the 3328/2816/256 of earlier ports: 44.4 predicted, 43.93 measured).
-LONG = Blocks(q=3024 // LANES * LANES, kv=2048, kv_compute=1024)
+# Where no row is near. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 41.6 ms per call by counting VLIW
+# bundles without a mask (2026-11; the 3328/2816/256 of earlier ports: 44.4 predicted, 43.93 measured).
+LONG = Blocks(q=2944, kv=2048, kv_compute=1024)
 
 
-def splash_blocks(queries: int, keys: int, dim: int) -> Blocks:
-    """Blocks for these sequence lengths: `LONG`, shrunk to the lengths where they are shorter and to VMEM for wider heads."""
-    widths = _round_up(dim) // LANES  # a VAE's single head has 384 or 1024 channels
-    kv = min(_round_up(LONG.kv // widths), _round_up(keys))
-    compute = LONG.kv_compute if kv % LONG.kv_compute == 0 else LANES
-    return Blocks(q=min(_round_up(LONG.q // widths), _round_up(queries)), kv=kv, kv_compute=compute)
+def splash_blocks(
+    queries: int, keys: int, dim: int, *, masked: bool = False, heads: int | None = None, chip: str | None = None
+) -> Blocks:
+    """Blocks for these sequence lengths on this kind of chip (None: whatever runs on any).
+
+    The row of exactly this shape; else the nearest row of as wide heads; else `LONG`; the latter two shrunk to the lengths
+    where they are shorter, and `LONG` to VMEM for wider heads. The number of heads decides only between equal rows.
+    """
+    lanes = _round_up(dim)
+    rows = [r for r in block_rows() if r.chip == chip and _round_up(r.head_dim) == lanes and r.masked == masked]
+    exact = [r for r in rows if (r.queries, r.keys, r.head_dim) == (queries, keys, dim)]
+    if exact:
+        return next((r for r in exact if r.heads == heads), exact[0]).blocks
+    near = [r for r in rows if _distance(r, queries, keys) <= NEAR]
+    if near:
+        found = min(near, key=lambda r: (_distance(r, queries, keys), r.head_dim != dim)).blocks
+    else:
+        widths = lanes // LANES  # a VAE's single head has 384 or 1024 channels
+        found = Blocks(_round_up(LONG.q // widths), _round_up(LONG.kv // widths), LONG.kv_compute)
+    kv = min(found.kv, _round_up(keys))
+    compute = found.kv_compute if kv % found.kv_compute == 0 else LANES
+    return Blocks(q=min(found.q, _round_up(queries)), kv=kv, kv_compute=compute)
+
+
+def block_rows() -> Sequence[Row]:
+    """Every row that applies here: the user's, then the package's for shapes that those don't have.
+
+    Raises `ValueError` for a file that is no table.
+    """
+    own = _cached_rows(Path(os.environ[VARIABLE])) if os.environ.get(VARIABLE) else ()
+    taken = {(r.chip, r.shape._replace(heads=0)) for r in own}
+    return [*own, *(r for r in _cached_rows(TABLE) if (r.chip, r.shape._replace(heads=0)) not in taken)]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Raises `ValueError` if `path` is no table of block sizes."""
+    try:
+        rows = [Row(**row) for row in json.loads(path.read_text("utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: is no table of block sizes ({error}); give a file that tpuvid tune wrote, or unset {VARIABLE}"
+        ) from None
+    for row in rows:
+        sizes = row.blocks
+        if not all(isinstance(x, int) and x > 0 and x % LANES == 0 for x in sizes) or sizes.kv % sizes.kv_compute:
+            raise ValueError(f"{path}: blocks {tuple(sizes)}: need multiples of {LANES}, and block_kv of block_kv_compute")
+    return rows
+
+
+def device_chip(device: jax.Device, dtype) -> str | None:
+    """The rows of which chip a kernel on `device` reads; None for what they weren't searched for."""
+    return device.device_kind if device.platform == "tpu" and jax.numpy.dtype(dtype).itemsize == 2 else None
+
+
+@cache
+def _cached_rows(path: Path) -> tuple[Row, ...]:
+    return tuple(read_rows(path))
+
+
+def _distance(row: Row, queries: int, keys: int) -> float:
+    """How many times longer or shorter, at the most."""
+    pairs = ((row.queries, queries), (row.keys, keys))
+    return max(max(a, b) / min(a, b) for a, b in pairs)
 
 
 def _round_up(length: int) -> int:

@@ -9,7 +9,8 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Bool, Float
 
-from tpuvid.kernels.block_sizes import LANES, splash_blocks
+from tpuvid.kernels.block_sizes import LANES, AttentionShape, Blocks, splash_blocks
+from tpuvid.kernels.recording import record_attention
 
 
 def attention_splash(
@@ -19,13 +20,21 @@ def attention_splash(
     *,
     kv_mask: Bool[Array, "B S"] | None = None,
     scale: float | None = None,
+    chip: str | None = None,
+    blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N T D"]:
-    """As `attention_reference` with a mask over keys alone. `interpret` runs the kernel on a CPU."""
+    """As `attention_reference` with a mask over keys alone.
+
+    `blocks`: by default those for this shape on `chip`, see `splash_blocks`. `interpret` runs the kernel on a CPU.
+    """
     batch, heads, queries, dim = query.shape
     keys = key.shape[2]
     scale = dim**-0.5 if scale is None else scale
-    blocks = splash_blocks(queries, keys, dim)
+    shape = AttentionShape(heads, queries, keys, dim, masked=kv_mask is not None)
+    record_attention(shape)
+    if blocks is None:
+        blocks = splash_blocks(queries, keys, dim, masked=shape.masked, heads=heads, chip=chip)
     # the kernel has no scale; folded into q in float32 so that bf16 rounds once
     query = _pad((query.astype(jnp.float32) * scale).astype(query.dtype), blocks.q)
     key, value = _pad(key, blocks.kv), _pad(value, blocks.kv)

@@ -1,0 +1,312 @@
+"""Tile sizes for the attention kernel, by predicted cycles, without a TPU: a search whose every candidate is compiled.
+
+Candidates run as processes of their own (`tpuvid.plan.candidate`), as many at a time as cores and memory allow. What each
+found is kept in a journal in the user's cache folder, by shape, chip, versions and kernel source: a search that was
+interrupted goes on where it stopped. Imports neither jax nor torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpuvid.artifacts import atomic_path, check_output
+from tpuvid.cache_folder import cache_folder
+from tpuvid.errors import InputError, TpuvidError
+from tpuvid.plan.bundles import no_time
+from tpuvid.plan.topologies import Topology, require_libtpu
+
+if TYPE_CHECKING:
+    from tpuvid.kernels.block_sizes import AttentionShape, Blocks, Row
+
+GIB_PER_JOB = 4
+"""Memory to leave per compile: the largest seen took 2 GiB (2026-11)."""
+LANES = 128
+COARSE = [
+    (3072, 2048, 1024), (2048, 2048, 1024), (3072, 4096, 1024), (2048, 4096, 2048), (4096, 2048, 512), (3072, 2048, 512),
+    (1024, 4096, 1024),
+]  # fmt: skip
+"""Where a search starts: around the best blocks of earlier searches by hand (2026-11: 3024/2048/1024)."""
+STRIDES = (1.5, 1.2, 1.08)
+"""From the best of those it goes to neighbours that are larger or smaller by this, the next one where none is better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What became of one candidate."""
+
+    blocks: Blocks
+    cycles: float | None
+    """None where the kernel can't be compiled with these blocks."""
+    reason: str | None = None
+
+
+@dataclass
+class Journal:
+    """One line of JSON per candidate; a line that a crash has cut off doesn't count."""
+
+    path: Path
+    key: dict[str, Any]
+    found: dict[Blocks, Found] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from tpuvid.kernels.block_sizes import Blocks
+
+        for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                if entry["key"] == self.key:
+                    blocks = Blocks(*entry["blocks"])
+                    self.found[blocks] = Found(blocks, entry["cycles"], entry["reason"])
+
+    def add(self, found: Found) -> None:
+        self.found[found.blocks] = found
+        entry = {"key": self.key, "blocks": found.blocks, "cycles": found.cycles, "reason": found.reason}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" * _is_cut_off(self.path) + json.dumps(entry) + "\n")
+
+
+def attention_shapes(model: str, topology: Topology) -> list[AttentionShape]:
+    """The calls of the kernel in one denoising step of `model`, on one device, each shape once."""
+    raise InputError(f"model={model!r}: its shapes can't be found yet; give --heads, --queries, --keys and --head-dim")
+
+
+def tune_attention(
+    shapes: Sequence[AttentionShape],
+    topology: Topology,
+    *,
+    command: str,
+    output: Path | None = None,
+    jobs: int | None = None,
+    max_candidates: int = 24,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Search blocks for each shape and write a row for each into `output` (None: the package's table).
+
+    `command` is recorded with the rows. Raises `InputError` for a chip whose schedule gives no times, or where libtpu is
+    missing or the table can't be written.
+    """
+    from tpuvid.kernels.block_sizes import TABLE, Row
+    from tpuvid.plan.candidate import remove_stale_folders
+
+    chip = topology.chip
+    if reason := no_time(chip):
+        raise InputError(f"topology={topology.name!r}: {reason}; tune for v6e")
+    require_libtpu()
+    table = output or TABLE
+    _check_table(table)
+    remove_stale_folders()
+    journal_path = cache_folder("tune") / f"attention-{chip.name}.jsonl"
+    rows = []
+    for shape in shapes:
+        journal = Journal(journal_path, {"chip": chip.device_kind, "shape": list(shape), **_versions()})
+        say(f"{_say_shape(shape)} on {chip.name}: up to {max_candidates} candidates, {jobs or default_jobs()} at a time")
+        best = search(shape, journal, topology, jobs or default_jobs(), max_candidates, say)
+        rows.append(
+            Row(
+                chip=chip.device_kind,
+                **shape._asdict(),
+                **{f"block_{name}": size for name, size in best.blocks._asdict().items()},
+                predicted_ms=round(best.cycles / chip.clock_ghz / 1e6, 3),
+                jax=version("jax"),
+                libtpu=version("libtpu"),
+                date=time.strftime("%Y-%m-%d"),
+                command=command,
+            )
+        )
+        write_rows(table, rows[-1:])
+    return rows
+
+
+def search(
+    shape: AttentionShape,
+    journal: Journal,
+    topology: Topology,
+    jobs: int,
+    limit: int,
+    say: Callable[[str], None],
+    evaluate: Callable[..., Found] | None = None,
+) -> Found:
+    """The best of at most `limit` candidates, those in the journal included: coarse first, then around the best."""
+    tried: dict[Blocks, Found] = {}
+
+    def best() -> Found | None:
+        return min((f for f in tried.values() if f.cycles is not None), key=lambda f: f.cycles, default=None)
+
+    def look_at(candidates: Sequence[Blocks]) -> None:
+        new = [c for c in dict.fromkeys(candidates) if c not in tried][: limit - len(tried)]
+        known = [journal.found[c] for c in new if c in journal.found]
+        rest = [c for c in new if c not in journal.found]
+        for found in (*known, *_in_parallel(rest, shape, topology, jobs, evaluate or compile_candidate)):
+            tried[found.blocks] = found
+            if found.blocks not in journal.found:
+                journal.add(found)
+            say(_say_found(found, best(), len(tried), limit, topology))
+
+    try:
+        look_at([fit(shape, *sizes) for sizes in COARSE])
+        strides = iter(STRIDES)
+        stride = next(strides)
+        while stride is not None and len(tried) < limit and (start := best()):
+            look_at(_neighbours(shape, start.blocks, stride))
+            if best() == start:
+                stride = next(strides, None)
+    except KeyboardInterrupt:
+        say(f"interrupted; {len(tried)} candidates are kept in {journal.path}: the same command goes on from there")
+        raise
+    found = best()
+    if found is None:
+        raise TpuvidError(f"{_say_shape(shape)}: none of {len(tried)} candidates compiles; raise --max-candidates")
+    return found
+
+
+def fit(shape: AttentionShape, block_q: float, block_kv: float, compute: float) -> Blocks:
+    """Blocks near these sizes, whose last ones are as full as the others: what is padded would be computed for nothing."""
+    from tpuvid.kernels.block_sizes import Blocks
+
+    q = _round_up(shape.queries / max(1, round(shape.queries / block_q)), LANES)
+    kv = shape.keys / max(1, round(shape.keys / block_kv))
+    parts = max(1, round(kv / compute))
+    kv_compute = _round_up(kv / parts, LANES)
+    return Blocks(q, kv_compute * parts, kv_compute)
+
+
+def _neighbours(shape: AttentionShape, blocks: Blocks, stride: float) -> list[Blocks]:
+    q, kv, compute = blocks
+    sizes = [
+        (q * stride, kv, compute), (q, kv * stride, compute), (q, kv, compute / 2), (q / stride, kv, compute),
+        (q, kv / stride, compute), (q, kv, compute * 2), (q / stride, kv * stride, compute),
+    ]  # fmt: skip
+    return [fit(shape, *s) for s in sizes]
+
+
+def default_jobs() -> int:
+    """Compiles at a time: one per core, as far as memory goes."""
+    return max(1, min(len(os.sched_getaffinity(0)), int(_free_gib() // GIB_PER_JOB)))
+
+
+def _free_gib() -> float:
+    """Memory that new processes can have."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _in_parallel(
+    candidates: Sequence[Blocks], shape: AttentionShape, topology: Topology, jobs: int, evaluate: Callable[..., Found]
+) -> Iterator[Found]:
+    """Each as it gets ready. What still runs when the caller stops is ended."""
+    running: set[subprocess.Popen] = set()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(evaluate, topology, shape, c, running) for c in candidates]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            for process in list(running):
+                process.stdin.close()  # which ends it, once it has cleaned up
+
+
+def compile_candidate(topology: Topology, shape: AttentionShape, blocks: Blocks, running: set[subprocess.Popen]) -> Found:
+    """Run one candidate in a process of its own, which is in `running` meanwhile."""
+    job = json.dumps({"topology": topology.name, "shape": shape, "blocks": blocks})
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "tpuvid.plan.candidate", job],
+        env=os.environ | topology.environment(), text=True, start_new_session=True,  # Ctrl-C is ours to handle
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    running.add(process)
+    errors: list[str] = []
+    with ThreadPoolExecutor(1) as reader:  # both pipes are drained at once; stdin stays open, which keeps the process alive
+        reading = reader.submit(process.stderr.read)
+        text = process.stdout.read()
+        errors = reading.result().strip().splitlines()
+    code = process.wait()
+    running.discard(process)
+    lines = text.strip().splitlines()
+    if code or not lines:
+        why = f"signal {signal.Signals(-code).name}" if code < 0 else next(reversed(errors), f"exit code {code}")
+        raise TpuvidError(f"candidate {_say_blocks(blocks)}: its process failed ({why}); fewer --jobs need less memory")
+    found = json.loads(lines[-1])
+    return Found(blocks, found.get("cycles"), found.get("infeasible"))
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to a table, each in the place of one for the same shape and chip."""
+    new = {(row.chip, row.shape): row for row in rows}
+    kept = [row for row in _read_table(path) if (row.chip, row.shape) not in new]
+    lines = [json.dumps(row._asdict()) for row in sorted([*kept, *new.values()], key=lambda r: (r.chip, r.shape))]
+    with atomic_path(path, overwrite=True) as temporary:
+        temporary.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n", "utf-8")
+
+
+def _read_table(path: Path) -> list[Row]:
+    from tpuvid.kernels.block_sizes import read_rows
+
+    try:
+        return read_rows(path) if path.exists() else []
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _check_table(path: Path) -> None:
+    from tpuvid.kernels.block_sizes import TABLE, VARIABLE
+
+    try:
+        check_output(path, overwrite=True)
+        if path.exists() and not os.access(path, os.W_OK):
+            raise InputError(f"{path}: is not writable; choose another place")
+    except InputError as error:
+        if path != TABLE:
+            raise
+        raise InputError(f"{error}: pass --output FILE and set {VARIABLE}=FILE where the model runs") from None
+    _read_table(path)
+
+
+def _versions() -> dict[str, str]:
+    """What a candidate's cycles depend on beside its shape."""
+    source = Path(__file__).parents[1] / "kernels" / "splash.py"
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    return {"jax": version("jax"), "libtpu": version("libtpu"), "source": digest}
+
+
+def _is_cut_off(path: Path) -> bool:
+    return path.exists() and not path.read_bytes()[-1:] in (b"", b"\n")
+
+
+def _round_up(length: float, step: int) -> int:
+    return int(-(-length // step)) * step
+
+
+def _say_shape(shape: AttentionShape) -> str:
+    masked = ", masked" if shape.masked else ""
+    return f"attention {shape.heads} heads × {shape.queries} queries × {shape.keys} keys, D = {shape.head_dim}{masked}"
+
+
+def _say_blocks(blocks: Blocks) -> str:
+    return "/".join(map(str, blocks))
+
+
+def _say_found(found: Found, best: Found | None, count: int, limit: int, topology: Topology) -> str:
+    def ms(cycles: float) -> str:
+        return f"{cycles / topology.chip.clock_ghz / 1e6:.2f} ms"
+
+    what = ms(found.cycles) if found.cycles is not None else f"does not fit ({(found.reason or '')[:100]})"
+    top = f"; best {ms(best.cycles)} with {_say_blocks(best.blocks)}" if best else ""
+    return f"[{count}/{limit}] {_say_blocks(found.blocks)}: {what}{top}"
