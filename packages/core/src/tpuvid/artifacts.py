@@ -62,9 +62,7 @@ def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        _publish(temporary, path, overwrite=overwrite)
-    except FileExistsError:
-        raise InputError(f"{path}: already exists; choose another name or pass --overwrite") from None
+        publish(temporary, path, overwrite=overwrite)
     except OSError as error:
         raise TpuvidError(
             f"{path}: can't be written ({error.strerror or error}); free space or choose another place"
@@ -74,13 +72,18 @@ def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
+def publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
+    """Give a complete file its name; raises `InputError` if another process made `path` meanwhile and `overwrite` is false.
+
+    Both are on one file system; `temporary` may be left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not overwrite:
         try:
             os.link(temporary, path)  # unlike rename, fails if another process made `path` meanwhile
             return
         except FileExistsError:
-            raise
+            raise InputError(f"{path}: already exists; choose another name or pass --overwrite") from None
         except OSError:  # a file system without hard links
             pass
     temporary.replace(path)

@@ -31,6 +31,7 @@ from tpuvid.options import (
     mesh_option,
     model_option,
     overwrite_option,
+    pack_options,
     path_type,
     prompt_options,
     runtime_options,
@@ -49,7 +50,7 @@ from tpuvid.stages import GenerationConfig
 if TYPE_CHECKING:
     from tpuvid.checkpoint import Checkpoint
     from tpuvid.pipeline import Pipeline
-    from tpuvid.stages import Latents, ModelSpec, Video
+    from tpuvid.stages import Conditioning, Latents, ModelSpec, Video
 
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
@@ -194,6 +195,7 @@ def list_models(as_json: bool) -> None:
 @click.option("--output-dir", type=path_type, help="Folder for a named file. [default: outputs]")
 @save_frames_option
 @vae_tiling_option
+@pack_options
 @overwrite_option
 @encoder_options
 @runtime_options
@@ -213,6 +215,7 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
         )
     spec, checkpoint = resolve_model(model)
     settings, options = _split(given)
+    options |= _read_pack(options)
     configs = [spec.configure(prompt=p, **settings).with_drawn_seed() for p in prompts]
     names = [_file_name(config, i if len(prompts) > 1 else None) for i, config in enumerate(configs)]
     outputs = [Outputs(output or (output_dir or Path("outputs")) / name, overwrite, save_frames) for name in names]
@@ -223,6 +226,8 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
     pipe = _load(model, options)
     pipe.verify()
     configs = [pipe.resolve(config) for config in configs]
+    for config in configs:
+        pipe.check_pack(config)
     failures = _generate_all(pipe, configs, outputs)
     for config, error in failures:
         click.echo(f"tpuvid: error: {config.prompt!r}: {error}", err=True)
@@ -249,9 +254,11 @@ def _generate_all(
                 failures.append((configs[i], str(error) if isinstance(error, TpuvidError) else _unexpected(error)))
 
     def save(i: int, latents: Latents) -> None:
-        outputs[i].write(pipe.decode(latents))
+        video = pipe.decode(latents)
+        outputs[i].write(video)
         click.echo(f"seed: {configs[i].seed}")
         _say_how(latents)
+        _say_pack(video)
 
     each(lambda i, config: pipe.encode_config(config))
     pipe.free()
@@ -267,6 +274,7 @@ def _generate_all(
 @click.option("--prompt", required=True, help="What the video shows.")
 @prompt_options
 @click.option("--output-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True)
+@pack_options
 @overwrite_option
 @encoder_options
 @runtime_options
@@ -277,12 +285,14 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 
     spec, checkpoint = resolve_model(model)
     settings, options = _split(given)
+    options |= _read_pack(options)
     spec.configure(**settings)
     check_output(output_dir / EMBEDDINGS, overwrite=overwrite)
     check_config(output_dir, overwrite=overwrite)
     checkpoint.require(spec.components["encode"])
     conditioning = _load(model, options).encode(**settings)
     click.echo(f"embeddings: {save_conditioning(output_dir, conditioning, overwrite=overwrite)}")
+    _say_pack(conditioning)
 
 
 @cli.command()
@@ -296,6 +306,7 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 @loop_options
 @fps_option
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
+@pack_options
 @overwrite_option
 @runtime_options
 def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwrite: bool, **given: Any) -> None:
@@ -307,6 +318,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
     conditioning = load_conditioning(input_dir / EMBEDDINGS)
     model, spec, checkpoint = _stage_model(model, input_dir / EMBEDDINGS, conditioning.model_id)
     settings, options = _split(given)
+    options |= _read_pack(options)
     spec.configure(**settings)
     check_output(output_dir / LATENTS, overwrite=overwrite)
     check_config(output_dir, overwrite=overwrite)
@@ -316,6 +328,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
     click.echo(f"latents: {save_latents(output_dir, latents, overwrite=overwrite)}")
     click.echo(f"seed: {latents.config.seed}")
     _say_how(latents)
+    _say_pack(latents, "denoise")
 
 
 @cli.command()
@@ -326,6 +339,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @save_frames_option
 @vae_tiling_option
+@pack_options
 @overwrite_option
 @runtime_options
 def decode(
@@ -343,6 +357,7 @@ def decode(
         raise InputError(f"{file.path}: holds {len(array)} videos; decode takes one, split the file")
     model, spec, checkpoint = _stage_model(model, file.path, file.model_id or beside_model)
     given_settings, options = _split(given)
+    options |= _read_pack(options)
     config = spec.defaults.override(**(beside | dict(file.settings) | given_settings))
     check_sampling(config)
     outputs = Outputs((output_dir or input_dir) / "output_video.mp4", overwrite, save_frames)
@@ -356,7 +371,48 @@ def decode(
     )
     check_origin("latents", latents, spec, checkpoint)
     checkpoint.require(spec.components["decode"])
-    outputs.write(_load(model, options).decode(latents))
+    video = _load(model, options).decode(latents)
+    outputs.write(video)
+    _say_pack(video, "decode")
+
+
+@cli.command("compile")
+@config_option
+@model_option
+@click.option("--topology", required=True, help="A TPU slice (v6e-8, v5p-16, v6e:2x4, …), or cpu: this machine's.")
+@click.option("--output", "-o", type=path_type, required=True, help="The pack.")
+@click.option("--max-sequence-length", type=int, help="Text tokens; longer prompts are cut.")
+@sampling_options
+@cache_options
+@mesh_option
+@vae_tiling_option
+@overwrite_option
+@encoder_options
+@runtime_options
+def compile_command(model: str, topology: str, output: Path, overwrite: bool, **given: Any) -> None:
+    """Compile all that generate runs into a pack, for a machine that need not be at hand: no weights, no TPU.
+
+    Programs depend on the model, the size, guidance on or off, the cache and the devices; not on the prompt, the seed, the
+    number of steps or the scales.
+    """
+    from tpuvid.artifacts import check_output
+    from tpuvid.checkpoint import resolve_model
+    from tpuvid.plan.compiling import compile_pack, local_topology
+    from tpuvid.plan.topologies import require_libtpu
+    from tpuvid.progress import ConsoleProgress
+
+    if local_topology(topology) is not None:
+        require_libtpu()
+    check_output(output, overwrite=overwrite)
+    settings, options = _split(given)
+    spec, _ = resolve_model(model)
+    spec.configure(**settings)
+    made = compile_pack(
+        model, topology, output, settings=settings, options=options, overwrite=overwrite, progress=ConsoleProgress()
+    )
+    for program in made.programs:
+        click.echo(f"{program['stage']}: {program['name']}: {program['bytes'] / 1e6:.1f} MB, {program['seconds']:.1f} s")
+    click.echo(f"pack: {made.path} ({made.bytes / 1e6:.1f} MB)")
 
 
 @cli.command("plan")
@@ -498,6 +554,25 @@ def _say_how(latents: Latents) -> None:
         click.echo(f"cache: {cache['name']}: full steps {cache['full']}; cached steps {cache['cached']}")
     if profile := about.get("profile"):
         click.echo(f"profile: {profile} (*.xplane.pb for XProf, perfetto_trace.json.gz for Perfetto)")
+
+
+def _say_pack(result: Conditioning | Latents | Video, *stages: str) -> None:
+    """What came out of the pack in these stages (by default all so far), and what had to be compiled nevertheless."""
+    history = [result.history[stage] for stage in stages or result.history]
+    for note in ("loaded from pack", "compiled beside the pack"):
+        if programs := [about[note] for about in history if note in about]:
+            click.echo(f"{note}: {'; '.join(programs)}")
+
+
+def _read_pack(options: Mapping[str, Any]) -> dict[str, Any]:
+    """--pack, found to be whole before anything heavy is imported."""
+    from tpuvid.packs import read_pack
+
+    if options["pack"] is None:
+        if options["trust_pack"]:
+            raise InputError("--trust-pack: there is no pack to trust; add --pack FILE")
+        return {}
+    return {"pack": read_pack(options["pack"], trusted=options["trust_pack"])}
 
 
 def _split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -122,6 +122,10 @@ loop_options = _options(
 vae_tiling_option = click.option(
     "--vae-tiling", is_flag=True, help="Decode in overlapping tiles: less device memory, slightly other frames."
 )
+pack_options = _options(
+    click.option("--pack", type=path_type, help="File of tpuvid compile: its programs need not be compiled."),
+    click.option("--trust-pack", is_flag=True, help="Run the machine code in --pack: say so if you made it or trust who did."),
+)
 lora_options = _options(
     click.option("--lora-path", type=path_type, help="A LoRA (safetensors) to merge into the diffusion model."),
     click.option("--lora-scale", type=float, default=1.0, show_default=True),

@@ -16,6 +16,7 @@ from tpuvid.checkpoint import Checkpoint, check_origin, resolve_model
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.lora import Lora
 from tpuvid.mesh import MeshConfig
+from tpuvid.packs import Pack, read_pack, run_key
 from tpuvid.progress import Progress
 from tpuvid.runtime import Runtime, enable_compilation_cache
 from tpuvid.stages import Conditioning, GenerationConfig, Latents, ModelSpec, StepCallback, Video
@@ -35,6 +36,8 @@ def load(
     lora_path: str | Path | None = None,
     lora_scale: float = 1.0,
     vae_tiling: bool = False,
+    pack: str | Path | Pack | None = None,
+    trust_pack: bool = False,
     keep_loaded: bool = True,
     progress: Progress | None = None,
 ) -> Pipeline:
@@ -50,19 +53,23 @@ def load(
         profile: folder for a JAX profile of steady denoising steps, to be opened in XProf or Perfetto.
         lora_path: safetensors file of a LoRA, merged into the diffusion model with strength `lora_scale`.
         vae_tiling: decode in overlapping tiles, as diffusers' ``vae.enable_tiling()``: less device memory, another video.
+        pack: file of ``tpuvid compile``, whose programs need not be compiled; what it lacks is compiled, and the history says so.
+        trust_pack: the pack holds machine code; without this it is checked, and then refused.
         keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
             next one loads, for models whose stages don't fit in memory together. A text encoder on an accelerator is
             always freed before denoising.
         progress: where phases and steps are reported; default: recorded, not shown.
 
     Raises:
-        InputError: unknown model, incomplete checkpoint, or options that this machine can't run.
+        InputError: unknown model, incomplete checkpoint, damaged pack, or options that this machine can't run.
     """
     spec, checkpoint = resolve_model(model)
     if lora_path is not None:
         lora = Lora(Path(lora_path), lora_scale)
         lora.check()
         checkpoint = replace(checkpoint, loras=(lora,))
+    if isinstance(pack, str | Path):
+        pack = read_pack(pack, trusted=trust_pack)
     enable_compilation_cache()
     config = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
     runtime = Runtime.create(
@@ -73,6 +80,7 @@ def load(
         vae_tiling=vae_tiling,
         warmup_steps=warmup_steps,
         profile=profile,
+        pack=pack,
         progress=progress or Progress(),
     )
     return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
@@ -85,6 +93,7 @@ class Pipeline:
         self.spec, self.checkpoint, self.runtime, self.keep_loaded = spec, checkpoint, runtime, keep_loaded
         self._opened: dict[str, Any] = {}
         self._loaded: set[str] = set()
+        self._fits: set[tuple] = set()
 
     def generate(self, prompt: str, *, on_step: StepCallback | None = None, **settings: Any) -> Video:
         """A video of `prompt`. `settings` are the fields of `GenerationConfig`; what is not given is the model's default.
@@ -94,6 +103,7 @@ class Pipeline:
         config = self.spec.configure(prompt=prompt, **settings).with_drawn_seed()
         self.verify()
         config = self.resolve(config)
+        self.check_pack(config)
         return self.decode(self.denoise_config(self.encode_config(config), config, on_step=on_step))
 
     def encode(self, prompt: str, negative_prompt: str = "", *, max_sequence_length: int | None = None) -> Conditioning:
@@ -103,6 +113,7 @@ class Pipeline:
 
     def encode_config(self, config: GenerationConfig, *, negative: bool | None = None) -> Conditioning:
         """Stage 1 for a checked config; the negative prompt is embedded where guidance needs it, or as `negative` says."""
+        self.check_pack(config, "encode")
         negative = config.do_classifier_free_guidance if negative is None else negative
         with self._stage("encode") as encoder:
             tensors = encoder.encode(config, negative=negative)
@@ -138,6 +149,7 @@ class Pipeline:
                 f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "
                 "encode again, or pass guidance_scale=1.0"
             )
+        self.check_pack(config, "denoise")
         if self.runtime.text_encoder_shares_memory:
             self._forget("encode")
         with self._stage("denoise", lambda denoiser: denoiser.check(conditioning.tensors)) as denoiser:
@@ -168,6 +180,7 @@ class Pipeline:
             raise InputError(f"latents are {latents.latents.dtype}, not floating point; denoise again")
         if 0 in latents.latents.shape or not np.isfinite(latents.latents.astype(np.float32)).all():
             raise InputError(f"latents {list(latents.latents.shape)} are empty or hold NaN or infinity; denoise again")
+        self.check_pack(latents.config, "decode")
         with self._stage("decode", lambda decoder: decoder.check(latents.latents)) as decoder:
             for frames in decoder.decode(latents.latents):
                 _check_finite("frames", frames)
@@ -183,6 +196,18 @@ class Pipeline:
     def resolve(self, config: GenerationConfig) -> GenerationConfig:
         """`config` with what it leaves to the checkpoint filled in; raises `InputError` for what the checkpoint can't take."""
         return self._open("denoise").resolve(config)
+
+    def check_pack(self, config: GenerationConfig, *names: str) -> None:
+        """Raise `InputError` unless the pack, if there is one, is for the stages `names` (all by default) of this resolved
+        config on these devices, and trusted."""
+        pack, names = self.runtime.pack, names or tuple(LOADERS)
+        known = (names, config.height, config.width, config.num_frames, config.max_sequence_length, config.cache,
+                 config.do_classifier_free_guidance)  # fmt: skip
+        if pack is None or known in self._fits:
+            return
+        pack.check(run_key(self.spec, {name: self._open(name) for name in names}, config, self.runtime))
+        pack.require_trust()
+        self._fits.add(known)
 
     def _record(self) -> dict[str, Any]:
         """What a stage keeps with its result about how it ran, JSON-ready."""

@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpuvid.artifacts import check_folder
 from tpuvid.cache_folder import cache_folder
-from tpuvid.errors import InputError
+from tpuvid.errors import InputError, TpuvidError
 from tpuvid.kernels import placed_on
 from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh
+from tpuvid.packs import Pack, signature
 from tpuvid.progress import Progress
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -55,6 +56,8 @@ class Runtime:
     profile: Path | None = None
     """Folder for a JAX profile of denoising steps."""
     vae_tiling: bool = False
+    pack: Pack | None = None
+    """Programs that need not be compiled; checked by whoever knows what is to run."""
     progress: Progress = field(default_factory=Progress)
 
     @classmethod
@@ -141,9 +144,31 @@ class Programs:
         leaves, structure = jax.tree.flatten(args)
         key = (what, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
-            with self._runtime.progress.phase(f"{self._doing} {what}"), self._runtime.scope(self._mesh):
-                self._compiled[key] = self._compile(what, jax.jit(function, donate_argnums=donate), args)
+            program = self._from_pack(what, args) if self._runtime.pack else None
+            if program is None:
+                with self._runtime.progress.phase(f"{self._doing} {what}"), self._runtime.scope(self._mesh):
+                    program = self._compile(what, jax.jit(function, donate_argnums=donate), args)
+            self._compiled[key] = program
         return self._compiled[key]
+
+    def _from_pack(self, what: str, args: tuple[Any, ...]) -> Callable | None:
+        """The program as the pack has it; None, with a note of why, where it is to be compiled: better late than not at all."""
+        pack, progress = self._runtime.pack, self._runtime.progress
+        found = pack.find(what, signature(args, self._mesh))
+        if found is None:
+            progress.note_also("compiled beside the pack", f"{what} (not in it for these shapes)")
+            return None
+        try:
+            with progress.phase(f"load {what} from pack"):
+                program = pack.load(found, args, self._mesh)
+        except TpuvidError:
+            raise
+        except Exception as error:  # whatever a backend has against an executable whose every field fits
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            progress.note_also("compiled beside the pack", f"{what} (can't be loaded here: {reason})")
+            return None
+        progress.note_also("loaded from pack", what)
+        return program
 
     def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> Callable:
         return function.lower(*args).compile(self._options)

@@ -27,9 +27,12 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder for what jobs write, removed afterwards; those of processes that were killed go too."""
-    parent = Path(tempfile.gettempdir())
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+    """A folder for what jobs write, removed afterwards; those of processes that were killed go too.
+
+    It lies in `parent`, or where temporary files do.
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
     for left in parent.glob(f"{PREFIX}*-*"):
         if not Path("/proc", left.name.split("-")[2]).exists():
             shutil.rmtree(left, ignore_errors=True)

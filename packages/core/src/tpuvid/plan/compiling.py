@@ -1,0 +1,181 @@
+"""`tpuvid compile`: the programs that `generate` will need, compiled for a topology in a process of its own, into a pack."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpuvid.artifacts import check_output, publish
+from tpuvid.errors import InputError, TpuvidError
+from tpuvid.plan.jobs import Jobs, Report, scratch_folder
+from tpuvid.plan.topologies import Topology, parse_topology, require_libtpu
+from tpuvid.progress import Progress
+
+PROMPT = 'a sign that says "pack"'
+"""It quotes a word, since HunyuanVideo encodes what is quoted with an encoder of its own. All prompts are padded to one length."""
+
+
+def local_topology(text: str) -> Topology | None:
+    """The TPU slice that `text` names, or None for "cpu": this machine's. Raises `InputError` for anything else."""
+    if text.strip().lower() == "cpu":
+        return None
+    if text.strip().lower() == "gpu":
+        raise InputError("topology='gpu': packs are made for TPU slices and for the CPU; a GPU compiles in seconds")
+    return parse_topology(text)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What was made."""
+
+    path: Path
+    bytes: int
+    programs: list[dict[str, Any]]
+    """Of each: stage, name, bytes in the pack, seconds to compile."""
+
+
+def compile_pack(
+    model: str,
+    topology: str,
+    path: Path,
+    *,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile all that `generate` runs with these settings and options for `topology`, and write the pack.
+
+    Nothing is left behind unless all is done: a killed process takes its job and what that has written with it.
+    Raises `InputError` for a model, settings or a topology that can't be had, `TpuvidError` where a program doesn't compile.
+    """
+    slice_ = local_topology(topology)
+    if slice_ is not None:
+        require_libtpu()
+    check_output(path, overwrite=overwrite)
+    environment = {"JAX_PLATFORMS": "cpu"} if slice_ is None else slice_.environment()
+    with _beside(path) as scratch, Jobs(scratch) as jobs:
+        argument = {
+            "model": model,
+            "topology": None if slice_ is None else slice_.name,
+            "settings": dict(settings),
+            "options": dict(options),
+            "file": str(scratch / "pack"),
+        }
+        jobs.start("compile", "tpuvid.plan.compiling:compile_job", argument, environment)
+        result = _follow(jobs, progress or Progress())
+        made = scratch / "pack"
+        size = made.stat().st_size
+        publish(made, path, overwrite=overwrite)
+    return Compiled(path, size, result["programs"])
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A scratch folder on the file system of `path`, so that the finished pack need only be renamed."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    try:
+        with scratch_folder(parent) as scratch:
+            yield scratch
+    except OSError as error:
+        raise TpuvidError(
+            f"{path}: can't be written ({error.strerror or error}); free space or choose another place"
+        ) from error
+
+
+def _follow(jobs: Jobs, progress: Progress) -> dict[str, Any]:
+    """Show the job's phases as if they were ours; its result."""
+    open_phases: list[ExitStack] = []
+    try:
+        for _, event in jobs.events():
+            if "phase" in event:
+                phase = ExitStack()
+                phase.enter_context(progress.phase(event["phase"]))
+                open_phases.append(phase)
+            elif "phase_ends" in event:
+                open_phases.pop().close()
+            elif "result" in event:
+                return event["result"]
+    finally:
+        for phase in reversed(open_phases):
+            phase.close()
+    raise TpuvidError("the compile job ended without a result")
+
+
+class ReportedProgress(Progress):
+    """Sends phases to whoever started the job."""
+
+    def __init__(self, report: Report):
+        super().__init__()
+        self._report = report
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._report({"phase": name})
+        try:
+            with super().phase(name):
+                yield
+        finally:
+            self._report({"phase_ends": name})
+
+
+def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Runs in a process of its own; writes the pack to ``argument["file"]``."""
+    progress = ReportedProgress(report)
+    with progress.phase("start"):
+        import jax
+
+        from tpuvid.checkpoint import resolve_model
+        from tpuvid.mesh import MeshConfig
+        from tpuvid.packs import PackWriter, run_key
+        from tpuvid.plan.dryrun import STAGES, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
+
+        # what JAX restores from its cache of compiled programs can't always be serialized again
+        jax.config.update("jax_enable_compilation_cache", False)
+        options, topology = dict(argument["options"]), argument["topology"]
+        devices = jax.devices() if topology is None else parse_topology(topology).jax_devices()
+        spec, checkpoint = resolve_model(argument["model"])
+
+    writer, programs = PackWriter(), []
+
+    def keep(program: DryProgram) -> None:
+        if program.compiled is None:
+            raise TpuvidError(
+                f"{program.name} needs {program.needed / 2**30:.1f} GiB per device, more than {topology} has; "
+                "choose a larger topology, another --mesh, fewer frames or a smaller size"
+            )
+        packed = writer.add(program.stage, program.name, program.compiled, program.arguments, program.mesh)
+        about = {"stage": packed.stage, "name": packed.name, "bytes": packed.bytes}
+        programs.append(about | {"seconds": round(program.compile_seconds, 1)})
+
+    ledger = Ledger()
+    mesh, dtype = options.pop("mesh", None), options.pop("dtype", None)
+    text_encoder_elsewhere = topology is not None and options.get("text_encoder_device") == "cpu"
+    runtime = DryRuntime.create(
+        dtype=dtype or ("float32" if topology is None else "bfloat16"),
+        mesh_config=MeshConfig.parse(mesh) if mesh else None,
+        devices=devices,
+        ledger=ledger,
+        on_program=keep,
+        # a CPU's programs are for that CPU alone, and a TPU's host has another one than this machine
+        compiled_stages=("denoise", "decode") if text_encoder_elsewhere else tuple(STAGES),
+        progress=progress,
+        **options,
+    )
+    configs = configs_checkpoint(spec, checkpoint, lambda struct, sharding: ledger.array(struct, sharding))
+    config = spec.configure(prompt=PROMPT, **argument["settings"])
+    with progress.phase("open stages"):
+        stages = {name: spec.load(loader, configs, runtime) for name, loader in STAGES.items()}
+        config = stages["denoise"].resolve(config)
+        key = run_key(spec, stages, config, runtime)
+        del stages
+    dry_generate(spec, configs, config, runtime)
+    with progress.phase("write"):
+        writer.write(Path(argument["file"]), key)
+        with open(argument["file"], "rb+") as file:
+            os.fsync(file.fileno())
+    return {"programs": programs}
