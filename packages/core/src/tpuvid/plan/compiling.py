@@ -11,12 +11,9 @@ from typing import Any
 
 from tpuvid.artifacts import check_output, publish
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.plan.jobs import Jobs, Report, scratch_folder
+from tpuvid.plan.jobs import Jobs, RelayedProgress, Report, scratch_folder
 from tpuvid.plan.topologies import Topology, parse_topology, require_libtpu
 from tpuvid.progress import Progress
-
-PROMPT = 'a sign that says "pack"'
-"""It quotes a word, since HunyuanVideo encodes what is quoted with an encoder of its own. All prompts are padded to one length."""
 
 
 def local_topology(text: str) -> Topology | None:
@@ -106,33 +103,16 @@ def _follow(jobs: Jobs, progress: Progress) -> dict[str, Any]:
     raise TpuvidError("the compile job ended without a result")
 
 
-class ReportedProgress(Progress):
-    """Sends phases to whoever started the job."""
-
-    def __init__(self, report: Report):
-        super().__init__()
-        self._report = report
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._report({"phase": name})
-        try:
-            with super().phase(name):
-                yield
-        finally:
-            self._report({"phase_ends": name})
-
-
 def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Runs in a process of its own; writes the pack to ``argument["file"]``."""
-    progress = ReportedProgress(report)
+    progress = RelayedProgress(report)
     with progress.phase("start"):
         import jax
 
         from tpuvid.checkpoint import resolve_model
         from tpuvid.mesh import MeshConfig
         from tpuvid.packs import PackWriter, run_key
-        from tpuvid.plan.dryrun import STAGES, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
+        from tpuvid.plan.dryrun import PROMPT, STAGES, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
 
         # what JAX restores from its cache of compiled programs can't always be serialized again
         jax.config.update("jax_enable_compilation_cache", False)
@@ -166,7 +146,7 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
         progress=progress,
         **options,
     )
-    configs = configs_checkpoint(spec, checkpoint, lambda struct, sharding: ledger.array(struct, sharding))
+    configs = configs_checkpoint(spec, checkpoint, ledger.array)
     config = spec.configure(prompt=PROMPT, **argument["settings"])
     with progress.phase("open stages"):
         stages = {name: spec.load(loader, configs, runtime) for name, loader in STAGES.items()}

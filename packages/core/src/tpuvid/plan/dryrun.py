@@ -31,6 +31,9 @@ from tpuvid.stages import GenerationConfig, ModelSpec
 OUT_OF_HBM = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 """What libtpu says it would need, arguments included."""
 STAGES = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
+PROMPT = 'a sign that says "tpuvid"'
+"""For dry runs. It quotes a word, since HunyuanVideo's second text encoder runs for nothing else; prompts are padded, so that
+any other gives the same programs."""
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

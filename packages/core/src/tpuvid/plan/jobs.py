@@ -6,6 +6,7 @@ A job dies with the process that started it, and what it wrote to its scratch fo
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import queue
@@ -14,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.progress import Progress
 
 PREFIX = "tpuvid-job-"
 Report = Callable[[Mapping[str, Any]], None]
@@ -43,6 +46,43 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Task:
+    """A job to be started: see `Jobs.start`."""
+
+    name: str
+    function: str
+    argument: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+
+def jobs_at_once(bytes_each: int) -> int:
+    """As many as there are cores, as far as free memory goes; at least one."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(os.cpu_count() or 1, free // bytes_each))
+
+
+class RelayedProgress(Progress):
+    """Of a job: tells whoever started it which phases begin and end."""
+
+    def __init__(self, report: Report):
+        super().__init__()
+        self._report = report
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._report({"phase": name})
+        try:
+            with super().phase(name):
+                yield
+        finally:
+            self._report({"phase_ends": name})
+
+
 class Jobs:
     """Processes that run side by side. Leaving the context kills those that are still at work."""
 
@@ -60,10 +100,6 @@ class Jobs:
         for process in self._running.values():
             process.wait()
 
-    @property
-    def running(self) -> int:
-        return len(self._running)
-
     def start(self, name: str, function: str, argument: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         """Run "module:function"(argument, report) with `argument` JSON-ready and `environment` on top of this process's."""
         command = [sys.executable, "-W", "ignore", "-m", "tpuvid.plan.jobs", function, str(self.scratch)]
@@ -75,6 +111,20 @@ class Jobs:
         process.stdin.flush()  # and stays open: its end tells the job that we are gone
         self._running[name] = process
         threading.Thread(target=self._listen, args=(name, process, errors), daemon=True).start()
+
+    def run(self, tasks: Iterable[Task], at_once: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """`events` of all `tasks`, of which `at_once` run at a time."""
+        waiting = iter(tasks)
+
+        def start(count: int) -> None:
+            for task in itertools.islice(waiting, count):
+                self.start(task.name, task.function, task.argument, task.environment)
+
+        start(at_once)
+        for name, event in self.events():
+            yield name, event
+            if "result" in event:
+                start(1)
 
     def events(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(job, event) as they come, until no job is left; the last event of each has its "result".
@@ -105,7 +155,7 @@ class Jobs:
 
 
 def _main(function: str, scratch: str) -> None:
-    argument = json.loads(sys.stdin.readline())
+    argument = json.loads(_first_line(sys.stdin.fileno()))
     threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True).start()
     # libtpu writes to stdout as it likes; what we report goes through a descriptor of its own
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -128,8 +178,16 @@ def _main(function: str, scratch: str) -> None:
         report({"error": f"{type(error).__name__}: {first}", "exit_code": 1})
 
 
+def _first_line(descriptor: int) -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):
+        line += byte
+    return line
+
+
 def _die_with_parent(scratch: str) -> None:
-    sys.stdin.read()  # ends when the parent does
+    while os.read(sys.stdin.fileno(), 1):  # ends when the parent does; unbuffered, since a buffered read blocks the exit
+        pass
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)
 

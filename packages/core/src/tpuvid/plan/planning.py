@@ -5,7 +5,6 @@ Imports neither jax nor torch: the compiling is done by jobs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from tpuvid.errors import InputError
 from tpuvid.plan.bundles import dump_flags
-from tpuvid.plan.jobs import Jobs, scratch_folder
+from tpuvid.plan.jobs import Jobs, Task, jobs_at_once, scratch_folder
 from tpuvid.plan.topologies import LOCAL, parse_topology, require_libtpu, slices_of
 from tpuvid.stages import GenerationConfig, ModelSpec
 
@@ -205,38 +204,35 @@ class Planner:
 
         With `predict`, they also say how long programs take; else only what memory they need.
         """
-        waiting = list(enumerate(wanted))
-        results: dict[int, dict[str, Any]] = {}
-        at_once = max(1, min(os.cpu_count() or 1, _available_bytes() // JOB_BYTES))
+        results: dict[str, dict[str, Any]] = {}
         with scratch_folder() as scratch, Jobs(scratch) as jobs:
-
-            def start() -> None:
-                while waiting and jobs.running < at_once:
-                    number, (topology, stages, config, options) = waiting.pop(0)
-                    dump = scratch / f"dump-{number}" if predict and topology not in LOCAL else None
-                    jobs.start(
-                        str(number),
-                        "tpuvid.plan.programs:compile_stages",
-                        {
-                            "model": self.model,
-                            "topology": topology,
-                            "stages": list(stages),
-                            "settings": _settings(config),
-                            "options": dict(options),
-                            "dump": str(dump) if dump else None,
-                        },
-                        _environment(topology, dump),
-                    )
-
-            start()
-            for name, event in jobs.events():
+            tasks = (self._task(str(n), *what, scratch if predict else None) for n, what in enumerate(wanted))
+            for name, event in jobs.run(tasks, jobs_at_once(JOB_BYTES)):
                 if event.get("phase", "").startswith("compile"):
                     topology, _, config, _ = wanted[int(name)]
                     self.say(f"{topology}, {config.num_frames} frames: {event['phase']}")
                 if "result" in event:
-                    results[int(name)] = event["result"]
-                    start()
-        return [results[number] for number in range(len(wanted))]
+                    results[name] = event["result"]
+        return [results[str(n)] for n in range(len(wanted))]
+
+    def _task(
+        self, name: str, topology: str, stages: Sequence[str], config: GenerationConfig, options: Mapping[str, Any],
+        scratch: Path | None,
+    ) -> Task:  # fmt: skip
+        """`scratch`: where libtpu may leave schedules, from which times are predicted."""
+        dump = None
+        if scratch and topology not in LOCAL:
+            dump = scratch / f"dump-{name}"
+            dump.mkdir()
+        argument = {
+            "model": self.model,
+            "topology": topology,
+            "stages": list(stages),
+            "settings": _settings(config),
+            "options": dict(options),
+            "dump": dump and str(dump),
+        }
+        return Task(name, "tpuvid.plan.programs:compile_stages", argument, _environment(topology, dump))
 
 
 def _settings(config: GenerationConfig) -> dict[str, Any]:
@@ -245,15 +241,13 @@ def _settings(config: GenerationConfig) -> dict[str, Any]:
 
 
 def _environment(topology: str, dump: Path | None) -> dict[str, str]:
-    """Of a job; libtpu leaves its schedules in the new folder `dump`."""
+    """Of a job; libtpu leaves its schedules in `dump`."""
     match topology:
         case "cpu":
             return {"JAX_PLATFORMS": "cpu"}
         case "gpu":
             return {}
     require_libtpu()
-    if dump:
-        dump.mkdir()
     return parse_topology(topology).environment(dump_flags(dump) if dump else "")
 
 
@@ -266,12 +260,3 @@ def _other_meshes(plan: Plan) -> list[str]:
     tried = plan.stages["denoise"].mesh
     pairs = [(dp, plan.devices // dp) for dp in (1, 2) if plan.devices % dp == 0]
     return [f"dp={dp},tp={tp}" for dp, tp in pairs if {"dp": dp, "tp": tp} != tried]
-
-
-def _available_bytes() -> int:
-    """Memory that may still be used on this machine, at the least what one job takes where nothing is known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return JOB_BYTES
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), JOB_BYTES)

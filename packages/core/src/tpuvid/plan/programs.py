@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,10 @@ from tpuvid.checkpoint import resolve_model
 from tpuvid.errors import InputError
 from tpuvid.mesh import MeshConfig
 from tpuvid.plan.cost import predict
-from tpuvid.plan.dryrun import DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
-from tpuvid.plan.jobs import Report
+from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
+from tpuvid.plan.jobs import RelayedProgress, Report
 from tpuvid.plan.schedules import schedule_cycles
 from tpuvid.plan.topologies import LOCAL, parse_topology
-from tpuvid.progress import Progress
-
-PROMPT = 'a sign that says "tpuvid"'
-"""With a quotation: HunyuanVideo's second text encoder runs for nothing else. Prompts are padded, so any other gives the same."""
-
-
-class Relay(Progress):
-    """Tells whoever started the job which phase has begun."""
-
-    def __init__(self, report: Report):
-        super().__init__()
-        self._report = report
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._report({"phase": name})
-        with super().phase(name):
-            yield
 
 
 def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
@@ -55,7 +36,7 @@ def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         compiled_stages=tuple(job["stages"]),
         ledger=ledger,
         on_program=lambda program: programs.append((program, _predict(program, job["topology"], job["dump"]))),
-        progress=Relay(report),
+        progress=RelayedProgress(report),
     )
     config = spec.configure(prompt=PROMPT, **job["settings"])
     weights = dry_generate(spec, configs_checkpoint(spec, checkpoint, ledger.array), config, runtime)
