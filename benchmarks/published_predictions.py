@@ -40,7 +40,7 @@ class Published:
     replicated_rows: bool = False
     """Row-parallel layers replicated instead of all-reduced."""
     masked: bool = False
-    """Keys that only pad a block, and padded text, masked by segment ids, as tpuvid does; the published runs padded with zeros."""
+    """Keys that only pad a block, and padded text, masked by segment ids, as tpuvid does; else zeros that take part."""
     mesh: tuple[int, int] = (2, 4)
     """dp, tp."""
     layout: str = "tensor"
@@ -99,7 +99,7 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[
 
 
 def _attention_over_tokens(kernel, mesh, query, key, value, mask, scale):
-    """Queries [B, N, T, D] split over tp along T; to self-attention they and the keys go by heads, and come back by all-to-all."""
+    """Queries [B, N, T, D] split over tp along T; all-to-all brings them and the keys to self-attention by heads, and back."""
     import jax
 
     if mask is not None:

@@ -171,6 +171,12 @@ def test_a_synchronous_collective_is_exposed():
     assert collective.exposed_seconds == collective.seconds == pytest.approx(RING)
 
 
+def test_collectives_need_the_places_of_all_devices():
+    text = program(P, f"ROOT %r = f32[1024,1024]{{1,0:T(8,128)}} all-reduce(%p), {GROUPS}", computations=NEGATE)
+    with pytest.raises(ValueError, match="coords of 4 devices; the program has collectives of 8"):
+        predict(text, V6E_8, coords=COORDS[:4])
+
+
 @pytest.mark.parametrize("microseconds", [10, 1000])
 def test_what_runs_between_start_and_done_hides_a_collective(microseconds):
     text = program(

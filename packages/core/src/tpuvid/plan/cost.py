@@ -2,14 +2,15 @@
 
 The model, with nothing fitted to a measurement:
 
-- **Core.** An instruction takes the longest of its cycles over the clock, of its HBM bytes over HBM's bandwidth, and of its FLOPs
-  over the bf16 peak. Cycles are those of its VLIW schedule (bundles × grid steps) where the caller has counted them: `schedule_cycles`, by instruction, for
-  Pallas kernels and XLA's own fusions alike. For other instructions they are XLA's `estimated_cycles`, which serve it to choose
-  tile sizes: for passes over HBM they are 2 to 7 times what schedule and bandwidth say, so `Part.estimated_seconds` tells how
-  much rests on them. A Pallas kernel without a schedule can't be priced.
-- **HBM bytes.** What an instruction reads and writes outside VMEM (layouts without ``S(1)``), padded to tiles: of an operand that
-  is only sliced the slices, of a result that is updated in place the update. Each counts once: tiles that a matmul or a kernel
-  fetches again are left out, so these bytes are the least that move.
+- **Core.** An instruction takes the longest of its cycles over the clock, of its HBM bytes over HBM's bandwidth, and of its
+  FLOPs over the bf16 peak. Cycles are those of its VLIW schedule (bundles × grid steps) where the caller has counted them:
+  `schedule_cycles`, by instruction, for Pallas kernels and XLA's own fusions alike (`tpuvid.plan.schedules`). For other
+  instructions they are XLA's `estimated_cycles`, which serve it to choose tile sizes: for passes over HBM they are 2 to 7 times
+  what schedule and bandwidth say, so `Part.estimated_seconds` tells how much rests on them. A Pallas kernel without a schedule
+  can't be priced.
+- **HBM bytes.** What an instruction reads and writes outside VMEM (layouts without ``S(1)``), padded to tiles: of an operand
+  that is only sliced the slices, of a result that is updated in place the update. Each counts once: tiles that a matmul or a
+  kernel fetches again are left out, so these bytes are the least that move.
 - **Loops.** The body's time × its trip count.
 - **Overlap.** Instructions run in the order of the text. What a ``-start`` begins takes its time beside the instructions that
   follow, one transfer after the other; its ``-done`` waits for what remains. A collective without that pair stops the core, one
@@ -18,7 +19,8 @@ The model, with nothing fitted to a measurement:
 - **FLOPs.** 2 per multiply-add of dots and convolutions, by their shapes × trip counts, taps that fall into padding or between
   dilated elements left out; of attention kernels by the shapes that they get, padding included.
 
-Left out: DMA latencies, refetched tiles, contention for HBM, the host's dispatch, and throttling. Every branch of a conditional counts.
+Left out: DMA latencies, refetched tiles, contention for HBM (a collective's own reads and writes too), the host's dispatch, and
+throttling. Every branch of a conditional counts.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ PARTS = ("attention", "matmul", "elementwise", "collectives", "other")
 modulation, activations; collectives: what of them nothing hides; other: copies, padding, waits for transfers to VMEM."""
 
 FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier add-dependency domain".split()
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier add-dependency".split()
 )
 MOVES = FREE | frozenset(
-    "copy transpose reshape broadcast slice dynamic-slice dynamic-update-slice pad concatenate reverse iota gather convert".split()
+    "copy transpose reshape broadcast slice dynamic-slice dynamic-update-slice pad concatenate reverse iota gather".split()
 )
 """Opcodes that only move data."""
 
@@ -121,11 +123,12 @@ def predict(
 ) -> Prediction:
     """The cost of one run of `program`, a compiled program's text or what `hlo.parse` made of it.
 
-    `coords`: of the chip of each device of the program's mesh, in order (JAX: ``[d.coords for d in mesh.devices.flat]``); needed
-    where it has collectives. `schedule_cycles`: by instruction, cycles of all its grid steps. `kernel_flops`: by instruction,
+    `coords`: of the chip of each device of the program's mesh, in order (JAX: ``[d.coords for d in mesh.devices.flat]``);
+    needed where it has collectives. `schedule_cycles`: by instruction, cycles of all its grid steps. `kernel_flops`: by instruction,
     of Pallas kernels whose operands don't begin with attention's query, key and value.
 
-    On a chip whose clock isn't known there are no seconds, but FLOPs, bytes and what collectives take.
+    On a chip whose clock isn't known there are no seconds, but FLOPs, bytes and what collectives take. Raises `ValueError` for
+    text that isn't a scheduled program, and for collectives without the `coords` of all devices or of a kind that has no model.
     """
     module = hlo.parse(program) if isinstance(program, str) else program
     pricer = _Pricer(module, topology, coords, schedule_cycles or {}, kernel_flops or {})
@@ -266,16 +269,16 @@ class _Pricer:
                     now += waits
                     self._wait(transfer, waits, times)
             elif (runs := self._collective(computation, instruction)) is not None:
+                runs.count += times
+                free["links"] = max(now, free["links"]) + runs.each
+                transfer = _Pending(free["links"], "collectives", runs)
                 if runs.instruction.opcode.endswith("-start") or opcode == "async-start":
-                    free["links"] = max(now, free["links"]) + runs.each
-                    pending[instruction.name] = _Pending(free["links"], "collectives", runs)
-                    runs.count += times
+                    pending[instruction.name] = transfer
                 else:
-                    beside = self._execute(computation, instruction, times) if opcode == "fusion" else 0.0
-                    waits = max(0.0, runs.each - beside)
-                    now += beside + waits
-                    runs.count += times
-                    self._wait(_Pending(now, "collectives", runs), waits, times)
+                    now += self._execute(computation, instruction, times) if opcode == "fusion" else 0.0
+                    waits = max(0.0, transfer.ends - now)
+                    now += waits
+                    self._wait(transfer, waits, times)
             elif opcode.endswith("-start"):
                 moved = _moved_bytes(instruction)
                 self.tallies["other"].hbm_bytes += moved * times
@@ -302,6 +305,8 @@ class _Pricer:
             found = next(inner, None)
             if found is None:
                 return None
+        if len(self.coords) != self.module.devices:
+            raise ValueError(f"coords of {len(self.coords)} devices; the program has collectives of {self.module.devices}")
         computation, collective = found
         if collective.name not in self.collectives:
             members = collective.pairs() or collective.groups(self.module.devices)

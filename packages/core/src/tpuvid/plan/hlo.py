@@ -23,7 +23,7 @@ _ARRAY = re.compile(r"(\w+)\[([\d,<=?]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = ")
 _COMMENT = re.compile(r"/\*.*?\*/")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[^\s,]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|(?:branch|true|false|called)_computations?)=(\{[^}]*\}|%?[^\s,]+)")
 _ORIGIN = re.compile(
     _CALLED.pattern + r"|\bchannel_id=\d+|metadata=\{[^}]*\}|control-predecessors=\{[^}]*\}|kernel_metadata=\{[^}]*\}"
 )

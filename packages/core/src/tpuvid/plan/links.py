@@ -9,7 +9,8 @@ all groups of a collective work at once. The time is the load of the busiest dir
   link, which carries (n−1)/n · B each way; in a line without wrap-around the last step comes back over the same links, which
   carry twice that;
 - all-gather to B bytes, reduce-scatter of B bytes: half of that;
-- all-to-all of B bytes: B/n from every member to every other, half of each dimension by dimension and half in the reverse order;
+- all-to-all of B bytes: B/n from every member to every other, half of it dimension by dimension, half in the
+  reverse order;
 - collective-permute of B bytes: B from each source to its target.
 
 Rings in both directions are what libtpu's compiler reports for large all-reduces on a v6e-8 ("colors:2", libtpu 0.0.42).
@@ -17,8 +18,8 @@ Left out: latencies (about 1 µs per step: matters below a megabyte), rings alon
 has for slices wider than two chips, so that large groups there are faster than said here), links between slices, and what the
 two cores of a tpu7x chip exchange, which crosses no link.
 
-Sources: the vendor's pages (bandwidths); "How to Scale Your Model" (jax-ml.github.io/scaling-book, 2025) for the costs of rings, for
-wrap-around (v5e, v6e: where a dimension has 16 chips; 3D slices: multiples of 4), and for latency; Chan et al. 2007,
+Sources: the vendor's pages (bandwidths); "How to Scale Your Model" (jax-ml.github.io/scaling-book, 2025) for the costs of rings,
+for wrap-around (v5e, v6e: where a dimension has 16 chips; 3D slices: multiples of 4), and for latency; Chan et al. 2007,
 "Collective communication: theory, practice, and experience", for the lower bounds that rings meet.
 """
 
