@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from tpuvid.kernels.block_sizes import (
     splash_blocks,
 )
 from tpuvid.kernels.splash import attention_splash
+from tpuvid.plan.topologies import parse_topology
 from tpuvid.runtime import Runtime
 
 CHIP = "TPU v6 lite"
@@ -122,3 +125,28 @@ def test_given_blocks_are_used(monkeypatch):
     x = jnp.ones((1, 1, 300, 128), jnp.bfloat16)
     monkeypatch.setattr("tpuvid.kernels.splash.splash_blocks", lambda *_, **__: pytest.fail("the table was read"))
     assert attention_splash(x, x, x, blocks=Blocks(128, 256, 128), interpret=True).shape == x.shape
+
+
+SHARDED = """
+import json, jax, jax.numpy as jnp
+from tpuvid.kernels import attention, placed_on, recorded_attention
+from tpuvid.kernels.block_sizes import splash_blocks
+from tpuvid.mesh import MeshConfig, make_mesh
+from tpuvid.plan.topologies import parse_topology
+from unittest import mock
+
+mesh = make_mesh(MeshConfig(dp=2, tp=4), parse_topology("v6e-8").jax_devices())
+x = jax.ShapeDtypeStruct((2, 40, 75600, 128), jnp.bfloat16)
+with placed_on(mesh), recorded_attention() as calls, mock.patch("tpuvid.kernels.splash.splash_blocks", wraps=splash_blocks) as read:
+    jax.eval_shape(lambda x: attention(x, x, x), x)
+print(json.dumps([calls, read.call_args.kwargs]))
+"""
+
+
+@pytest.mark.aot
+def test_the_sharded_kernel_asks_for_its_own_share_and_chip(python_env):
+    environment = python_env | parse_topology("v6e-8").environment()
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SHARDED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    calls, asked = json.loads(done.stdout)
+    assert calls == [[10, 75600, 75600, 128, False]] and asked == {"masked": False, "heads": 10, "chip": CHIP}
