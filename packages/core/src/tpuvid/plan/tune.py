@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 GIB_PER_JOB = 4
 """Memory to leave per compile: the largest seen took 2 GiB (2026-11)."""
-LANES = 128
 COARSE = [
     (3072, 2048, 1024), (2048, 2048, 1024), (3072, 4096, 1024), (2048, 4096, 2048), (4096, 2048, 512), (3072, 2048, 512),
     (1024, 4096, 1024),
@@ -185,10 +184,13 @@ def search(
 def fit(shape: AttentionShape, block_q: float, block_kv: float, compute: float) -> Blocks:
     """Blocks near these sizes, in whole lanes, no longer than the sequences; of the queries, the last block as full as the
     others. What is padded all the same costs cycles, and so counts by itself."""
-    from tpuvid.kernels.block_sizes import Blocks
+    from tpuvid.kernels.block_sizes import LANES, Blocks
 
-    q = _round_up(shape.queries / max(1, round(shape.queries / block_q)))
-    kv_compute = min(max(1, round(compute / LANES)) * LANES, _round_up(shape.keys))
+    def whole(length: float) -> int:
+        return math.ceil(length / LANES) * LANES
+
+    q = whole(shape.queries / max(1, round(shape.queries / block_q)))
+    kv_compute = min(max(1, round(compute / LANES)) * LANES, whole(shape.keys))
     parts = min(max(1, round(block_kv / kv_compute)), math.ceil(shape.keys / kv_compute))
     return Blocks(q, kv_compute * parts, kv_compute)
 
@@ -242,7 +244,6 @@ def compile_candidate(topology: Topology, shape: AttentionShape, blocks: Blocks,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     running.add(process)
-    errors: list[str] = []
     with ThreadPoolExecutor(1) as reader:  # both pipes are drained at once; stdin stays open, which keeps the process alive
         reading = reader.submit(process.stderr.read)
         text = process.stdout.read()
@@ -298,10 +299,6 @@ def _versions() -> dict[str, str]:
 
 def _is_cut_off(path: Path) -> bool:
     return path.exists() and not path.read_bytes()[-1:] in (b"", b"\n")
-
-
-def _round_up(length: float) -> int:
-    return math.ceil(length / LANES) * LANES
 
 
 def _say_shape(shape: AttentionShape) -> str:
