@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,10 @@ def test_wheel_works_alone(package, wheels, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "clip.mp4").stat().st_size > 1000
+
+
+def test_the_tile_sizes_are_packed(wheels):
+    assert "tpuvid/kernels/block_sizes.json" in zipfile.ZipFile(wheels["core"]).namelist()
 
 
 def test_siblings_are_in_lockstep():

@@ -505,7 +505,7 @@ def tune_attention_command(
 ) -> None:  # fmt: skip
     """Blocks of the attention kernel with the fewest predicted cycles, written to the table that the kernel reads."""
     from tpuvid.plan.topologies import parse_topology
-    from tpuvid.plan.tune import attention_shapes, tune_attention
+    from tpuvid.plan.tune import attention_shapes, check_topology, tune_attention
 
     topology = parse_topology(topology_name)
     missing = [name for name, size in sizes.items() if size is None]
@@ -513,6 +513,7 @@ def tune_attention_command(
         raise InputError(f"--model={model} brings its shapes; leave out --heads, --queries, --keys, --head-dim and --masked")
     if model is None and missing:
         raise InputError(f"give --model, or a whole shape: {', '.join('--' + n.replace('_', '-') for n in missing)} missing")
+    check_topology(topology)
     if model is not None:
         shapes, which = attention_shapes(model, topology), f"--model {shlex.quote(model)}"
     else:

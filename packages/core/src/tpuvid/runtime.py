@@ -17,6 +17,7 @@ from tpuvid.artifacts import check_folder
 from tpuvid.cache_folder import cache_folder
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.kernels import placed_on
+from tpuvid.kernels.block_sizes import block_rows
 from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh
 from tpuvid.packs import Pack, signature
 from tpuvid.progress import Progress
@@ -69,6 +70,10 @@ class Runtime:
         runtime = cls(DTYPES[name], **options)
         with runtime.scope(runtime.denoiser_mesh([1])):  # fails for a mesh or an attention backend that can't be had
             runtime.encoder_mesh([1])
+        try:
+            block_rows()
+        except ValueError as error:
+            raise InputError(str(error)) from None
         if type(runtime.warmup_steps) is not int or runtime.warmup_steps < 0:
             raise InputError(f"warmup_steps={runtime.warmup_steps!r}: needs a whole number ≥ 0")
         if runtime.profile is not None:

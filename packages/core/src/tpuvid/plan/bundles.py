@@ -86,6 +86,7 @@ def no_time(chip: Chip) -> str | None:
 def kernels(folder: Path, grids: Mapping[str, Sequence[Grid]] | None = None) -> dict[str, KernelSchedule]:
     """Every Pallas kernel whose schedule lies in `folder`, by the HLO name of its custom call; fusions are passed over.
 
+    Of two programs' kernels of the same name the later one counts: give each program a folder of its own.
     `grids`: by kernel name, as `pallas_grids` finds them; only needed where a grid can't be read off the schedule.
     """
     found = {}

@@ -71,6 +71,7 @@ def _count(topology: Topology, shape: AttentionShape, blocks: Blocks, folder: Pa
 
     from tpuvid.kernels.splash import attention_splash
 
+    jax.config.update("jax_enable_compilation_cache", False)  # what is found there isn't compiled, and dumps nothing
     on_chip = SingleDeviceSharding(topology.jax_devices()[0])
 
     def struct(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:

@@ -2,13 +2,14 @@
 
 Candidates run as processes of their own (`tpuvid.plan.candidate`), as many at a time as cores and memory allow. What each
 found is kept in a journal in the user's cache folder, by shape, chip, versions and kernel source: a search that was
-interrupted goes on where it stopped. Imports neither jax nor torch.
+interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 GIB_PER_JOB = 4
 """Memory to leave per compile: the largest seen took 2 GiB (2026-11)."""
-LANES = 128
 COARSE = [
     (3072, 2048, 1024), (2048, 2048, 1024), (3072, 4096, 1024), (2048, 4096, 2048), (4096, 2048, 512), (3072, 2048, 512),
     (1024, 4096, 1024),
@@ -78,6 +79,16 @@ class Journal:
             file.write("\n" * _is_cut_off(self.path) + json.dumps(entry) + "\n")
 
 
+def check_topology(topology: Topology) -> None:
+    """Raise `InputError` for a chip whose schedule gives no times, or where libtpu, which compiles for it, is missing.
+
+    The order of such a chip's candidates isn't offered either: what is wrong about its bundle counts isn't known.
+    """
+    if reason := no_time(topology.chip):
+        raise InputError(f"topology={topology.name!r}: {reason}; tune for v6e")
+    require_libtpu()
+
+
 def attention_shapes(model: str, topology: Topology) -> list[AttentionShape]:
     """The calls of the kernel in one denoising step of `model`, on one device, each shape once."""
     raise InputError(f"model={model!r}: its shapes can't be found yet; give --heads, --queries, --keys and --head-dim")
@@ -98,13 +109,11 @@ def tune_attention(
     `command` is recorded with the rows. Raises `InputError` for a chip whose schedule gives no times, or where libtpu is
     missing or the table can't be written.
     """
+    check_topology(topology)
     from tpuvid.kernels.block_sizes import TABLE, Row
     from tpuvid.plan.candidate import remove_stale_folders
 
     chip = topology.chip
-    if reason := no_time(chip):
-        raise InputError(f"topology={topology.name!r}: {reason}; tune for v6e")
-    require_libtpu()
     table = output or TABLE
     _check_table(table)
     remove_stale_folders()
@@ -149,7 +158,7 @@ def search(
         new = [c for c in dict.fromkeys(candidates) if c not in tried][: limit - len(tried)]
         known = [journal.found[c] for c in new if c in journal.found]
         rest = [c for c in new if c not in journal.found]
-        for found in (*known, *_in_parallel(rest, shape, topology, jobs, evaluate or compile_candidate)):
+        for found in chain(known, _in_parallel(rest, shape, topology, jobs, evaluate or compile_candidate)):
             tried[found.blocks] = found
             if found.blocks not in journal.found:
                 journal.add(found)
@@ -173,13 +182,16 @@ def search(
 
 
 def fit(shape: AttentionShape, block_q: float, block_kv: float, compute: float) -> Blocks:
-    """Blocks near these sizes, whose last ones are as full as the others: what is padded would be computed for nothing."""
-    from tpuvid.kernels.block_sizes import Blocks
+    """Blocks near these sizes, in whole lanes, no longer than the sequences; of the queries, the last block as full as the
+    others. What is padded all the same costs cycles, and so counts by itself."""
+    from tpuvid.kernels.block_sizes import LANES, Blocks
 
-    q = _round_up(shape.queries / max(1, round(shape.queries / block_q)), LANES)
-    kv = shape.keys / max(1, round(shape.keys / block_kv))
-    parts = max(1, round(kv / compute))
-    kv_compute = _round_up(kv / parts, LANES)
+    def whole(length: float) -> int:
+        return math.ceil(length / LANES) * LANES
+
+    q = whole(shape.queries / max(1, round(shape.queries / block_q)))
+    kv_compute = min(max(1, round(compute / LANES)) * LANES, whole(shape.keys))
+    parts = min(max(1, round(block_kv / kv_compute)), math.ceil(shape.keys / kv_compute))
     return Blocks(q, kv_compute * parts, kv_compute)
 
 
@@ -232,7 +244,6 @@ def compile_candidate(topology: Topology, shape: AttentionShape, blocks: Blocks,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     running.add(process)
-    errors: list[str] = []
     with ThreadPoolExecutor(1) as reader:  # both pipes are drained at once; stdin stays open, which keeps the process alive
         reading = reader.submit(process.stderr.read)
         text = process.stdout.read()
@@ -288,10 +299,6 @@ def _versions() -> dict[str, str]:
 
 def _is_cut_off(path: Path) -> bool:
     return path.exists() and not path.read_bytes()[-1:] in (b"", b"\n")
-
-
-def _round_up(length: float, step: int) -> int:
-    return int(-(-length // step)) * step
 
 
 def _say_shape(shape: AttentionShape) -> str:
