@@ -36,10 +36,9 @@ if TYPE_CHECKING:
 GIB_PER_JOB = 4
 """Memory to leave per compile: the largest seen took 2 GiB (2026-11)."""
 COARSE = [
-    (3072, 2048, 1024), (2048, 2048, 1024), (3072, 4096, 1024), (2048, 4096, 2048), (4096, 2048, 512), (3072, 2048, 512),
-    (1024, 4096, 1024),
+    (3072, 2048, 1024), (2048, 2048, 1024), (1152, 6144, 1024), (2048, 4096, 2048), (3072, 4096, 1024), (3072, 2048, 512),
 ]  # fmt: skip
-"""Where a search starts: around the best blocks of earlier searches by hand (2026-11: 3024/2048/1024)."""
+"""Where a search starts: the best blocks of earlier searches (2026-11, v6e: 3024/2048/1024 and 1152/6144/1024), and around."""
 STRIDES = (1.5, 1.2, 1.08)
 """From the best of those it goes to neighbours that are larger or smaller by this, the next one where none is better."""
 
