@@ -398,7 +398,8 @@ def _remedy(name: str, theirs: Any) -> str:
         "vae_tiling": {"on": "pass --vae-tiling", "off": "leave out --vae-tiling"},
         "cache": {"none": "leave out --cache"},
     }
-    return f"{switches[name][theirs]}, or {again}" if theirs in switches.get(name, {}) else again
+    switch = switches.get(name, {}).get(str(theirs))
+    return f"{switch}, or {again}" if switch else again
 
 
 def _flag(value: Any) -> str:

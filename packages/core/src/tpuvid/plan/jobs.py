@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from tpuvid.errors import InputError, TpuvidError
 
@@ -105,7 +105,10 @@ class Jobs:
 
 
 def _main(function: str, scratch: str) -> None:
-    argument = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:  # whoever started us was killed before it could say what for
+        _leave_nothing(scratch)
+    argument = json.loads(line)
     threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True).start()
     # libtpu writes to stdout as it likes; what we report goes through a descriptor of its own
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -130,7 +133,12 @@ def _main(function: str, scratch: str) -> None:
 
 def _die_with_parent(scratch: str) -> None:
     sys.stdin.read()  # ends when the parent does
-    shutil.rmtree(scratch, ignore_errors=True)
+    _leave_nothing(scratch)
+
+
+def _leave_nothing(scratch: str) -> NoReturn:
+    while os.path.exists(scratch):  # again where another thread was just making a file in it
+        shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)
 
 
