@@ -20,7 +20,7 @@ import os
 import platform
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -353,7 +353,7 @@ def module_configs(stage: Any) -> list[dict[str, Any]]:
             module = next((m for m in traced.module.modules() if hasattr(m, "config")), None)
             config = {} if module is None else module.config
             found.append(_plain(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
-    if guidance := getattr(stage, "guidance", None):  # of HunyuanVideo: its form is traced
+    if is_dataclass(guidance := getattr(stage, "guidance", None)):  # of HunyuanVideo: its form is traced
         found.append(_plain(asdict(guidance)))
     return found
 

@@ -69,7 +69,13 @@ class Jobs:
         command = [sys.executable, "-W", "ignore", "-m", "tpuvid.plan.jobs", function, str(self.scratch)]
         errors = (self.scratch / f"{name.replace('/', '_')}.stderr").open("w+")
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **environment}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **environment},
+            start_new_session=True,  # what kills our whole group leaves the job alive to notice, and to clean up
         )
         process.stdin.write(json.dumps(argument) + "\n")
         process.stdin.flush()  # and stays open: its end tells the job that we are gone
