@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,29 @@ def test_a_config_that_differs_is_named_by_its_entry(pack_file):
     configs["denoise"][0]["eps"] = 0.5
     with pytest.raises(InputError, match="configs: denoise: eps=1e-06, this run has configs: denoise: eps=0.5; make a pack"):
         read_pack(pack_file).check(run_key() | {"configs": configs})
+
+
+def test_a_config_that_says_the_same_in_other_words_fits(pack_file, tmp_path):
+    """A registered model's bundled configs leave out defaults and bookkeeping that the published files spell out."""
+    spec, checkpoint = resolve_model("wan-tiny")
+    folder = shutil.copytree(checkpoint.folder, tmp_path / "copy")
+    for component, more in {
+        "text_encoder": {
+            "use_cache": True,
+            "transformers_version": "4.0",
+            "output_past": True,
+            "is_gated_act": True,
+            "pad_token_id": 1,
+            "dropout_rate": 0.5,
+            "initializer_factor": 2.0,
+        },
+        "transformer": {"_diffusers_version": "0.1", "pos_embed_seq_len": None},
+    }.items():
+        file = folder / component / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    same = {name: packs.module_configs(spec.load(loader, dataclasses.replace(checkpoint, folder=folder), Runtime.create()))
+            for name, loader in (("encode", "text_encoder"), ("denoise", "denoiser"))}  # fmt: skip
+    read_pack(pack_file).check({"configs": same})
 
 
 def test_only_the_first_of_several_fields_is_spelt_out(pack_file):
