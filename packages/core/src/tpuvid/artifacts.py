@@ -61,7 +61,6 @@ def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         publish(temporary, path, overwrite=overwrite)
     except OSError as error:
         raise TpuvidError(
@@ -78,6 +77,7 @@ def publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
     Both are on one file system; `temporary` may be left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.chmod(0o666 & ~_umask())  # whoever made it may have kept it to itself
     if not overwrite:
         try:
             os.link(temporary, path)  # unlike rename, fails if another process made `path` meanwhile

@@ -465,7 +465,7 @@ def plan_command(
 @click.argument("path", type=path_type)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect_command(path: Path, as_json: bool) -> None:
-    """What a stage file, a folder of them or a checkpoint holds: tensors, shapes, dtypes, settings."""
+    """What a stage file, a folder of them, a pack or a checkpoint holds: tensors, shapes, dtypes, settings, programs."""
     from tpuvid.describe import describe, render
 
     about = describe(path)

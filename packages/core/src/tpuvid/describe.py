@@ -1,19 +1,21 @@
-"""What a stage file, a folder of them or a checkpoint holds, without loading any tensor."""
+"""What a stage file, a folder of them, a pack or a checkpoint holds, without loading any tensor."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tpuvid.artifacts import CONFIG
 from tpuvid.checkpoint import INDEX, read_json, readable_safetensors, weight_files
 from tpuvid.errors import InputError
+from tpuvid.packs import HEADER, key_hash, read_pack
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A safetensors file, a diffusers checkpoint folder or a folder of stage files, as JSON-ready data.
+    """A safetensors file (a pack among them), a diffusers checkpoint folder or a folder of stage files, as JSON-ready data.
 
     Raises `InputError` for anything else.
     """
@@ -44,7 +46,16 @@ def _file(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         return {"kind": "settings", "path": str(path), "settings": read_json(path)}
     tensors, metadata = _header(path)
+    if HEADER in metadata:
+        return _pack(path)
     return {"kind": "safetensors", "path": str(path), "tensors": tensors, "metadata": metadata}
+
+
+def _pack(path: Path) -> dict[str, Any]:
+    pack = read_pack(path)
+    programs = [asdict(program) for program in pack.programs]
+    return {"kind": "pack", "path": str(path), "made_by": pack.made_by, "hash": key_hash(pack.key), "key": dict(pack.key),
+            "programs": programs}  # fmt: skip
 
 
 def _header(path: Path) -> tuple[dict[str, dict], dict[str, Any]]:
@@ -122,6 +133,11 @@ def render(about: dict[str, Any]) -> str:
             settings = {k: v for k, v in entry.get("settings", {}).items() if not k.startswith("_")}
             lines += [f"      {key} = {value}" for key, value in settings.items()]
             lines += [f"      {line}" for line in _grouped(entry.get("tensors", {}))]
+    if about["kind"] == "pack":
+        lines[0] += f" of {about['key'].get('family')}, made by {about['made_by']}, key {about['hash']}"
+        for program in about["programs"]:
+            lines.append(f"  {program['stage']}: {program['name']}: {program['bytes'] / 1e6:.1f} MB: {program['arguments']}")
+        lines += [f"  {name} = {value}" for name, value in about["key"].items() if name not in ("configs", "device_order")]
     lines += [f"  {line}" for line in _grouped(about.get("tensors", {}))]
     for key, value in (about.get("metadata") or about.get("settings") or {}).items():
         lines.append(f"  {key} = {value}")

@@ -18,9 +18,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -66,12 +67,12 @@ APART = {
     "pipeline", "profiling", "progress", "registry", "stages", "testing", "video", "weights",
 }  # fmt: skip
 """Modules of tpuvid whose code enters no program; any other's change makes a pack another's, `plan` aside."""
-BOOKKEEPING = {
-    "architectures", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id", "id2label",
-    "is_encoder_decoder", "label2id", "name_or_path", "pad_token_id", "problem_type", "tokenizer_class", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
-"""Of configs: what enters no program of an encoder, a diffusion model or a VAE."""
+BOOKKEEPING = re.compile(
+    r"_.*|architectures|chunk_size_feed_forward|dtype|id2label|initializer_.*|is_decoder|is_encoder_decoder|label2id|name_or_path"
+    r"|output_.*|problem_type|return_dict|task_specific_params|tie_.*|tokenizer_class|torch_dtype|transformers_version|use_cache"
+    r"|.*dropout.*|.*_token_id"
+)
+"""Of configs: what enters no program. Which weights are tied shows in the arguments."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +354,7 @@ def module_configs(stage: Any) -> list[dict[str, Any]]:
             module = next((m for m in traced.module.modules() if hasattr(m, "config")), None)
             config = {} if module is None else module.config
             found.append(_plain(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
-    if guidance := getattr(stage, "guidance", None):  # of HunyuanVideo: its form is traced
+    if is_dataclass(guidance := getattr(stage, "guidance", None)):  # of HunyuanVideo: its form is traced
         found.append(_plain(asdict(guidance)))
     return found
 
@@ -361,7 +362,7 @@ def module_configs(stage: Any) -> list[dict[str, Any]]:
 def _plain(value: Any) -> Any:
     """JSON-ready, without bookkeeping."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if not str(k).startswith("_") and k not in BOOKKEEPING}
+        return {str(k): _plain(v) for k, v in value.items() if not BOOKKEEPING.fullmatch(str(k))}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
@@ -398,7 +399,8 @@ def _remedy(name: str, theirs: Any) -> str:
         "vae_tiling": {"on": "pass --vae-tiling", "off": "leave out --vae-tiling"},
         "cache": {"none": "leave out --cache"},
     }
-    return f"{switches[name][theirs]}, or {again}" if theirs in switches.get(name, {}) else again
+    switch = switches.get(name, {}).get(str(theirs))
+    return f"{switch}, or {again}" if switch else again
 
 
 def _flag(value: Any) -> str:

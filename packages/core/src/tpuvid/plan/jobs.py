@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.progress import Progress
@@ -105,7 +105,13 @@ class Jobs:
         command = [sys.executable, "-W", "ignore", "-m", "tpuvid.plan.jobs", function, str(self.scratch)]
         errors = (self.scratch / f"{name.replace('/', '_')}.stderr").open("w+")
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **environment}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **environment},
+            start_new_session=True,  # what kills our whole group leaves the job alive to notice, and to clean up
         )
         process.stdin.write(json.dumps(argument) + "\n")
         process.stdin.flush()  # and stays open: its end tells the job that we are gone
@@ -155,7 +161,10 @@ class Jobs:
 
 
 def _main(function: str, scratch: str) -> None:
-    argument = json.loads(_first_line(sys.stdin.fileno()))
+    line = _first_line(sys.stdin.fileno())
+    if not line:  # whoever started us was killed before it could say what for
+        _leave_nothing(scratch)
+    argument = json.loads(line)
     threading.Thread(target=_die_with_parent, args=(scratch,), daemon=True).start()
     # libtpu writes to stdout as it likes; what we report goes through a descriptor of its own
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -188,7 +197,12 @@ def _first_line(descriptor: int) -> bytes:
 def _die_with_parent(scratch: str) -> None:
     while os.read(sys.stdin.fileno(), 1):  # ends when the parent does; unbuffered, since a buffered read blocks the exit
         pass
-    shutil.rmtree(scratch, ignore_errors=True)
+    _leave_nothing(scratch)
+
+
+def _leave_nothing(scratch: str) -> NoReturn:
+    while os.path.exists(scratch):  # again where another thread was just making a file in it
+        shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)
 
 
