@@ -2,8 +2,6 @@
 
 import json
 import subprocess
-import sys
-import time
 
 import pytest
 from tpuvid.errors import InputError, TpuvidError
@@ -15,12 +13,11 @@ V6E = parse_topology("v6e-8")
 SHAPE = AttentionShape(5, 75600, 75600, 128, False)
 
 
-def made_up(topology, shape, blocks, running):
+def made_up(topology, shape, candidates, jobs):
     """Best at 1536/1536/512; what is larger than 4096 doesn't fit."""
-    if max(blocks) > 4096:
-        return tune.Found(blocks, None, "too large")
-    cost = sum(abs(size - best) / best for size, best in zip(blocks, (1536, 1536, 512)))
-    return tune.Found(blocks, 1e7 * (1 + cost))
+    for blocks in candidates:
+        cost = sum(abs(size - best) / best for size, best in zip(blocks, (1536, 1536, 512)))
+        yield tune.Found(blocks, None, "too large") if max(blocks) > 4096 else tune.Found(blocks, 1e7 * (1 + cost))
 
 
 @pytest.fixture
@@ -46,11 +43,12 @@ def test_the_search_keeps_to_its_limit(journal, limit):
 def test_a_search_goes_on_where_it_was_interrupted(journal):
     asked = []
 
-    def evaluate(topology, shape, blocks, running):
-        if len(asked) == 9:
-            raise KeyboardInterrupt
-        asked.append(blocks)
-        return made_up(topology, shape, blocks, running)
+    def evaluate(topology, shape, candidates, jobs):
+        for found in made_up(topology, shape, candidates, jobs):
+            if len(asked) == 9:
+                raise KeyboardInterrupt
+            asked.append(found.blocks)
+            yield found
 
     lines = []
     with pytest.raises(KeyboardInterrupt):
@@ -61,14 +59,14 @@ def test_a_search_goes_on_where_it_was_interrupted(journal):
     with journal().path.open("a") as file:
         file.write('{"key": ')  # as a crash would leave it
     again = []
-    found = look(journal(), lambda *args: again.append(args[2]) or made_up(*args))
+    found = look(journal(), lambda *args: again.extend(args[2]) or made_up(*args))
     assert not set(again) & set(kept) and found == look(journal(), lambda *_: pytest.fail("all is known"))
     assert not journal(SHAPE._replace(heads=4)).found, "another shape's"
 
 
 def test_no_candidate_fits(journal):
     with pytest.raises(TpuvidError, match="none of 3 candidates compiles"):
-        look(journal(), lambda _, __, blocks, ___: tune.Found(blocks, None, "too large"), limit=3)
+        look(journal(), lambda _, __, candidates, ___: (tune.Found(b, None, "too large") for b in candidates), limit=3)
 
 
 @pytest.mark.parametrize("queries, keys", [(75600, 75600), (1, 1), (100, 3000), (32760, 32760)])
@@ -85,7 +83,7 @@ def tuned(tmp_path, monkeypatch, shapes=(SHAPE,), **options):
     monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tune, "require_libtpu", lambda: None)
     monkeypatch.setattr(tune, "version", lambda name: "0")
-    monkeypatch.setattr(tune, "compile_candidate", made_up)
+    monkeypatch.setattr(tune, "compile_candidates", made_up)
     return tune.tune_attention(shapes, V6E, command="tpuvid tune", output=tmp_path / "rows.json", **options)
 
 
@@ -101,7 +99,8 @@ def test_rows_take_the_place_of_those_of_the_same_shape(tmp_path, monkeypatch):
 
 
 def look_again(row):
-    return made_up(V6E, row.shape, row.blocks, set()).cycles
+    (found,) = made_up(V6E, row.shape, [row.blocks], 1)
+    return found.cycles
 
 
 def test_what_can_not_be_written_is_refused_before_the_search(tmp_path, monkeypatch):
@@ -120,14 +119,6 @@ def test_chips_without_times_are_refused(name):
         tune.check_topology(parse_topology(name))
 
 
-def test_a_candidate_that_breaks_is_an_error_that_says_why(tmp_path):
-    with pytest.raises(TpuvidError, match="its process failed"):
-        tune.compile_candidate(V6E, "no shape", Blocks(128, 128, 128), set())
-
-
-CANDIDATE = ["-W", "ignore", "-m", "tpuvid.plan.candidate"]
-
-
 @pytest.mark.aot
 def test_real_candidates(tmp_path, tpuvid_command, python_env):
     environment = python_env | {"TPUVID_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
@@ -144,18 +135,14 @@ def test_real_candidates(tmp_path, tpuvid_command, python_env):
     assert json.loads(done[0].stdout) == [row._asdict()]
     # two heads of 2 × 2 × 4000 × 3000 × 64 FLOP take 0.007 ms at the peak of 918 TFLOP/s, half of which D = 64 can't use
     assert 0.014 < row.predicted_ms < 0.3
-    too_large = tune.compile_candidate(V6E, SHAPE._replace(heads=1, queries=8192), Blocks(8192, 2048, 2048), set())
+    (too_large,) = tune.compile_candidates(V6E, SHAPE._replace(heads=1, queries=8192), [Blocks(8192, 2048, 2048)], 1)
     assert too_large.cycles is None and "RESOURCE_EXHAUSTED" in too_large.reason
-    assert not list(tmp_path.glob("tpuvid-tune-*")), "no dumps are left"
+    assert not list(tmp_path.glob("tpuvid-job-*")), "no dumps are left"
 
 
 @pytest.mark.aot
-def test_a_candidate_ends_with_its_parent(tmp_path, python_env):
-    job = json.dumps({"topology": "v6e-8", "shape": SHAPE, "blocks": Blocks(2944, 2048, 1024)})
-    process = subprocess.Popen(
-        [sys.executable, *CANDIDATE, job], env=python_env | V6E.environment() | {"TMPDIR": str(tmp_path)}, stdin=subprocess.PIPE
-    )
-    while not list(tmp_path.glob("tpuvid-tune-*")):
-        time.sleep(0.05)
-    process.stdin.close()  # as the end of the parent would
-    assert process.wait(timeout=10) == 1 and not list(tmp_path.iterdir())
+def test_the_shapes_of_a_model_are_those_of_its_step():
+    shapes = tune.attention_shapes("wan2.1-t2v-14b", V6E, {}, None)
+    assert AttentionShape(10, 75600, 75600, 128, False) in shapes, "40 heads over tp=4"
+    assert AttentionShape(10, 75600, 512, 128, False) in shapes, "to the text"
+    assert tune.attention_shapes("wan2.1-t2v-14b", V6E, {"num_frames": 5}, "dp=1,tp=8")[0].heads == 5

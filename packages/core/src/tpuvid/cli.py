@@ -494,14 +494,18 @@ def tune() -> None:
 
 @tune.command("attention")
 @click.option("--model", help="The shapes of this model's denoising step. Or give one shape by the next five.")
+@click.option("--height", type=int, help="Of the model's video, pixels.")
+@click.option("--width", type=int, help="Of the model's video, pixels.")
+@click.option("--num-frames", type=int, help="Of the model's video.")
+@mesh_option
 @shape_options
 @click.option("--topology", "topology_name", required=True, help="TPU slice, like v6e-8.")
 @search_options
 @click.option("--output", type=path_type, help="Table to write to. Default: the package's own.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def tune_attention_command(
-    model: str | None, topology_name: str, masked: bool, jobs: int | None, max_candidates: int, output: Path | None,
-    as_json: bool, **sizes: int | None,
+    model: str | None, height: int | None, width: int | None, num_frames: int | None, mesh: str | None, topology_name: str,
+    masked: bool, jobs: int | None, max_candidates: int, output: Path | None, as_json: bool, **sizes: int | None,
 ) -> None:  # fmt: skip
     """Blocks of the attention kernel with the fewest predicted cycles, written to the table that the kernel reads."""
     from tpuvid.plan.topologies import parse_topology
@@ -511,16 +515,24 @@ def tune_attention_command(
     missing = [name for name, size in sizes.items() if size is None]
     if model is not None and (masked or len(missing) < len(sizes)):
         raise InputError(f"--model={model} brings its shapes; leave out --heads, --queries, --keys, --head-dim and --masked")
+    video = {"height": height, "width": width, "num_frames": num_frames}
+    about_model = {name: value for name, value in {**video, "mesh": mesh}.items() if value is not None}
+    if model is None and about_model:
+        raise InputError(f"{', '.join(_flag(name) for name in about_model)}: are about a --model, which isn't given")
     if model is None and missing:
-        raise InputError(f"give --model, or a whole shape: {', '.join('--' + n.replace('_', '-') for n in missing)} missing")
+        raise InputError(f"give --model, or a whole shape: {', '.join(map(_flag, missing))} missing")
     check_topology(topology)
     if model is not None:
-        shapes, which = attention_shapes(model, topology), f"--model {shlex.quote(model)}"
+        from tpuvid.checkpoint import resolve_model
+
+        resolve_model(model)[0].configure(**video)  # before a job is started
+        shapes = attention_shapes(model, topology, {n: v for n, v in video.items() if v is not None}, mesh)
+        which = shlex.join(["--model", model, *(part for n, v in about_model.items() for part in (_flag(n), str(v)))])
     else:
         from tpuvid.kernels.block_sizes import AttentionShape
 
         shapes = [AttentionShape(**sizes, masked=masked)]
-        which = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items()) + " --masked" * masked
+        which = " ".join(f"{_flag(name)} {size}" for name, size in sizes.items()) + " --masked" * masked
     command = f"tpuvid tune attention {which} --topology {topology.name} --max-candidates {max_candidates}"
     say = lambda line: click.echo(line, err=True)  # noqa: E731
     rows = tune_attention(shapes, topology, command=command, output=output, jobs=jobs, max_candidates=max_candidates, say=say)
@@ -546,6 +558,10 @@ def _echo_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _say_how(latents: Latents) -> None:

@@ -1,78 +1,30 @@
-"""One candidate of a search for tile sizes, in a process of its own: compiles the kernel for a TPU and counts its cycles.
-
-    python -m tpuvid.plan.candidate '{"topology": "v6e-8", "shape": [5, 75600, 75600, 128, false], "blocks": [2944, 2048, 1024]}'
-
-Prints {"cycles": …} or, where the kernel can't be compiled with these tiles, {"infeasible": why}. The process and its
-folder of dumps live as long as its standard input is open: it ends with the process that started it.
-"""
+"""The job of one candidate of a search for tile sizes: compiles the kernel for a TPU and counts its cycles."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import shutil
-import sys
-import tempfile
-import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
 from tpuvid.kernels.block_sizes import AttentionShape, Blocks
-from tpuvid.plan.bundles import dump_flags, kernels
-from tpuvid.plan.topologies import Topology, parse_topology
-
-FOLDER = "tpuvid-tune-"
-
-
-def main(job: str) -> None:
-    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
-    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
-    try:
-        given = json.loads(job)
-        topology = parse_topology(given["topology"])
-        # libtpu reads it while it starts, which is later than importing jax
-        os.environ.update(topology.environment(dump_flags(folder)))
-        found = _count(topology, AttentionShape(*given["shape"]), Blocks(*given["blocks"]), folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(found), flush=True)
+from tpuvid.kernels.splash import attention_splash
+from tpuvid.plan.bundles import kernels
+from tpuvid.plan.jobs import Report
+from tpuvid.plan.topologies import parse_topology
 
 
-def remove_stale_folders() -> None:
-    """What candidates left that were killed before they could clean up."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        owner = re.match(rf"{FOLDER}(\d+)-", folder.name)
-        if owner and not _is_alive(int(owner[1])):
-            shutil.rmtree(folder, ignore_errors=True)
+def count_cycles(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """`job` has "topology", "shape", "blocks" and "dump", the folder that libtpu was told to leave schedules in.
 
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _end_with_parent(folder: Path) -> None:
-    while os.read(sys.stdin.fileno(), 1):  # unbuffered: the interpreter can't shut down while a buffered read waits
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
-
-
-def _count(topology: Topology, shape: AttentionShape, blocks: Blocks, folder: Path) -> dict[str, Any]:
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import SingleDeviceSharding
-
-    from tpuvid.kernels.splash import attention_splash
-
-    jax.config.update("jax_enable_compilation_cache", False)  # what is found there isn't compiled, and dumps nothing
-    on_chip = SingleDeviceSharding(topology.jax_devices()[0])
+    Returns "cycles", or None and a "reason" where the kernel can't be compiled with these blocks.
+    """
+    shape, blocks, dump = AttentionShape(*job["shape"]), Blocks(*job["blocks"]), Path(job["dump"])
+    on_chip = SingleDeviceSharding(parse_topology(job["topology"]).jax_devices()[0])
 
     def struct(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=on_chip)
@@ -81,13 +33,11 @@ def _count(topology: Topology, shape: AttentionShape, blocks: Blocks, folder: Pa
     mask = struct(1, shape.keys, dtype=bool) if shape.masked else None
     try:
         jax.jit(lambda q, k, v, m: attention_splash(q, k, v, kv_mask=m, blocks=blocks)).lower(*inputs, mask).compile()
+        (found,) = kernels(dump).values()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "vmem" in str(error).lower():
-            return {"infeasible": str(error).splitlines()[0]}
+            return {"cycles": None, "reason": str(error).splitlines()[0]}
         raise
-    (found,) = kernels(folder).values()
-    return {"cycles": found.cycles}
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    finally:
+        shutil.rmtree(dump, ignore_errors=True)
+    return {"cycles": found.cycles, "reason": None}

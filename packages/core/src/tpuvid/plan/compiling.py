@@ -114,8 +114,6 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
         from tpuvid.packs import PackWriter, run_key
         from tpuvid.plan.dryrun import PROMPT, STAGES, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
 
-        # what JAX restores from its cache of compiled programs can't always be serialized again
-        jax.config.update("jax_enable_compilation_cache", False)
         options, topology = dict(argument["options"]), argument["topology"]
         devices = jax.devices() if topology is None else parse_topology(topology).jax_devices()
         spec, checkpoint = resolve_model(argument["model"])

@@ -236,14 +236,17 @@ def configs_checkpoint(spec: ModelSpec, checkpoint: Checkpoint, place: Callable[
     return found
 
 
-def dry_generate(spec: ModelSpec, checkpoint: ConfigsOnly, config: GenerationConfig, runtime: DryRuntime) -> dict[str, int]:
-    """Run `generate`'s three stages one after the other, freeing each, as far as the last that is to be compiled.
+def dry_generate(
+    spec: ModelSpec, checkpoint: ConfigsOnly, config: GenerationConfig, runtime: DryRuntime, *, until: str = "decode"
+) -> dict[str, int]:
+    """Run `generate`'s three stages one after the other, freeing each, as far as the last that is to be compiled, or as `until` where none is.
 
     Returns the bytes per device of the weights of each stage that ran; programs go to ``runtime.on_program``.
     """
     weights, value = {}, None
-    last = max(list(STAGES).index(stage) for stage in runtime.compiled_stages)
-    for name in list(STAGES)[: last + 1]:
+    order = list(STAGES)
+    last = max((order.index(stage) for stage in runtime.compiled_stages), default=order.index(until))
+    for name in order[: last + 1]:
         stage = spec.load(STAGES[name], checkpoint, replace(runtime, stage=name))
         before = runtime.ledger.bytes()
         stage.load()

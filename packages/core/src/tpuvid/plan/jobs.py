@@ -24,6 +24,8 @@ from typing import Any, NoReturn, Self
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.progress import Progress
 
+NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+"""What comes out of JAX's cache leaves no schedules, and can't always be serialized again."""
 PREFIX = "tpuvid-job-"
 Report = Callable[[Mapping[str, Any]], None]
 """Sends an event (JSON-ready) to whoever started the job."""
@@ -110,7 +112,7 @@ class Jobs:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **NO_CACHE, **environment},
             start_new_session=True,  # what kills our whole group leaves the job alive to notice, and to clean up
         )
         process.stdin.write(json.dumps(argument) + "\n")

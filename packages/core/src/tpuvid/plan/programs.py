@@ -10,6 +10,8 @@ import jax
 
 from tpuvid.checkpoint import resolve_model
 from tpuvid.errors import InputError
+from tpuvid.kernels import recorded_attention
+from tpuvid.kernels.block_sizes import AttentionShape
 from tpuvid.mesh import MeshConfig
 from tpuvid.plan.cost import predict
 from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
@@ -22,34 +24,59 @@ def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Compile ``job["stages"]`` of a model for ``job["topology"]``.
 
     `job` also has "model", "settings" (of `GenerationConfig`), "options" ("mesh", "dtype", "attention_backend",
-    "vae_tiling") and "dump", the folder that libtpu was told to leave schedules in (None: no times are asked for). Returns what `tpuvid.plan.planning` makes a plan of, JSON-ready; raises `InputError` for what can't run there.
+    "vae_tiling") and "dump", the folder that libtpu was told to leave schedules in (None: no times are asked for).
+    Returns what `tpuvid.plan.planning` makes a plan of, JSON-ready; raises `InputError` for what can't run there.
     """
-    devices, usable = _devices(job["topology"])
-    spec, checkpoint = resolve_model(job["model"])
-    ledger, programs = Ledger(), []
-    options = dict(job["options"])
-    mesh = options.pop("mesh")
-    runtime = DryRuntime.create(
-        **options,
-        mesh_config=MeshConfig.parse(mesh) if mesh else None,
-        devices=devices,
-        compiled_stages=tuple(job["stages"]),
-        ledger=ledger,
-        on_program=lambda program: programs.append((program, _predict(program, job["topology"], job["dump"]))),
-        progress=RelayedProgress(report),
-    )
-    config = spec.configure(prompt=PROMPT, **job["settings"])
-    weights = dry_generate(spec, configs_checkpoint(spec, checkpoint, ledger.array), config, runtime)
+    programs: list[tuple[DryProgram, dict[str, Any] | None]] = []
+
+    def keep(program: DryProgram) -> None:
+        programs.append((program, _predict(program, job["topology"], job["dump"])))
+
+    runtime, usable = _dry_runtime(job, report, compiled_stages=tuple(job["stages"]), on_program=keep)
+    weights = _run(job, runtime)
     return {
         "usable": usable,
-        "device_kind": devices[0].device_kind,
-        "devices": len(devices),
+        "device_kind": runtime.devices[0].device_kind,
+        "devices": len(runtime.devices),
         "dtype": runtime.dtype.name,
         "stages": {
             stage: {"weights": weights[stage], "programs": [_describe(p, found) for p, found in programs if p.stage == stage]}
             for stage in job["stages"]
         },
     }
+
+
+def attention_calls(job: Mapping[str, Any], report: Report) -> list[AttentionShape]:
+    """The shapes with which one denoising step calls the attention kernel on one device, each once; nothing is compiled.
+
+    `job` is as for `compile_stages`, without "stages" and "dump".
+    """
+    runtime, _ = _dry_runtime(job, report, compiled_stages=())
+    with recorded_attention() as calls:
+        _run(job, runtime, until="denoise")
+    return list(dict.fromkeys(calls))
+
+
+def _dry_runtime(job: Mapping[str, Any], report: Report, **fields: Any) -> tuple[DryRuntime, int | None]:
+    """On the job's topology, and the bytes of memory that programs may use on each device."""
+    devices, usable = _devices(job["topology"])
+    options = dict(job["options"])
+    mesh = options.pop("mesh")
+    runtime = DryRuntime.create(
+        **options,
+        **fields,
+        mesh_config=MeshConfig.parse(mesh) if mesh else None,
+        devices=devices,
+        ledger=Ledger(),
+        progress=RelayedProgress(report),
+    )
+    return runtime, usable
+
+
+def _run(job: Mapping[str, Any], runtime: DryRuntime, until: str = "decode") -> dict[str, int]:
+    spec, checkpoint = resolve_model(job["model"])
+    config = spec.configure(prompt=PROMPT, **job["settings"])
+    return dry_generate(spec, configs_checkpoint(spec, checkpoint, runtime.ledger.array), config, runtime, until=until)
 
 
 def _devices(topology: str) -> tuple[list[jax.Device], int | None]:

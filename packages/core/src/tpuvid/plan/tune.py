@@ -1,6 +1,6 @@
 """Tile sizes for the attention kernel, by predicted cycles, without a TPU: a search whose every candidate is compiled.
 
-Candidates run as processes of their own (`tpuvid.plan.candidate`), as many at a time as cores and memory allow. What each
+Candidates are jobs (`tpuvid.plan.candidate`), as many at a time as cores and memory allow. What each
 found is kept in a journal in the user's cache folder, by shape, chip, versions and kernel source: a search that was
 interrupted goes on where it stopped.
 """
@@ -11,12 +11,8 @@ import hashlib
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -27,14 +23,15 @@ from typing import TYPE_CHECKING, Any
 from tpuvid.artifacts import atomic_path, check_output
 from tpuvid.cache_folder import cache_folder
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.plan.bundles import no_time
+from tpuvid.plan.bundles import dump_flags, no_time
+from tpuvid.plan.jobs import Jobs, Task, jobs_at_once, scratch_folder
 from tpuvid.plan.topologies import Topology, require_libtpu
 
 if TYPE_CHECKING:
     from tpuvid.kernels.block_sizes import AttentionShape, Blocks, Row
 
-GIB_PER_JOB = 4
-"""Memory to leave per compile: the largest seen took 2 GiB (2026-11)."""
+JOB_BYTES = 4 * 2**30
+"""Memory that a compile is granted: the largest seen took 2 GiB (2026-11)."""
 COARSE = [
     (3072, 2048, 1024), (2048, 2048, 1024), (1152, 6144, 1024), (2048, 4096, 2048), (3072, 4096, 1024), (3072, 2048, 512),
 ]  # fmt: skip
@@ -88,9 +85,20 @@ def check_topology(topology: Topology) -> None:
     require_libtpu()
 
 
-def attention_shapes(model: str, topology: Topology) -> list[AttentionShape]:
-    """The calls of the kernel in one denoising step of `model`, on one device, each shape once."""
-    raise InputError(f"model={model!r}: its shapes can't be found yet; give --heads, --queries, --keys and --head-dim")
+def attention_shapes(model: str, topology: Topology, settings: Mapping[str, Any], mesh: str | None) -> list[AttentionShape]:
+    """The calls of the kernel in one denoising step of `model`, on one device, each shape once.
+
+    `settings` are those of `GenerationConfig` that differ from the model's defaults. Raises `InputError` for a model,
+    settings or a mesh that can't be had.
+    """
+    from tpuvid.kernels.block_sizes import AttentionShape
+
+    options = {"dtype": "bfloat16", "attention_backend": "auto", "mesh": mesh, "vae_tiling": False}
+    job = {"model": model, "topology": topology.name, "settings": dict(settings), "options": options}
+    with scratch_folder() as scratch, Jobs(scratch) as jobs:
+        jobs.start("shapes", "tpuvid.plan.programs:attention_calls", job, topology.environment())
+        events = [event for _, event in jobs.events()]
+    return [AttentionShape(*shape) for shape in events[-1]["result"]]
 
 
 def tune_attention(
@@ -110,18 +118,16 @@ def tune_attention(
     """
     check_topology(topology)
     from tpuvid.kernels.block_sizes import TABLE, Row
-    from tpuvid.plan.candidate import remove_stale_folders
 
-    chip = topology.chip
+    chip, at_once = topology.chip, jobs or jobs_at_once(JOB_BYTES)
     table = output or TABLE
     _check_table(table)
-    remove_stale_folders()
     journal_path = cache_folder("tune") / f"attention-{chip.name}.jsonl"
     rows = []
     for shape in shapes:
         journal = Journal(journal_path, {"chip": chip.device_kind, "shape": list(shape), **_versions()})
-        say(f"{_say_shape(shape)} on {chip.name}: up to {max_candidates} candidates, {jobs or default_jobs()} at a time")
-        best = search(shape, journal, topology, jobs or default_jobs(), max_candidates, say)
+        say(f"{_say_shape(shape)} on {chip.name}: up to {max_candidates} candidates, {at_once} at a time")
+        best = search(shape, journal, topology, at_once, max_candidates, say)
         rows.append(
             Row(
                 chip=chip.device_kind,
@@ -145,7 +151,7 @@ def search(
     jobs: int,
     limit: int,
     say: Callable[[str], None],
-    evaluate: Callable[..., Found] | None = None,
+    evaluate: Callable[..., Iterator[Found]] | None = None,
 ) -> Found:
     """The best of at most `limit` candidates, those in the journal included: coarse first, then around the best."""
     tried: dict[Blocks, Found] = {}
@@ -157,7 +163,7 @@ def search(
         new = [c for c in dict.fromkeys(candidates) if c not in tried][: limit - len(tried)]
         known = [journal.found[c] for c in new if c in journal.found]
         rest = [c for c in new if c not in journal.found]
-        for found in chain(known, _in_parallel(rest, shape, topology, jobs, evaluate or compile_candidate)):
+        for found in chain(known, (evaluate or compile_candidates)(topology, shape, rest, jobs) if rest else ()):
             tried[found.blocks] = found
             if found.blocks not in journal.found:
                 journal.add(found)
@@ -203,58 +209,21 @@ def _neighbours(shape: AttentionShape, blocks: Blocks, stride: float) -> list[Bl
     return [fit(shape, *s) for s in sizes]
 
 
-def default_jobs() -> int:
-    """Compiles at a time: one per core, as far as memory goes."""
-    return max(1, min(len(os.sched_getaffinity(0)), int(_free_gib() // GIB_PER_JOB)))
+def compile_candidates(topology: Topology, shape: AttentionShape, candidates: Sequence[Blocks], jobs: int) -> Iterator[Found]:
+    """Each as it gets ready; `jobs` at a time."""
+    with scratch_folder() as scratch, Jobs(scratch) as running:
 
+        def tasks() -> Iterator[Task]:
+            for number, blocks in enumerate(candidates):
+                dump = scratch / f"dump-{number}"
+                dump.mkdir()
+                job = {"topology": topology.name, "shape": shape, "blocks": blocks, "dump": str(dump)}
+                environment = topology.environment(dump_flags(dump))
+                yield Task(str(number), "tpuvid.plan.candidate:count_cycles", job, environment)
 
-def _free_gib() -> float:
-    """Memory that new processes can have."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def _in_parallel(
-    candidates: Sequence[Blocks], shape: AttentionShape, topology: Topology, jobs: int, evaluate: Callable[..., Found]
-) -> Iterator[Found]:
-    """Each as it gets ready. What still runs when the caller stops is ended."""
-    running: set[subprocess.Popen] = set()
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(evaluate, topology, shape, c, running) for c in candidates]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-            for process in list(running):
-                process.stdin.close()  # which ends it, once it has cleaned up
-
-
-def compile_candidate(topology: Topology, shape: AttentionShape, blocks: Blocks, running: set[subprocess.Popen]) -> Found:
-    """Run one candidate in a process of its own, which is in `running` meanwhile."""
-    job = json.dumps({"topology": topology.name, "shape": shape, "blocks": blocks})
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tpuvid.plan.candidate", job],
-        env=os.environ | topology.environment(), text=True, start_new_session=True,  # Ctrl-C is ours to handle
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    running.add(process)
-    with ThreadPoolExecutor(1) as reader:  # both pipes are drained at once; stdin stays open, which keeps the process alive
-        reading = reader.submit(process.stderr.read)
-        text = process.stdout.read()
-        errors = reading.result().strip().splitlines()
-    code = process.wait()
-    running.discard(process)
-    lines = text.strip().splitlines()
-    if code or not lines:
-        why = f"signal {signal.Signals(-code).name}" if code < 0 else next(reversed(errors), f"exit code {code}")
-        raise TpuvidError(f"candidate {_say_blocks(blocks)}: its process failed ({why}); fewer --jobs need less memory")
-    found = json.loads(lines[-1])
-    return Found(blocks, found.get("cycles"), found.get("infeasible"))
+        for name, event in running.run(tasks(), jobs):
+            if "result" in event:
+                yield Found(candidates[int(name)], **event["result"])
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
