@@ -82,6 +82,7 @@ def test_who_imports_whom(package, path):
             "artifacts.py",
             "compare.py",
             "describe.py",
+            "packs.py",
             "doctor.py",
             "topologies.py",
             "hlo.py",

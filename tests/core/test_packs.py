@@ -175,7 +175,7 @@ def this_run(**changes):
         ("device_order", [[1, 0]], "device_order="),
         ("cpu", "arm64", "cpu="),
         ("matmul_precision", "highest", "matmul_precision=None, this run has matmul_precision=highest"),
-        ("default_float", "float64", "default_float=float32"),
+        ("x64", True, "x64=False"),
         ("XLA_FLAGS", "--xla_cpu_enable_fast_math=true", "XLA_FLAGS=, .*; unset XLA_FLAGS"),
         ("LIBTPU_INIT_ARGS", "--x", "LIBTPU_INIT_ARGS=, .*; unset LIBTPU_INIT_ARGS"),
     ],

@@ -324,7 +324,7 @@ def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig
         "device_order": [[d.id, *(getattr(d, "coords", None) or ()), getattr(d, "core_on_chip", 0)] for d in runtime.devices],
         "cpu": _cpu() if first.platform == "cpu" else None,
         "matmul_precision": jax.config.jax_default_matmul_precision,
-        "default_float": str(jax.numpy.result_type(float)),
+        "x64": jax.dtypes.canonicalize_dtype("float64") == "float64",
         "configs": {name: module_configs(stage) for name, stage in stages.items()},
         **{name: _version(name) for name in LIBRARIES if name != "libtpu" or first.platform == "tpu"},
         **{name: " ".join(os.environ.get(name, "").split()) for name in VARIABLES},
