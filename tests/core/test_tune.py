@@ -116,7 +116,7 @@ def test_what_can_not_be_written_is_refused_before_the_search(tmp_path, monkeypa
 @pytest.mark.parametrize("name", ["v5e-8", "v5p-8", "tpu7x-8"])
 def test_chips_without_times_are_refused(name):
     with pytest.raises(InputError, match="no times for"):
-        tune.check_topology(parse_topology(name))
+        tune.check_tunable(parse_topology(name))
 
 
 @pytest.mark.aot

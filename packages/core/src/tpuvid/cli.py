@@ -25,6 +25,7 @@ from tpuvid.options import (
     config_option,
     encoder_options,
     fps_option,
+    guidance_option,
     length_option,
     loop_options,
     lora_options,
@@ -41,6 +42,7 @@ from tpuvid.options import (
     shape_options,
     size_options,
     stage_model_option,
+    steps_option,
     topology_option,
     vae_tiling_option,
 )
@@ -379,10 +381,11 @@ def decode(
 @cli.command("compile")
 @config_option
 @model_option
-@click.option("--topology", required=True, help="A TPU slice (v6e-8, v5p-16, v6e:2x4, …), or cpu: this machine's.")
+@topology_option
 @click.option("--output", "-o", type=path_type, required=True, help="The pack.")
-@click.option("--max-sequence-length", type=int, help="Text tokens; longer prompts are cut.")
-@sampling_options
+@size_options
+@guidance_option
+@length_option
 @cache_options
 @mesh_option
 @vae_tiling_option
@@ -395,15 +398,10 @@ def compile_command(model: str, topology: str, output: Path, overwrite: bool, **
     Programs depend on the model, the size, guidance on or off, the cache and the devices; not on the prompt, the seed, the
     number of steps or the scales.
     """
-    from tpuvid.artifacts import check_output
     from tpuvid.checkpoint import resolve_model
-    from tpuvid.plan.compiling import compile_pack, local_topology
-    from tpuvid.plan.topologies import require_libtpu
+    from tpuvid.plan.compiling import compile_pack
     from tpuvid.progress import ConsoleProgress
 
-    if local_topology(topology) is not None:
-        require_libtpu()
-    check_output(output, overwrite=overwrite)
     settings, options = _split(given)
     spec, _ = resolve_model(model)
     spec.configure(**settings)
@@ -420,6 +418,8 @@ def compile_command(model: str, topology: str, output: Path, overwrite: bool, **
 @model_option
 @topology_option
 @size_options
+@steps_option
+@guidance_option
 @length_option
 @cache_options
 @mesh_option
@@ -439,9 +439,11 @@ def plan_command(
     from tpuvid.checkpoint import resolve_model
     from tpuvid.plan.planning import Planner
     from tpuvid.plan.report import render
-    from tpuvid.plan.topologies import check_topology
+    from tpuvid.plan.topologies import LOCAL, check_topology
 
     check_topology(topology)
+    if max_frames and topology in LOCAL:
+        raise InputError(f"--max-frames: {topology} doesn't say how much memory there is; name a TPU slice as --topology")
     spec, _ = resolve_model(model)
     config = spec.configure(**settings)
     options = {
@@ -494,9 +496,7 @@ def tune() -> None:
 
 @tune.command("attention")
 @click.option("--model", help="The shapes of this model's denoising step. Or give one shape by the next five.")
-@click.option("--height", type=int, help="Of the model's video, pixels.")
-@click.option("--width", type=int, help="Of the model's video, pixels.")
-@click.option("--num-frames", type=int, help="Of the model's video.")
+@size_options
 @mesh_option
 @shape_options
 @click.option("--topology", "topology_name", required=True, help="TPU slice, like v6e-8.")
@@ -509,7 +509,7 @@ def tune_attention_command(
 ) -> None:  # fmt: skip
     """Blocks of the attention kernel with the fewest predicted cycles, written to the table that the kernel reads."""
     from tpuvid.plan.topologies import parse_topology
-    from tpuvid.plan.tune import attention_shapes, check_topology, tune_attention
+    from tpuvid.plan.tune import attention_shapes, check_tunable, tune_attention
 
     topology = parse_topology(topology_name)
     missing = [name for name, size in sizes.items() if size is None]
@@ -521,7 +521,7 @@ def tune_attention_command(
         raise InputError(f"{', '.join(_flag(name) for name in about_model)}: are about a --model, which isn't given")
     if model is None and missing:
         raise InputError(f"give --model, or a whole shape: {', '.join(map(_flag, missing))} missing")
-    check_topology(topology)
+    check_tunable(topology)
     if model is not None:
         from tpuvid.checkpoint import resolve_model
 

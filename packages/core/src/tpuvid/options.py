@@ -86,11 +86,13 @@ size_options = _options(
     click.option("--height", type=int, help="Pixels."),
     click.option("--width", type=int, help="Pixels."),
     click.option("--num-frames", type=int),
-    click.option("--num-inference-steps", "--steps", type=int, help="Denoising steps."),
-    click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1.0 switches it off."),
 )
+steps_option = click.option("--num-inference-steps", "--steps", type=int, help="Denoising steps.")
+guidance_option = click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1.0 switches it off.")
 sampling_options = _options(
     size_options,
+    steps_option,
+    guidance_option,
     click.option("--flow-shift", type=float, help="Timestep shift; default by resolution or checkpoint."),
     click.option(
         "--use-dynamic-cfg",

@@ -130,7 +130,7 @@ class Planner:
     def largest_num_frames(
         self, topology: str, config: GenerationConfig, stages: Sequence[str] = ("denoise", "decode")
     ) -> int | None:
-        """The most frames with which `stages` fit, all else as in `config`; None where one frame is too much.
+        """The most frames with which `stages` fit on a TPU slice, all else as in `config`; None where one frame is too much.
 
         Memory grows linearly with frames, nearly: a straight line through two sizes says where to look, compiling there
         says whether it is so.

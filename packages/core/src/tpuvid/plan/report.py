@@ -50,6 +50,8 @@ def _layout(plan: Plan) -> str:
     shape = f"dp={mesh['dp']}, tp={mesh['tp']}"
     if plan.mesh_asked:
         return f"{shape}, as asked"
+    if plan.devices == 1:
+        return "one device"
     halves = "dp for the two halves of guidance, " if mesh["dp"] > 1 else ""
     idle = f"; {plan.devices - used} devices idle" if used < plan.devices else ""
     return f"{shape}: {halves}tp the largest split of the rest that divides the heads and widths of this model{idle}"

@@ -75,7 +75,7 @@ class Journal:
             file.write("\n" * _is_cut_off(self.path) + json.dumps(entry) + "\n")
 
 
-def check_topology(topology: Topology) -> None:
+def check_tunable(topology: Topology) -> None:
     """Raise `InputError` for a chip whose schedule gives no times, or where libtpu, which compiles for it, is missing.
 
     The order of such a chip's candidates isn't offered either: what is wrong about its bundle counts isn't known.
@@ -116,7 +116,7 @@ def tune_attention(
     `command` is recorded with the rows. Raises `InputError` for a chip whose schedule gives no times, or where libtpu is
     missing or the table can't be written.
     """
-    check_topology(topology)
+    check_tunable(topology)
     from tpuvid.kernels.block_sizes import TABLE, Row
 
     chip, at_once = topology.chip, jobs or jobs_at_once(JOB_BYTES)
