@@ -52,7 +52,8 @@ def test_larger_slices_come_smallest_first():
 
 def test_hosts_are_no_larger_than_the_slice():
     assert parse_topology("v6e-1").host == (1, 1, 1)
-    assert parse_topology("v6e-8").host == (2, 2, 1)
+    assert parse_topology("v6e-8").host == (2, 4, 1), "eight chips come as one host too"
+    assert parse_topology("v6e-16").host == (2, 2, 1)
 
 
 def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):

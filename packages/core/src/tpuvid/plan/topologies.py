@@ -37,8 +37,8 @@ class Chip:
     """One way, of one interconnect link."""
     dimensions: int
     """Of the interconnect: a 2D mesh or a 3D torus."""
-    host: tuple[int, ...]
-    """Chips of one host, along each dimension."""
+    largest_host: tuple[int, int, int]
+    """Chips along each dimension of a host that is a slice by itself; larger slices have hosts of 2×2×1."""
     devices_per_chip: int = 1
     cores_per_chip: int = 1
     """Which the older naming schemes count: a v5p-8 has four chips."""
@@ -46,9 +46,9 @@ class Chip:
 
 
 CHIPS = (
-    Chip("v5e", "TPU v5 lite", None, 197, 16, 15.75, 819, 50, 2, (2, 2, 1), aliases=("v5litepod", "v5lite")),
+    Chip("v5e", "TPU v5 lite", None, 197, 16, 15.75, 819, 50, 2, (2, 4, 1), aliases=("v5litepod", "v5lite")),
     Chip("v5p", "TPU v5", None, 459, 95, 95.74, 2765, 100, 3, (2, 2, 1), cores_per_chip=2),
-    Chip("v6e", "TPU v6 lite", 1.75, 918, 32, 31.25, 1638, 90, 2, (2, 2, 1), aliases=("trillium",)),
+    Chip("v6e", "TPU v6 lite", 1.75, 918, 32, 31.25, 1638, 90, 2, (2, 4, 1), aliases=("trillium",)),
     Chip("tpu7x", "TPU7x", None, 2307 / 2, 96, 94.75, 7380 / 2, 100, 3, (2, 2, 1), devices_per_chip=2, cores_per_chip=2,
          aliases=("v7x", "ironwood")),
 )  # fmt: skip
@@ -83,9 +83,10 @@ class Topology:
 
     @property
     def host(self) -> tuple[int, ...]:
-        """Chips of one host: fewer than usual where the slice is smaller."""
+        """Chips of one host, along each dimension."""
         padded = self.shape + (1,) * (3 - len(self.shape))
-        return tuple(min(a, b) for a, b in zip(self.chip.host, padded))
+        host = self.chip.largest_host if self.chips <= math.prod(self.chip.largest_host) else (2, 2, 1)
+        return tuple(min(a, b) for a, b in zip(host, padded))
 
     def environment(self, flags: str = "") -> dict[str, str]:
         """For a process in which libtpu compiles for this slice: it must not look for a cloud machine, nor be kept from
