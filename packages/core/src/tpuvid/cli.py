@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,9 @@ from tpuvid.errors import InputError, TpuvidError
 from tpuvid.options import (
     cache_options,
     config_option,
+    echo_table,
     encoder_options,
     fps_option,
-    guidance_option,
-    length_option,
     loop_options,
     lora_options,
     mesh_option,
@@ -38,14 +36,11 @@ from tpuvid.options import (
     runtime_options,
     sampling_options,
     save_frames_option,
-    search_options,
-    shape_options,
-    size_options,
+    split,
     stage_model_option,
-    steps_option,
-    topology_option,
     vae_tiling_option,
 )
+from tpuvid.plan.commands import COMMANDS
 from tpuvid.registry import registry
 from tpuvid.stages import GenerationConfig
 
@@ -56,7 +51,6 @@ if TYPE_CHECKING:
 
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
-SETTINGS = tuple(f.name for f in fields(GenerationConfig))
 DEBUG_VARIABLE = "TPUVID_DEBUG"
 STAGE_FOLDER = "stage_outputs"
 
@@ -174,7 +168,7 @@ def list_models(as_json: bool) -> None:
     if not rows:
         click.echo("no models installed; try: pip install tpuvid-wan")
     else:
-        _echo_table([list(rows[0]), *([str(v) for v in row.values()] for row in rows)])
+        echo_table([list(rows[0]), *([str(v) for v in row.values()] for row in rows)])
     for plugin in broken:
         click.echo(f"warning: plugin {plugin['plugin']} ({plugin['package']}) does not load: {plugin['error']}", err=True)
 
@@ -216,7 +210,7 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
             f"--save-frames writes one stage3_frames.safetensors, {prompt_file} holds {len(prompts)} prompts; run them one by one"
         )
     spec, checkpoint = resolve_model(model)
-    settings, options = _split(given)
+    settings, options = split(given)
     options |= _read_pack(options)
     configs = [spec.configure(prompt=p, **settings).with_drawn_seed() for p in prompts]
     names = [_file_name(config, i if len(prompts) > 1 else None) for i, config in enumerate(configs)]
@@ -286,7 +280,7 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
     from tpuvid.checkpoint import resolve_model
 
     spec, checkpoint = resolve_model(model)
-    settings, options = _split(given)
+    settings, options = split(given)
     options |= _read_pack(options)
     spec.configure(**settings)
     check_output(output_dir / EMBEDDINGS, overwrite=overwrite)
@@ -319,7 +313,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
     output_dir = output_dir or input_dir
     conditioning = load_conditioning(input_dir / EMBEDDINGS)
     model, spec, checkpoint = _stage_model(model, input_dir / EMBEDDINGS, conditioning.model_id)
-    settings, options = _split(given)
+    settings, options = split(given)
     options |= _read_pack(options)
     spec.configure(**settings)
     check_output(output_dir / LATENTS, overwrite=overwrite)
@@ -358,7 +352,7 @@ def decode(
     if len(array) != 1:
         raise InputError(f"{file.path}: holds {len(array)} videos; decode takes one, split the file")
     model, spec, checkpoint = _stage_model(model, file.path, file.model_id or beside_model)
-    given_settings, options = _split(given)
+    given_settings, options = split(given)
     options |= _read_pack(options)
     config = spec.defaults.override(**(beside | dict(file.settings) | given_settings))
     check_sampling(config)
@@ -376,91 +370,6 @@ def decode(
     video = _load(model, options).decode(latents)
     outputs.write(video)
     _say_pack(video, "decode")
-
-
-@cli.command("compile")
-@config_option
-@model_option
-@topology_option
-@click.option("--output", "-o", type=path_type, required=True, help="The pack.")
-@size_options
-@guidance_option
-@length_option
-@cache_options
-@mesh_option
-@vae_tiling_option
-@overwrite_option
-@encoder_options
-@runtime_options
-def compile_command(model: str, topology: str, output: Path, overwrite: bool, **given: Any) -> None:
-    """Compile all that generate runs into a pack, for a machine that need not be at hand: no weights, no TPU.
-
-    Programs depend on the model, the size, guidance on or off, the cache and the devices; not on the prompt, the seed, the
-    number of steps or the scales.
-    """
-    from tpuvid.checkpoint import resolve_model
-    from tpuvid.plan.compiling import compile_pack
-    from tpuvid.progress import ConsoleProgress
-
-    settings, options = _split(given)
-    spec, _ = resolve_model(model)
-    spec.configure(**settings)
-    made = compile_pack(
-        model, topology, output, settings=settings, options=options, overwrite=overwrite, progress=ConsoleProgress()
-    )
-    for program in made.programs:
-        click.echo(f"{program['stage']}: {program['name']}: {program['bytes'] / 1e6:.1f} MB, {program['seconds']:.1f} s")
-    click.echo(f"pack: {made.path} ({made.bytes / 1e6:.1f} MB)")
-
-
-@cli.command("plan")
-@config_option
-@model_option
-@topology_option
-@size_options
-@steps_option
-@guidance_option
-@length_option
-@cache_options
-@mesh_option
-@vae_tiling_option
-@runtime_options
-@click.option("--max-frames", is_flag=True, help="Also find the largest number of frames that fits.")
-@click.option("--no-search", is_flag=True, help="Where it doesn't fit, don't look for what does.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def plan_command(
-    model: str, topology: str, mesh: str | None, vae_tiling: bool, dtype: str | None, attention_backend: str,
-    max_frames: bool, no_search: bool, as_json: bool, **settings: Any,
-) -> None:  # fmt: skip
-    """What a TPU would do: whether it fits, how it is laid out, how long it takes. Needs neither TPU nor weights.
-
-    libtpu compiles the programs that `generate` would run, on this machine; they are not run.
-    """
-    from tpuvid.checkpoint import resolve_model
-    from tpuvid.plan.planning import Planner
-    from tpuvid.plan.report import render
-    from tpuvid.plan.topologies import LOCAL, check_topology
-
-    check_topology(topology)
-    if max_frames and topology in LOCAL:
-        raise InputError(f"--max-frames: {topology} doesn't say how much memory there is; name a TPU slice as --topology")
-    spec, _ = resolve_model(model)
-    config = spec.configure(**settings)
-    options = {
-        "mesh": mesh,
-        "dtype": dtype or ("float32" if topology == "cpu" else "bfloat16"),
-        "attention_backend": attention_backend,
-        "vae_tiling": vae_tiling,
-    }
-    planner = Planner(model, spec, options, say=lambda line: click.echo(line, err=True))
-    plan = planner.plan(topology, config, search=not no_search)
-    found = {"max_frames": planner.largest_num_frames(topology, config)} if max_frames else {}
-    if as_json:
-        click.echo(json.dumps(plan.to_dict() | found, indent=2))
-        return
-    click.echo(render(plan))
-    if max_frames:
-        click.echo(f"most frames that fit: {found['max_frames'] or 'none'}")
 
 
 @cli.command("inspect")
@@ -489,60 +398,6 @@ def compare_command(a: Path, b: Path, as_json: bool) -> None:
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else render(found))
 
 
-@cli.group()
-def tune() -> None:
-    """Find tile sizes of kernels for a TPU, on a machine without one."""
-
-
-@tune.command("attention")
-@click.option("--model", help="The shapes of this model's denoising step. Or give one shape by the next five.")
-@size_options
-@mesh_option
-@shape_options
-@click.option("--topology", "topology_name", required=True, help="TPU slice, like v6e-8.")
-@search_options
-@click.option("--output", type=path_type, help="Table to write to. Default: the package's own.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def tune_attention_command(
-    model: str | None, height: int | None, width: int | None, num_frames: int | None, mesh: str | None, topology_name: str,
-    masked: bool, jobs: int | None, max_candidates: int, output: Path | None, as_json: bool, **sizes: int | None,
-) -> None:  # fmt: skip
-    """Blocks of the attention kernel with the fewest predicted cycles, written to the table that the kernel reads."""
-    from tpuvid.plan.topologies import parse_topology
-    from tpuvid.plan.tune import attention_shapes, check_tunable, tune_attention
-
-    topology = parse_topology(topology_name)
-    missing = [name for name, size in sizes.items() if size is None]
-    if model is not None and (masked or len(missing) < len(sizes)):
-        raise InputError(f"--model={model} brings its shapes; leave out --heads, --queries, --keys, --head-dim and --masked")
-    video = {"height": height, "width": width, "num_frames": num_frames}
-    about_model = {name: value for name, value in {**video, "mesh": mesh}.items() if value is not None}
-    if model is None and about_model:
-        raise InputError(f"{', '.join(_flag(name) for name in about_model)}: are about a --model, which isn't given")
-    if model is None and missing:
-        raise InputError(f"give --model, or a whole shape: {', '.join(map(_flag, missing))} missing")
-    check_tunable(topology)
-    if model is not None:
-        from tpuvid.checkpoint import resolve_model
-
-        resolve_model(model)[0].configure(**video)  # before a job is started
-        shapes = attention_shapes(model, topology, {n: v for n, v in video.items() if v is not None}, mesh)
-        which = shlex.join(["--model", model, *(part for n, v in about_model.items() for part in (_flag(n), str(v)))])
-    else:
-        from tpuvid.kernels.block_sizes import AttentionShape
-
-        shapes = [AttentionShape(**sizes, masked=masked)]
-        which = " ".join(f"{_flag(name)} {size}" for name, size in sizes.items()) + " --masked" * masked
-    command = f"tpuvid tune attention {which} --topology {topology.name} --max-candidates {max_candidates}"
-    say = lambda line: click.echo(line, err=True)  # noqa: E731
-    rows = tune_attention(shapes, topology, command=command, output=output, jobs=jobs, max_candidates=max_candidates, say=say)
-    if as_json:
-        click.echo(json.dumps([row._asdict() for row in rows], indent=2))
-    else:
-        columns = ("heads", "queries", "keys", "head_dim", "masked", "block_q", "block_kv", "block_kv_compute", "predicted_ms")
-        _echo_table([columns, *([str(getattr(row, name)) for name in columns] for row in rows)])
-
-
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def doctor(as_json: bool) -> int:
@@ -552,16 +407,6 @@ def doctor(as_json: bool) -> int:
     report = examine()
     click.echo(json.dumps(report, indent=2) if as_json else render(report))
     return 1 if report["problems"] else 0
-
-
-def _echo_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _say_how(latents: Latents) -> None:
@@ -590,12 +435,6 @@ def _read_pack(options: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError("--trust-pack: there is no pack to trust; add --pack FILE")
         return {}
     return {"pack": read_pack(options["pack"], trusted=options["trust_pack"])}
-
-
-def _split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flags as (settings that were given, options for `tpuvid.load`)."""
-    settings = {name: value for name, value in given.items() if name in SETTINGS and value is not None}
-    return settings, {name: value for name, value in given.items() if name not in SETTINGS}
 
 
 def _load(model: str, options: Mapping[str, Any]) -> Pipeline:
@@ -639,3 +478,7 @@ def _file_name(config: GenerationConfig, index: int | None) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", config.prompt.lower()).strip("-")[:60].rstrip("-") or "video"
     number = "" if index is None else f"_{index + 1:03d}"
     return f"{slug}_{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}{number}.mp4"
+
+
+for command in COMMANDS:
+    cli.add_command(command)

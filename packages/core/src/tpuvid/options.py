@@ -1,15 +1,20 @@
-"""The options of the ``tpuvid`` command, each defined once, and the YAML file that may give them."""
+"""The options of the ``tpuvid`` command, each defined once, the YAML file that may give them, and what commands do with them."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 
 from tpuvid.errors import InputError
+from tpuvid.stages import GenerationConfig
 from tpuvid.stepcache import CACHES
+
+SETTINGS = tuple(f.name for f in fields(GenerationConfig))
 
 
 def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -154,3 +159,16 @@ runtime_options = _options(
         "--attention-backend", type=click.Choice(["auto", "xla", "splash", "cudnn"]), default="auto", show_default=True
     ),
 )
+
+
+def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flags as (settings that were given, options for `tpuvid.load`)."""
+    settings = {name: value for name, value in given.items() if name in SETTINGS and value is not None}
+    return settings, {name: value for name, value in given.items() if name not in SETTINGS}
+
+
+def echo_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
