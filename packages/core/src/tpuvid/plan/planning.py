@@ -132,33 +132,34 @@ class Planner:
     ) -> int | None:
         """The most frames with which `stages` fit on a TPU slice, all else as in `config`; None where one frame is too much.
 
-        Memory grows linearly with frames, nearly: a straight line through two sizes says where to look, compiling there
-        says whether it is so.
+        Memory grows linearly with frames, nearly: a straight line through two sizes says where to look (at first through the
+        weights, which are there without frames), compiling there says whether it is so.
         """
         rules = self.spec.rules
         step, most = rules.frame_step, (rules.max_frames - 1) // rules.frame_step
 
-        def excess(n: int) -> int:
-            """Bytes over what is usable with step·n + 1 frames, of the stage that has most."""
+        def compile_with(n: int) -> StagePlan:
+            """Of the stages, with step·n + 1 frames, the one that comes closest to what is usable, or is most beyond it."""
             (found,) = self._compile([(topology, stages, config.override(num_frames=step * n + 1), self.options)])
-            return max(stage.peak - stage.usable for stage in _stages(found).values())
+            return max(_stages(found).values(), key=lambda stage: stage.peak)
 
-        fits, too_many = None, most + 1  # bounds on n
+        low, high = -1, most + 1  # n = low fits, n = high doesn't
         known: dict[int, int] = {}
+        """Bytes beyond what is usable, by n."""
         guess = (config.num_frames - 1) // step
-        while (low := -1 if fits is None else fits) + 1 < too_many:
-            known[guess] = excess(guess)
-            fits, too_many = (guess, too_many) if known[guess] <= 0 else (fits, guess)
-            low = -1 if fits is None else fits
+        while low + 1 < high:
+            stage = compile_with(guess)
+            known[guess] = stage.peak - stage.usable
+            low, high = (guess, high) if stage.fits else (low, guess)
             if len(known) == 1:
-                guess = 2 * guess if fits is not None else guess // 2
+                guess = int(guess * max(stage.usable - stage.weights, 0) / max(stage.peak - stage.weights, 1))
             else:
                 (n0, y0), (n1, y1) = sorted(known.items(), key=lambda item: abs(item[1]))[:2]
                 slope = (y1 - y0) / (n1 - n0)
-                guess = int(n0 - y0 / slope) if slope > 0 else (low + too_many) // 2
+                guess = int(n0 - y0 / slope) if slope > 0 else (low + high) // 2
                 guess = guess if guess not in known else guess + (1 if known[guess] <= 0 else -1)
-            guess = min(max(guess, low + 1), too_many - 1)
-        return None if fits is None else step * fits + 1
+            guess = min(max(guess, low + 1), high - 1)
+        return None if low < 0 else step * low + 1
 
     def _remedies(self, plan: Plan) -> Iterator[str]:
         """Changes that make the plan fit: fewer frames, more chips, another layout; the nearest of each."""
