@@ -239,7 +239,9 @@ def configs_checkpoint(spec: ModelSpec, checkpoint: Checkpoint, place: Callable[
 def dry_generate(
     spec: ModelSpec, checkpoint: ConfigsOnly, config: GenerationConfig, runtime: DryRuntime, *, until: str = "decode"
 ) -> dict[str, int]:
-    """Run `generate`'s three stages one after the other, freeing each, as far as the last that is to be compiled, or as `until` where none is.
+    """Run `generate`'s three stages one after the other, freeing each, as far as the last that is to be compiled.
+
+    Where none is, as far as `until`.
 
     Returns the bytes per device of the weights of each stage that ran; programs go to ``runtime.on_program``.
     """

@@ -133,7 +133,8 @@ class Planner:
         """The most frames with which `stages` fit on a TPU slice, all else as in `config`; None where one frame is too much.
 
         Memory grows linearly with frames, nearly: a straight line through two sizes says where to look (at first through the
-        weights, which are there without frames), compiling there says whether it is so.
+        weights, which are there without frames), compiling there says whether it is so. What is returned has been
+        compiled; that the next size would be too much may be said by the line alone.
         """
         rules = self.spec.rules
         step, most = rules.frame_step, (rules.max_frames - 1) // rules.frame_step
@@ -156,6 +157,8 @@ class Planner:
             else:
                 (n0, y0), (n1, y1) = sorted(known.items(), key=lambda item: abs(item[1]))[:2]
                 slope = (y1 - y0) / (n1 - n0)
+                if low in known and known[low] + slope > 0:
+                    break
                 guess = int(n0 - y0 / slope) if slope > 0 else (low + high) // 2
                 guess = guess if guess not in known else guess + (1 if known[guess] <= 0 else -1)
             guess = min(max(guess, low + 1), high - 1)
