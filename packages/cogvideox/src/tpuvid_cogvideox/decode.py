@@ -64,7 +64,7 @@ class CogVideoXDecoder(VaeDecoder):
         for end in ends or (z.shape[2],):  # one latent frame alone is less than a chunk
             part = z[:, :, start:end]
             what = "decoder, further frames" if start else "decoder, first frames"
-            run = self.programs.get(what, self._decode, self.params, cache, part)
+            run = self.programs.get(what, self._decode, self.params, cache, part, donate=(1,))
             frames, cache = run(self.params, cache, part)
             cache, start = self.set_aside(cache) if end < z.shape[2] else None, end
             yield frames
