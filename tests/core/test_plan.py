@@ -161,7 +161,7 @@ class LinearPlanner(Planner):
             mesh = dict(part.split("=") for part in (options["mesh"] or "dp=1,tp=1").split(","))
             results.append(
                 {
-                    "usable": int(self.usable * GIB), "device_kind": "TPU v6 lite", "devices": chips, "dtype": "bfloat16",
+                    "usable": int(self.usable * GIB), "device_kind": "TPU v6 lite", "versions": {}, "devices": chips, "dtype": "bfloat16",
                     "stages": {
                         stage: {"weights": GIB, "programs": [{
                             "name": stage, "calls": 50, "mesh": {k: int(v) for k, v in mesh.items()}, "compile_seconds": 1.0,
@@ -192,22 +192,27 @@ def test_no_frame_fits_where_weights_alone_do_not():
 def test_a_plan_that_does_not_fit_says_what_does():
     planner = LinearPlanner(20, 1, usable=16)
     plan = planner.plan("v6e-1", planner.spec.configure())
-    assert not plan.fits and not plan.stages["denoise"].fits and not plan.stages["decode"].fits and plan.stages["encode"].fits
-    assert plan.remedies == [
-        "--vae-tiling (decode then fits, with slightly other frames)",
-        "--topology v6e-4",
+    assert (
+        plan.fits is False and not plan.stages["denoise"].fits and not plan.stages["decode"].fits and plan.stages["encode"].fits
+    )
+    assert list(planner.remedies(plan)) == [
+        "--topology v6e-4 --vae-tiling",
         "a smaller --height and --width: one frame is too much at this size",
     ]
-    text = render(plan)
-    assert "does not fit: 41.00 of 16.00 GiB per device, in denoise" in text
-    assert "  --topology v6e-4" in text
+    assert "does not fit: 41.00 of 16.00 GiB per device, in denoise" in render(plan)
     assert json.loads(json.dumps(plan.to_dict()))["fits"] is False
 
 
-def test_without_a_search_nothing_more_is_compiled():
-    planner = LinearPlanner(20, 1, usable=16)
-    assert planner.plan("v6e-1", planner.spec.configure(), search=False).remedies == []
-    assert len(planner.compiled) == 2
+def test_where_only_the_vae_is_too_large_tiles_are_enough():
+    planner = LinearPlanner(2, 0.1, usable=16)
+    plan = planner.plan("v6e-1", planner.spec.configure())
+    assert next(planner.remedies(plan)) == "--vae-tiling"
+
+
+def test_what_fits_needs_no_remedy():
+    planner = LinearPlanner(2, 0.1)
+    plan = planner.plan("v6e-1", planner.spec.configure())
+    assert plan.fits and list(planner.remedies(plan)) == [] and len(planner.compiled) == 2
 
 
 def test_plan_answers_for_this_machine(capsys):
@@ -215,6 +220,7 @@ def test_plan_answers_for_this_machine(capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["predicted"] is True and plan["topology"] == "cpu" and plan["dtype"] == "float32"
     assert [p["calls"] for p in plan["stages"]["denoise"]["programs"]] == [3]
+    assert plan["fits"] is None and plan["stages"]["denoise"]["seconds"] is None, "a CPU says neither"
     assert plan["stages"]["denoise"]["peak"] > plan["stages"]["denoise"]["weights"] > 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from tpuvid import InputError
 from tpuvid.errors import TpuvidError
 from tpuvid.plan import jobs as jobs_module
-from tpuvid.plan.jobs import PREFIX, Jobs, scratch_folder
+from tpuvid.plan.jobs import LOCK, PREFIX, Jobs, scratch_folder
 
 TESTS = {"PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -71,13 +71,12 @@ def test_a_scratch_folder_goes_whatever_happens():
 
 def test_what_a_killed_process_left_goes_with_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs_module.tempfile, "gettempdir", lambda: str(tmp_path))
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    left, own = tmp_path / f"{PREFIX}{dead.pid}-abc", tmp_path / f"{PREFIX}{os.getpid()}-abc"
+    left, foreign = tmp_path / f"{PREFIX}left", tmp_path / f"{PREFIX}of-someone-else"
     left.mkdir()
-    own.mkdir()
-    with scratch_folder():
-        assert not left.exists() and own.exists()
+    foreign.mkdir()
+    (left / LOCK).touch()  # and nobody holds it
+    with scratch_folder() as alive, scratch_folder():
+        assert not left.exists() and foreign.exists() and alive.exists()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])

@@ -32,9 +32,12 @@ def test_names_that_users_rent_slices_under(text, libtpu, devices):
         ("v5p-4", "v5p comes as v5p-2, v5p-8"),
         ("v9-8", "is no TPU slice; choose from v5e-1"),
         ("", "is no TPU slice"),
-        ("v6e:2", "has 2 dimensions; give one like v6e:2x3"),
+        ("v6e:2", "has 2 dimensions; give one like v6e:2x4"),
         ("v6e:0x4", "has 2 dimensions"),
-        ("v5p:2x2", "has 3 dimensions; give one like v5p:2x3x4"),
+        ("v5p:2x2", "has 3 dimensions; give one like v5p:2x4x4"),
+        ("v5p:2x3x4", "needs whole hosts of 2x2x1"),
+        ("v6e:3x3", "needs whole hosts of 2x2 chips"),
+        ("v6e:1x300", "256 chips at most"),
     ],
 )
 def test_other_names_are_refused_with_those_that_exist(text, message):

@@ -199,6 +199,7 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
              save_frames: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Prompt → mp4, in one go."""
     from tpuvid.checkpoint import resolve_model
+    from tpuvid.packs import settings_key
 
     prompts = _prompts(prompt, prompt_file)
     if output and output_dir:
@@ -217,6 +218,10 @@ def generate(model: str, prompt: str | None, prompt_file: Path | None, output: P
     outputs = [Outputs(output or (output_dir or Path("outputs")) / name, overwrite, save_frames) for name in names]
     for out in outputs:
         out.check()
+    if pack := options.get("pack"):
+        for config in configs:
+            pack.check(settings_key(spec, config))
+        pack.require_trust()
     for stage in spec.components.values():
         checkpoint.require(stage)  # after all that is free to check: this may fetch
     pipe = _load(model, options)

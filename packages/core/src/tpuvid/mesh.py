@@ -8,31 +8,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpuvid.errors import InputError
+from tpuvid.layout import MeshConfig
 
 Rule = tuple[str, tuple[str | None, ...]]
 """(pattern, axes): a parameter whose whole name matches the regular expression has its last dimensions split over `axes`."""
-
-
-@dataclass(frozen=True, slots=True)
-class MeshConfig:
-    dp: int = 1
-    tp: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> MeshConfig:
-        """From "dp=2,tp=4"; raises `InputError`."""
-        sizes = re.fullmatch(r"(?:dp=(\d+))?,?(?:tp=(\d+))?", text.replace(" ", ""))
-        config = cls(*(int(size or 1) for size in sizes.groups())) if sizes and any(sizes.groups()) else None
-        if config is None or config.dp < 1 or config.tp < 1:
-            raise InputError(f"mesh={text!r}: needs the form dp=2,tp=4 with whole numbers ≥ 1")
-        return config
 
 
 def default_mesh_config(devices: int, sizes: Iterable[int], *, guidance: bool = False) -> MeshConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from tpuvid.errors import InputError
+from tpuvid.layout import MeshConfig
 from tpuvid.stages import GenerationConfig
 from tpuvid.stepcache import CACHES
 
@@ -65,6 +66,12 @@ def _usable_folder(context: click.Context, _: click.Parameter, folder: Path | No
     return folder
 
 
+def _checked_mesh(context: click.Context, _: click.Parameter, mesh: str | None) -> str | None:
+    if mesh is not None:
+        MeshConfig.parse(mesh)
+    return mesh
+
+
 def _options(*decorators: Callable) -> Callable:
     def apply(command: Callable) -> Callable:
         for decorator in reversed(decorators):
@@ -113,7 +120,9 @@ cache_options = _options(
     click.option("--cache-end-step", type=int, help="From this step on, none is cached. [default: 45]"),
     click.option("--cache-step-interval", type=int, help="Between them, one step in so many is full. [default: 4]"),
 )
-mesh_option = click.option("--mesh", help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.")
+mesh_option = click.option(
+    "--mesh", callback=_checked_mesh, help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths."
+)
 fps_option = click.option("--fps", type=int, help="Frames per second of the mp4.")
 save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
 encoder_options = _options(

@@ -141,10 +141,13 @@ class Pack:
         from jax.experimental.serialize_executable import deserialize_and_load
 
         self.require_trust()
-        payload = zlib.decompress(_payload(self.path, program))
         devices = tuple(mesh.devices.flat)
         in_tree = jax.tree.structure((args, {}))
-        out_tree = jax.tree.structure(tree_from_json(program.out_tree))
+        try:
+            payload = zlib.decompress(_payload(self.path, program))
+            out_tree = jax.tree.structure(tree_from_json(program.out_tree))
+        except (zlib.error, ValueError):
+            raise InputError(f"{self.path}: {program.name!r} is damaged; make or fetch the pack again") from None
         return deserialize_and_load(payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices)
 
 
@@ -172,6 +175,8 @@ def read_pack(path: str | Path, *, trusted: bool = False) -> Pack:
             raise damaged
         key = json.loads(metadata["key"])
         programs = tuple(PackedProgram(**program) for program in json.loads(metadata["programs"]))
+        if not isinstance(key, dict) or not isinstance(key.get("configs", {}), dict):
+            raise damaged
         made_by = str(header["made_by"])
     except (KeyError, TypeError, ValueError):
         raise damaged from None
@@ -305,14 +310,7 @@ def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig
     import jax
 
     first = runtime.devices[0]
-    key = {
-        "family": spec.family,
-        "height": config.height,
-        "width": config.width,
-        "num_frames": config.num_frames,
-        "max_sequence_length": config.max_sequence_length,
-        "guidance": "on" if config.do_classifier_free_guidance else "off",
-        "cache": config.cache or "none",
+    key = settings_key(spec, config) | {
         "mesh": _mesh_text(stages.get("denoise")),
         "dtype": runtime.dtype.name,
         "attention_backend": runtime.attention_backend,
@@ -329,9 +327,29 @@ def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig
         **{name: _version(name) for name in LIBRARIES if name != "libtpu" or first.platform == "tpu"},
         **{name: " ".join(os.environ.get(name, "").split()) for name in VARIABLES},
         "kernels": _hash_sources("tpuvid.kernels"),
+        "block_sizes": _own_block_sizes(),
         "source": source_hash(tuple(sorted({getattr(spec, f"load_{s}").split(".")[0] for s in _LOADED}))),
     }
     return {name: value for name, value in key.items() if set(CONCERNS.get(name, STAGES)) & set(stages)}
+
+
+def settings_key(spec: ModelSpec, config: GenerationConfig) -> dict[str, Any]:
+    """The part of `run_key` that is known before anything is fetched or opened."""
+    return {
+        "family": spec.family,
+        "height": config.height,
+        "width": config.width,
+        "num_frames": config.num_frames,
+        "max_sequence_length": config.max_sequence_length,
+        "guidance": "on" if config.do_classifier_free_guidance else "off",
+        "cache": config.cache or "none",
+    }
+
+
+def _own_block_sizes() -> str:
+    """A hash of the user's table of tile sizes; the package's counts with the kernels."""
+    path = os.environ.get("TPUVID_BLOCK_SIZES")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path else "none"
 
 
 _LOADED = ("text_encoder", "denoiser", "decoder")

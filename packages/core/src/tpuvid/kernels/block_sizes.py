@@ -112,6 +112,11 @@ def read_rows(path: Path) -> list[Row]:
             f"{path}: is no table of block sizes ({error}); give a file that tpuvid tune wrote, or unset {VARIABLE}"
         ) from None
     for row in rows:
+        numbers = (*row.shape[:4], *row.blocks)
+        if not isinstance(row.chip, str) or not all(type(x) is int and x > 0 for x in numbers):
+            raise ValueError(
+                f"{path}: a row's chip is no name, or its sizes are no whole numbers; give a file that tpuvid tune wrote"
+            )
         sizes = row.blocks
         if not all(isinstance(x, int) and x > 0 and x % LANES == 0 for x in sizes) or sizes.kv % sizes.kv_compute:
             raise ValueError(f"{path}: blocks {tuple(sizes)}: need multiples of {LANES}, and block_kv of block_kv_compute")

@@ -107,14 +107,21 @@ def plan_command(
         "vae_tiling": vae_tiling,
     }
     planner = Planner(model, spec, options, say=lambda line: click.echo(line, err=True))
-    plan = planner.plan(topology, config, search=not no_search)
-    found = {"max_frames": planner.largest_num_frames(topology, config)} if max_frames else {}
-    if as_json:
-        click.echo(json.dumps(plan.to_dict() | found, indent=2))
-        return
-    click.echo(render(plan))
+    plan = planner.plan(topology, config)
+    if not as_json:  # before what else is asked for, which takes minutes more
+        click.echo(render(plan))
+    searches = {}
+    if plan.fits is False and not no_search and topology not in LOCAL:
+        searches["remedies"] = list(planner.remedies(plan))
     if max_frames:
-        click.echo(f"most frames that fit: {found['max_frames'] or 'none'}")
+        searches["max_frames"] = planner.largest_num_frames(topology, config)
+    if as_json:
+        click.echo(json.dumps(plan.to_dict() | searches, indent=2))
+        return
+    for remedy in searches.get("remedies", ()):
+        click.echo(f"what fits: {remedy}")
+    if max_frames:
+        click.echo(f"most frames with which denoiser and VAE fit: {searches['max_frames'] or 'none'}")
 
 
 @click.group()

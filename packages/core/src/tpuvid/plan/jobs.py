@@ -5,6 +5,7 @@ A job dies with the process that started it, and what it wrote to its scratch fo
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import itertools
 import json
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -26,7 +27,8 @@ from tpuvid.progress import Progress
 
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 """What comes out of JAX's cache leaves no schedules, and can't always be serialized again."""
-PREFIX = "tpuvid-job-"
+PREFIX, LOCK = "tpuvid-job-", ".tpuvid-job"
+"""Of scratch folders: what their names begin with, and the file in each that its owner has locked."""
 Report = Callable[[Mapping[str, Any]], None]
 """Sends an event (JSON-ready) to whoever started the job."""
 
@@ -38,14 +40,17 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     It lies in `parent`, or where temporary files do.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
-    for left in parent.glob(f"{PREFIX}*-*"):
-        if not Path("/proc", left.name.split("-")[2]).exists():
-            shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    for lock in parent.glob(f"{PREFIX}*/{LOCK}"):
+        with suppress(OSError), lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its owner lives
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    with (folder / LOCK).open("w") as own:
+        fcntl.flock(own, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

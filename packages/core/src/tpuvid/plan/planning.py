@@ -6,7 +6,7 @@ Imports neither jax nor torch: the compiling is done by jobs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ class StagePlan:
         return max((program["peak"] for program in self.programs), default=self.weights)
 
     @property
-    def fits(self) -> bool:
-        return self.usable is None or self.peak <= self.usable
+    def fits(self) -> bool | None:
+        """None where the backend doesn't say how much there is."""
+        return None if self.usable is None else self.peak <= self.usable
 
     @property
     def compile_seconds(self) -> float:
@@ -76,12 +77,33 @@ class Plan:
     config: GenerationConfig
     mesh_asked: str | None
     stages: dict[str, StagePlan]
-    remedies: list[str] = field(default_factory=list)
-    """Where it doesn't fit: changes with which it does, each found by compiling."""
+    versions: dict[str, str]
+    """Of what compiled it."""
 
     @property
-    def fits(self) -> bool:
-        return all(stage.fits for stage in self.stages.values())
+    def fits(self) -> bool | None:
+        fits = [stage.fits for stage in self.stages.values()]
+        return None if None in fits else all(fits)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of one video, predicted; None where those of any stage are not."""
+        seconds = [stage.seconds for stage in self.stages.values()]
+        return None if None in seconds else sum(seconds)
+
+    @property
+    def layout(self) -> str:
+        """Of the denoiser, and why."""
+        mesh = self.stages["denoise"].mesh
+        used = mesh["dp"] * mesh["tp"]
+        shape = f"dp={mesh['dp']}, tp={mesh['tp']}"
+        if self.mesh_asked:
+            return f"{shape}, as asked"
+        if self.devices == 1:
+            return "one device"
+        halves = "dp for the two halves of guidance, " if mesh["dp"] > 1 else ""
+        idle = f"; {self.devices - used} devices idle" if used < self.devices else ""
+        return f"{shape}: {halves}tp the largest split of the rest that divides the heads and widths of this model{idle}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -91,10 +113,13 @@ class Plan:
             "device_kind": self.device_kind,
             "devices": self.devices,
             "dtype": self.dtype,
+            "versions": self.versions,
             "settings": self.config.to_dict(),
             "fits": self.fits,
+            "layout": self.layout,
+            "seconds": self.seconds,
+            "compile_seconds": round(sum(stage.compile_seconds for stage in self.stages.values()), 1),
             "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
-            "remedies": self.remedies,
         }
 
 
@@ -105,15 +130,16 @@ class Planner:
         """`options`: "mesh" ("dp=2,tp=4" or None), "dtype", "attention_backend", "vae_tiling"; `say` is told what goes on."""
         self.model, self.spec, self.options, self.say = model, spec, dict(options), say
 
-    def plan(self, topology: str, config: GenerationConfig, *, search: bool = True) -> Plan:
-        """Compile every stage for `topology` ("v6e-8", "cpu", …). With `search`, find what fits where this doesn't.
+    def plan(self, topology: str, config: GenerationConfig) -> Plan:
+        """Compile every stage for `topology` ("v6e-8", "cpu", …).
 
         Raises `InputError` for a topology or options that can't be had.
         """
-        found = self._compile([(topology, stages, config, self.options) for stages in GROUPS], predict=True)
+        groups = (sum(GROUPS, ()),) if topology == "gpu" else GROUPS  # one process at a time can have the GPU
+        found = self._compile([(topology, stages, config, self.options) for stages in groups], predict=True)
         first = found[0]
         stages = {name: stage for result in found for name, stage in _stages(result).items()}
-        plan = Plan(
+        return Plan(
             model_id=self.spec.model_id,
             topology=topology if topology in LOCAL else parse_topology(topology).name,
             device_kind=first["device_kind"],
@@ -122,10 +148,8 @@ class Planner:
             config=config,
             mesh_asked=self.options["mesh"],
             stages=stages,
+            versions=first["versions"],
         )
-        if search and not plan.fits:
-            plan.remedies.extend(self._remedies(plan))
-        return plan
 
     def largest_num_frames(
         self, topology: str, config: GenerationConfig, stages: Sequence[str] = ("denoise", "decode")
@@ -164,35 +188,40 @@ class Planner:
             guess = min(max(guess, low + 1), high - 1)
         return None if low < 0 else step * low + 1
 
-    def _remedies(self, plan: Plan) -> Iterator[str]:
-        """Changes that make the plan fit: fewer frames, more chips, another layout; the nearest of each."""
-        failing = tuple(name for name, stage in plan.stages.items() if not stage.fits)
-        if plan.topology in LOCAL:
-            yield "fewer frames, a smaller size or --dtype bfloat16"
+    def remedies(self, plan: Plan) -> Iterator[str]:
+        """Changes with which a plan for a TPU slice fits, as flags: another layout, more chips, fewer frames; the nearest of each.
+
+        Each was compiled, but for what concerns the text encoder alone.
+        """
+        failing = {name for name, stage in plan.stages.items() if stage.fits is False}
+        if not failing:
             return
         topology, config = parse_topology(plan.topology), plan.config
         self.say(f"{', '.join(failing)} doesn't fit; looking for what does")
-        if "encode" in failing:
-            yield "--text-encoder-device cpu (for generate): the text encoder then runs beside the TPU"
-        if "decode" in failing and not self.options["vae_tiling"]:
-            tiled = self.options | {"vae_tiling": True}
-            if self._fits(plan.topology, ("decode",), config, tiled):
-                yield "--vae-tiling (decode then fits, with slightly other frames)"
-        if "denoise" in failing:
+        always = ["--text-encoder-device cpu (of generate)"] if "encode" in failing else []
+        if failing == {"encode"}:
+            yield always[0]
+            return
+        decodes = "decode" not in failing
+        if not decodes and not self.options["vae_tiling"]:  # the VAE has one device: more of them don't help it
+            decodes = self._fits(plan.topology, ("decode",), config, self.options | {"vae_tiling": True})
+            always += ["--vae-tiling"] if decodes else []
+        if decodes and "denoise" not in failing:
+            yield " ".join(always)
+        if decodes and "denoise" in failing:
             for mesh in _other_meshes(plan):
                 if self._fits(plan.topology, ("denoise",), config, self.options | {"mesh": mesh}):
-                    yield f"--mesh {mesh}"
+                    yield " ".join([f"--mesh {mesh}", *always])
                     break
             for larger in slices_of(topology.chip, more_than=topology.chips):
                 if self._fits(larger.name, ("denoise",), config, self.options | {"mesh": None}):
-                    yield f"--topology {larger.name}"
+                    yield " ".join([f"--topology {larger.name}", *always])
                     break
-        if set(failing) - {"encode"}:
-            frames = self.largest_num_frames(plan.topology, config, [name for name in failing if name != "encode"])
-            if frames is not None:
-                yield f"--num-frames {frames}"
-            else:
-                yield "a smaller --height and --width: one frame is too much at this size"
+        frames = self.largest_num_frames(plan.topology, config, sorted(failing - {"encode"}))
+        if frames is not None:
+            yield " ".join([f"--num-frames {frames}", *always[: "encode" in failing]])
+        else:
+            yield "a smaller --height and --width: one frame is too much at this size"
 
     def _fits(self, topology: str, stages: Sequence[str], config: GenerationConfig, options: Mapping[str, Any]) -> bool:
         try:
@@ -250,7 +279,7 @@ def _environment(topology: str, dump: Path | None) -> dict[str, str]:
         case "cpu":
             return {"JAX_PLATFORMS": "cpu"}
         case "gpu":
-            return {}
+            return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     require_libtpu()
     return parse_topology(topology).environment(dump_flags(dump) if dump else "")
 

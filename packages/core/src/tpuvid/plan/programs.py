@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         "device_kind": runtime.devices[0].device_kind,
         "devices": len(runtime.devices),
         "dtype": runtime.dtype.name,
+        "versions": {name: version(name) for name in ("jax", "libtpu", "diffusers") if find_spec(name)},
         "stages": {
             stage: {"weights": weights[stage], "programs": [_describe(p, found) for p, found in programs if p.stage == stage]}
             for stage in job["stages"]

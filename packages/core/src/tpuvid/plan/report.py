@@ -19,20 +19,17 @@ def render(plan: Plan) -> str:
         f"predicted: every program was compiled by {how}, and none was run",
         "",
         *_verdict(plan),
-        f"layout: {_layout(plan)}",
+        f"layout: {plan.layout}",
         "",
         *table(
             ["stage", "mesh", "weights GiB", "activations GiB", "peak GiB", "fits", "compile s", "s per video"],
             [_stage_row(stage) for stage in plan.stages.values()],
         ),
     ]
-    for program in (p for stage in plan.stages.values() if stage.name == "denoise" for p in stage.programs):
-        lines += ["", *_step(program)]
-    total = [stage.seconds for stage in plan.stages.values()]
-    if None not in total:
-        lines += ["", f"one video: {sum(total):.1f} s of computing, weights loaded and programs compiled"]
-    if plan.remedies:
-        lines += ["", "what fits:", *(f"  {remedy}" for remedy in plan.remedies)]
+    for program in (p for stage in plan.stages.values() for p in stage.programs):
+        lines += ["", *_program(program)]
+    if plan.seconds is not None:
+        lines += ["", f"one video: {plan.seconds:.1f} s of computing, weights loaded and programs compiled"]
     return "\n".join(lines)
 
 
@@ -44,19 +41,6 @@ def _verdict(plan: Plan) -> list[str]:
     return [f"fits: {used}"] if plan.fits else [f"does not fit: {used}"]
 
 
-def _layout(plan: Plan) -> str:
-    mesh = plan.stages["denoise"].mesh
-    used = mesh["dp"] * mesh["tp"]
-    shape = f"dp={mesh['dp']}, tp={mesh['tp']}"
-    if plan.mesh_asked:
-        return f"{shape}, as asked"
-    if plan.devices == 1:
-        return "one device"
-    halves = "dp for the two halves of guidance, " if mesh["dp"] > 1 else ""
-    idle = f"; {plan.devices - used} devices idle" if used < plan.devices else ""
-    return f"{shape}: {halves}tp the largest split of the rest that divides the heads and widths of this model{idle}"
-
-
 def _stage_row(stage: StagePlan) -> list[str]:
     mesh = " ".join(f"{axis}={size}" for axis, size in stage.mesh.items() if size > 1) or "1 device"
     return [
@@ -65,18 +49,20 @@ def _stage_row(stage: StagePlan) -> list[str]:
         f"{stage.weights / GIB:.2f}",
         f"{(stage.peak - stage.weights) / GIB:.2f}",
         f"{stage.peak / GIB:.2f}",
-        "yes" if stage.fits else "no",
+        {True: "yes", False: "no", None: "?"}[stage.fits],
         f"{stage.compile_seconds:.0f}",
         "-" if stage.seconds is None else f"{stage.seconds:.2f}",
     ]
 
 
-def _step(program: dict[str, Any]) -> list[str]:
-    """One denoising program: its time by part, its FLOPs and its collectives."""
+def _program(program: dict[str, Any]) -> list[str]:
+    """Its time by part, its FLOPs and its collectives."""
     found = program["prediction"]
-    if found is None:
-        return [f"{program['name']}: runs {program['calls']} times; does not fit"]
     title = f"{program['name']}, {program['calls']} times per video"
+    if program["footprint"] is None:
+        return [f"{title}: does not fit"]
+    if found is None:
+        return [f"{title}: no times for this backend"]
     flops = f"{found['flops'] / 1e12:.1f} TFLOP per device"
     if found["seconds"] is None:
         lines = [f"{title}: {flops}; {found['reason']}"]
@@ -84,7 +70,7 @@ def _step(program: dict[str, Any]) -> list[str]:
         lines = [
             f"{title}: {found['seconds']:.3f} s, {flops}, {found['share_of_peak']:.0%} of the peak",
             *table(
-                ["  part", "s per step", "s per video", "share", "s bound by HBM"],
+                ["  part", "s per run", "s per video", "share", "s bound by HBM", "s by XLA's estimate"],
                 [
                     [
                         f"  {name}",
@@ -92,6 +78,7 @@ def _step(program: dict[str, Any]) -> list[str]:
                         f"{part['seconds'] * program['calls']:.1f}",
                         f"{part['seconds'] / found['seconds']:.0%}",
                         f"{part['hbm_bound_seconds']:.3f}",
+                        f"{part['estimated_seconds']:.3f}",
                     ]
                     for name, part in found["parts"].items()
                 ],
@@ -100,7 +87,7 @@ def _step(program: dict[str, Any]) -> list[str]:
     if found["collectives"]:
         kinds = sorted({c["kind"] for c in found["collectives"]})
         rows = [_collective_row(kind, [c for c in found["collectives"] if c["kind"] == kind]) for kind in kinds]
-        lines += table(["  collective", "per step", "GB per device", "s", "s not hidden"], rows)
+        lines += table(["  collective", "per run", "GB per device", "s", "s not hidden"], rows)
     return [*lines, *(f"  {note}" for note in found["notes"])]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tpuvid.errors import InputError
 
+MOST_CHIPS = 256
 LOCAL = ("cpu", "gpu")
 """Topologies that this machine's own backend answers for."""
 INSTALL_LIBTPU = "pip install 'tpuvid-core[tpu]'"
@@ -122,10 +123,14 @@ def parse_topology(text: str) -> Topology:
     if found[3]:
         shape = tuple(map(int, found[3].split("x")))
         if len(shape) != chip.dimensions or 0 in shape:
-            form = "x".join("234"[: chip.dimensions])
+            form = "x".join("244"[: chip.dimensions])
             raise InputError(
                 f"topology={text!r}: {chip.name} has {chip.dimensions} dimensions; give one like {chip.name}:{form}"
             )
+        asked = Topology(text, chip, shape)
+        if asked.chips > MOST_CHIPS or any(size % host for size, host in zip(shape, asked.host)):
+            hosts = "x".join(map(str, asked.host[: chip.dimensions]))
+            raise InputError(f"topology={text!r}: needs whole hosts of {hosts} chips, and {MOST_CHIPS} chips at most")
     else:
         chips = int(found[2]) // chip.cores_per_chip
         shape = SHAPES[chip.dimensions].get(chips)

@@ -61,7 +61,7 @@ class Journal:
     def __post_init__(self) -> None:
         from tpuvid.kernels.block_sizes import Blocks
 
-        for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else ():
+        for line in self.path.read_text("utf-8", errors="replace").splitlines() if self.path.exists() else ():
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
                 if entry["key"] == self.key:
