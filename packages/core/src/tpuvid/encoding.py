@@ -17,6 +17,9 @@ from tpuvid.mesh import Rule, split_sizes
 from tpuvid.runtime import Runtime, replicated
 from tpuvid.weights import load_parameters, match_parameters
 
+EFFORT = -1.0
+"""Of the TPU's compiler: a text encoder runs twice a video, for hundredths of a second."""
+
 Embed = Callable[..., Float[Array, "B L E"]]
 """(params, input_ids [B, L], attention_mask [B, L]) → embeddings [B, L, E]; traced."""
 
@@ -41,7 +44,7 @@ class Encoder:
         self.rules, self.unused = rules, unused
         self.traced = TracedModule(module, scan=scan)
         self.mesh = runtime.encoder_mesh({*heads, *split_sizes(self.traced.parameters(runtime.dtype), rules)})
-        self.programs = runtime.programs(self.mesh)
+        self.programs = runtime.programs(self.mesh, effort=EFFORT)
 
     def verify(self) -> None:
         match_parameters(self.traced, self.checkpoint.weights(self.component), ignore=self.unused)
