@@ -1,6 +1,7 @@
 """Packs: what is made in one process runs in another without compiling, and a file that doesn't fit, or is damaged, never runs."""
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -438,7 +439,9 @@ def test_an_existing_pack_is_not_replaced(tmp_path, capsys):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_killed_compile_leaves_nothing(tmp_path, tpuvid_command, how):
     command = [tpuvid_command, "compile", "--model", "wan-tiny", "--topology", "cpu", "-o", str(tmp_path / "a.pack")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # a shell's background jobs inherit that SIGINT is ignored
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, preexec_fn=heed)
     wait_until(lambda: children(process.pid))
     (job,) = children(process.pid)
     wait_until(lambda: list(tmp_path.iterdir()))

@@ -82,8 +82,10 @@ def test_what_a_killed_process_left_goes_with_the_next(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_killed_parent_leaves_no_job_and_no_files(sign, tmp_path):
     script = textwrap.dedent("""
+        import signal
         from core.test_plan_jobs import TESTS, hang
         from tpuvid.plan.jobs import Jobs, scratch_folder
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         with scratch_folder() as scratch, Jobs(scratch) as jobs:
             jobs.start("job", "core.test_plan_jobs:hang", {}, TESTS)
             for name, event in jobs.events():
@@ -96,7 +98,7 @@ def test_a_killed_parent_leaves_no_job_and_no_files(sign, tmp_path):
     child, scratch = parent.stdout.readline().split()
     assert Path(scratch).exists()
     parent.send_signal(sign)
-    parent.wait()
+    parent.wait(timeout=60)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and (Path(scratch).exists() or Path("/proc", child).exists()):
         time.sleep(0.05)

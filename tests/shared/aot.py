@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tpuvid.plan.jobs import Jobs, Report, scratch_folder
@@ -13,7 +14,8 @@ def compile_steps(model: str, topology: str = "v6e-8", **settings) -> dict:
     """What the compiler says of the full step and, with a cache, of the cached one. `settings` differ from the model's defaults."""
     with scratch_folder() as scratch, Jobs(scratch) as jobs:
         job = {"model": model, "topology": topology, "settings": settings}
-        jobs.start("steps", "shared.aot:_compile", job, parse_topology(topology).environment() | {"PYTHONPATH": "tests"})
+        environment = parse_topology(topology).environment() | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        jobs.start("steps", "shared.aot:_compile", job, environment)
         events = [event for _, event in jobs.events()]
     return events[-1]["result"]
 
