@@ -8,7 +8,6 @@ import pytest
 from tpuvid.errors import InputError
 from tpuvid.kernels import recorded_attention
 from tpuvid.kernels.block_sizes import (
-    LANES,
     LONG,
     TABLE,
     VARIABLE,
@@ -77,12 +76,10 @@ def test_the_row_of_a_shape_is_for_its_chip_and_mask_alone(table):
     assert splash_blocks(9000, 9000, 128) == LONG
 
 
-def test_near_lengths_take_the_nearest_row(table):
+def test_other_lengths_take_the_default(table):
     table(row((1024, 1024, 512)), row((4096, 1024, 256), queries=4500, keys=4500, head_dim=64))
-    assert splash_blocks(8000, 8000, 128, chip=CHIP) == (1024, 1024, 512)
-    assert splash_blocks(4000, 4000, 128, chip=CHIP) == (4096 // LANES * LANES, 1024, 256)
-    assert splash_blocks(2300, 4500, 128, chip=CHIP) == (2304, 1024, 256), "shrunk to the queries"
-    assert splash_blocks(9000, 512, 128, chip=CHIP) == Blocks(2944, 512, 128), "keys are not near"
+    assert splash_blocks(8000, 8000, 128, chip=CHIP) == LONG
+    assert splash_blocks(9000, 512, 128, chip=CHIP) == Blocks(2944, 512, 128)
 
 
 def test_the_users_row_comes_before_the_packages(table):

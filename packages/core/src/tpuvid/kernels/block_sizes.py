@@ -61,10 +61,7 @@ class Row(NamedTuple):
 LANES = 128
 TABLE = Path(__file__).with_name("block_sizes.json")
 VARIABLE = "TPUVID_BLOCK_SIZES"
-NEAR = 2.0
-"""A row serves lengths up to so many times longer or shorter than its own."""
-
-# Where no row is near. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 41.6 ms per call by counting VLIW
+# Where no row is of the shape. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 41.6 ms per call by counting VLIW
 # bundles without a mask (2026-11; the 3328/2816/256 of earlier ports: 44.4 predicted, 43.93 measured).
 LONG = Blocks(q=2944, kv=2048, kv_compute=1024)
 
@@ -74,20 +71,16 @@ def splash_blocks(
 ) -> Blocks:
     """Blocks for these sequence lengths on this kind of chip (None: whatever runs on any).
 
-    The row of exactly this shape; else the nearest row of as wide heads; else `LONG`; the latter two shrunk to the lengths
-    where they are shorter, and `LONG` to VMEM for wider heads. The number of heads decides only between equal rows.
+    The row of exactly this shape; else `LONG`, shrunk to the lengths where they are shorter and to VMEM for wider heads. What
+    was searched for other lengths may not fit into VMEM (seen for HunyuanVideo with fewer frames), so it isn't taken for them.
+    The number of heads decides only between equal rows.
     """
-    lanes = _round_up(dim)
-    rows = [r for r in block_rows() if r.chip == chip and _round_up(r.head_dim) == lanes and r.masked == masked]
-    exact = [r for r in rows if (r.queries, r.keys, r.head_dim) == (queries, keys, dim)]
+    shape = chip, queries, keys, dim, masked
+    exact = [r for r in block_rows() if (r.chip, r.queries, r.keys, r.head_dim, r.masked) == shape]
     if exact:
         return next((r for r in exact if r.heads == heads), exact[0]).blocks
-    near = [r for r in rows if _distance(r, queries, keys) <= NEAR]
-    if near:
-        found = min(near, key=lambda r: (_distance(r, queries, keys), r.head_dim != dim)).blocks
-    else:
-        widths = lanes // LANES  # a VAE's single head has 384 or 1024 channels
-        found = Blocks(_round_up(LONG.q // widths), _round_up(LONG.kv // widths), LONG.kv_compute)
+    widths = _round_up(dim) // LANES  # a VAE's single head has 384 or 1024 channels
+    found = Blocks(_round_up(LONG.q // widths), _round_up(LONG.kv // widths), LONG.kv_compute)
     kv = min(found.kv, _round_up(keys))
     compute = found.kv_compute if kv % found.kv_compute == 0 else LANES
     return Blocks(q=min(found.q, _round_up(queries)), kv=kv, kv_compute=compute)
@@ -131,12 +124,6 @@ def device_chip(device: jax.Device, dtype) -> str | None:
 @cache
 def _cached_rows(path: Path) -> tuple[Row, ...]:
     return tuple(read_rows(path))
-
-
-def _distance(row: Row, queries: int, keys: int) -> float:
-    """How many times longer or shorter, at the most."""
-    pairs = ((row.queries, queries), (row.keys, keys))
-    return max(max(a, b) / min(a, b) for a, b in pairs)
 
 
 def _round_up(length: int) -> int:
