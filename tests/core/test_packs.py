@@ -363,7 +363,7 @@ def test_a_program_that_jax_restored_is_what_was_written(tmp_path):
     salt = np.float32(secrets.randbits(20))  # a program that no cache has: one that comes out of a cache can't be packed
 
     def double(params, state):
-        return state * params["w"] + 0 * salt, {"sum": state.sum(), "first": [state[:1]]}, {3: state}, None
+        return state * params["w"] + state * 0 * salt, {"sum": state.sum(), "first": [state[:1]]}, {3: state}, None
 
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = jax.device_put(({"w": np.float32(2)}, np.arange(4, dtype=np.float32)), sharding)
