@@ -90,16 +90,23 @@ def kernels(folder: Path, grids: Mapping[str, Sequence[Grid]] | None = None) -> 
     `grids`: by kernel name, as `pallas_grids` finds them; only needed where a grid can't be read off the schedule.
     """
     found = {}
+    for _, path, table in dumped(folder):
+        if (name := _kernel_name(path)) is not None:
+            known = (grids or {}).get(re.sub(r"\.\d+$", "", name), ())
+            found[name] = schedule(name, path.read_text(errors="replace"), table.read_text(), known)
+    return found
+
+
+def dumped(folder: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Of each instruction whose schedule lies in `folder`, its name in the dump, and the files of its bundles and of their slots."""
     for path in sorted(folder.glob(f"*-{BUNDLES}.txt")):
         label = re.fullmatch(rf"(\d+)-(.+)-\d+-{BUNDLES}\.txt", path.name)
-        if label is None or label[2].endswith("schedule-analysis") or (name := _kernel_name(path)) is None:
+        if label is None or label[2].endswith("schedule-analysis"):
             continue
         # the number is a time stamp: each program that was compiled has its own
         tables = [p for p in folder.glob(f"{label[1]}-*-{UTILISATION}.txt") if p.name.startswith(f"{label[1]}-{label[2]}-")]
         if len(tables) == 1:
-            known = (grids or {}).get(re.sub(r"\.\d+$", "", name), ())
-            found[name] = schedule(name, path.read_text(errors="replace"), tables[0].read_text(), known)
-    return found
+            yield label[2], path, tables[0]
 
 
 def pallas_grids(jaxpr: Any) -> dict[str, list[Grid]]:
