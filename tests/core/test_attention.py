@@ -2,6 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tpuvid.kernels import attention, placed_on
+from tpuvid.kernels import flash as flash_kernel
+from tpuvid.kernels.block_sizes import Blocks
+from tpuvid.kernels.flash import attention_flash
 from tpuvid.kernels.reference import attention_reference
 from tpuvid.kernels.splash import attention_splash
 from tpuvid.kernels.xla import attention_xla
@@ -33,7 +36,16 @@ def splash(q, k, v, *, mask=None, scale=None):
     return attention_splash(q, k, v, kv_mask=None if mask is None else mask[:, 0, 0], scale=scale, interpret=True)
 
 
-@pytest.mark.parametrize("backend", [attention_xla, splash], ids=["xla", "splash"])
+def flash(q, k, v, *, mask=None, scale=None, **options):
+    """In blocks so small that most shapes have several, the last ones ragged."""
+    options.setdefault("blocks", Blocks(256, 256, 128))
+    return attention_flash(q, k, v, kv_mask=None if mask is None else mask[:, 0, 0], scale=scale, interpret=True, **options)
+
+
+BACKENDS = pytest.mark.parametrize("backend", [attention_xla, splash, flash], ids=["xla", "splash", "flash"])
+
+
+@BACKENDS
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_oracle(backend, shape, masked):
@@ -45,11 +57,89 @@ def test_matches_the_oracle(backend, shape, masked):
     assert error(found, expected) < 2e-5  # float32, another order of summation
 
 
-def test_padding_keys_take_no_weight():
+@pytest.mark.parametrize("backend", [splash, flash])
+def test_padding_keys_take_no_weight(backend):
     """Zero keys that are merely padded would enter the softmax with weight e⁰: here each real score is far below that."""
     q, k, v = inputs(16, 100, 64)
-    q, k = jnp.abs(q), -jnp.abs(k)
-    assert error(splash(q, k, v), attention_reference(q, k, v)) < 2e-5
+    q, k = 9 * jnp.abs(q), -9 * jnp.abs(k)
+    assert error(backend(q, k, v), attention_reference(q, k, v)) < 1e-4
+
+
+def softmax_in_float64(q, k, v, scale):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = q @ k.swapaxes(2, 3) * scale
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p @ v / p.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("spread", [1, 4], ids=["flat", "sharp"])
+def test_flash_in_bfloat16_is_as_exact_as_its_weights(dim, spread):
+    q, k, v = inputs(300, 1500, dim, batch=1, heads=2, dtype=jnp.bfloat16)
+    found = np.asarray(flash(q * spread, k, v, out_dtype=jnp.float32), np.float64)
+    expected = softmax_in_float64(q * spread, k, v, dim**-0.5)
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 2e-3
+
+
+def adversarial(name):
+    """Inputs [1, 2, 300 or 900, 64] on which a careless maximum fails."""
+    q, k, v = inputs(300, 900, 64, batch=1, heads=2)
+    match name:
+        case "a late key far above all others":
+            k = k.at[:, :, 700].set(40 * q[:, :, 5])
+        case "higher and higher":
+            k = k + jnp.linspace(0, 60, 900)[:, None]
+            q = jnp.abs(q)
+        case "constant keys":
+            k = jnp.ones_like(k) * 30
+        case "outlier channels":
+            q, k = q.at[..., 3].mul(100), k.at[..., 3].mul(100)
+        case "far below zero":
+            q, k = 10 * jnp.abs(q), -10 * jnp.abs(k)
+        case "the first keys far above all others":
+            k = k.at[:, :, :100].mul(60)
+        case "large values":
+            v = v * 1e30
+    return q, k, v
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a late key far above all others", "higher and higher", "constant keys", "outlier channels", "far below zero",
+        "the first keys far above all others", "large values",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("masked", [False, True])
+def test_flash_is_exact_whatever_the_scores(name, masked):
+    q, k, v = adversarial(name)
+    mask = key_mask(900, 2)[:1, None, None].at[..., 701:].set(False) if masked else None
+    found = flash(q, k, v, mask=mask)
+    assert np.isfinite(found).all()
+    assert error(found, attention_reference(q, k, v, mask=mask)) < 1e-4
+
+
+def test_flash_where_every_block_takes_the_exact_path(monkeypatch):
+    monkeypatch.setattr(flash_kernel, "LIMIT", 0.0)
+    q, k, v = inputs(300, 900, 64, batch=1, heads=2)
+    assert error(flash(q, k, v), attention_reference(q, k, v)) < 2e-5
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 200), slice(100, 900), slice(0, 899)])
+def test_masked_keys_have_no_say_in_flash(hidden):
+    """Whatever stands in them: neither in the sums, nor in what scores are measured against."""
+    q, k, v = inputs(40, 900, 64, batch=1)
+    mask = jnp.ones((1, 1, 1, 900), bool).at[..., hidden].set(False)
+    expected = attention_reference(q, k, v, mask=mask)
+    k = k.at[:, :, hidden].set(1e4 * q[:, :, :1])
+    v = v.at[:, :, hidden].set(jnp.nan)
+    assert error(flash(q, k, v, mask=mask), expected) < 2e-5
+
+
+@pytest.mark.parametrize("blocks", [(128, 128, 128), (384, 512, 256), (512, 1024, 1024)])
+def test_flash_is_the_same_in_any_blocks(blocks):
+    q, k, v = inputs(700, 900, 128, batch=1, heads=1)
+    assert error(flash(q, k, v, blocks=Blocks(*blocks)), attention_reference(q, k, v)) < 2e-5
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 40, 30), (2, 3, 40, 30), (2, 1, 40, 30)])
@@ -78,7 +168,7 @@ def test_xla_chunks_equal_one_piece(monkeypatch):
         assert error(b, a) < 1e-6
 
 
-@pytest.mark.parametrize("backend", [attention_xla, splash], ids=["xla", "splash"])
+@BACKENDS
 def test_bfloat16_keeps_float32_statistics(backend):
     q, k, v = inputs(256, 384, 128, dtype=jnp.bfloat16)
     assert error(backend(q * 4, k, v), attention_reference(q * 4, k, v)) < 1e-2  # bf16 has 8 bits: 4e-3 per rounding
@@ -91,7 +181,7 @@ def test_dispatch_on_cpu_is_xla():
     assert error(found, attention_reference(q, k, v, mask=key_mask(65)[:, None, None])) < 1e-5
 
 
-@pytest.mark.parametrize("backend, message", [("splash", "runs on tpu"), ("cudnn", "runs on gpu"), ("magic", "choose from")])
+@pytest.mark.parametrize("backend, message", [("flash", "runs on tpu"), ("splash", "runs on tpu"), ("cudnn", "runs on gpu"), ("magic", "choose from")])
 def test_backend_that_cannot_run_here_is_an_error(backend, message):
     with pytest.raises(ValueError, match=message), placed_on(make_mesh(MeshConfig()), backend):
         pass

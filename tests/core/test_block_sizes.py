@@ -16,19 +16,19 @@ from tpuvid.kernels.block_sizes import (
     Row,
     block_rows,
     read_rows,
-    splash_blocks,
+    flash_blocks,
 )
-from tpuvid.kernels.splash import attention_splash
+from tpuvid.kernels.flash import attention_flash
 from tpuvid.plan.topologies import parse_topology
 from tpuvid.runtime import Runtime
 
 CHIP = "TPU v6 lite"
 
 
-def row(blocks, *, chip=CHIP, heads=5, queries=9000, keys=9000, head_dim=128, masked=False):
+def row(blocks, *, chip=CHIP, heads=5, queries=9000, keys=9000, head_dim=128):
     sizes = dict(zip(("block_q", "block_kv", "block_kv_compute"), blocks))
     about = dict(predicted_ms=1.0, jax="0", libtpu="0", date="2026-11-20", command="test")
-    return Row(chip=chip, heads=heads, queries=queries, keys=keys, head_dim=head_dim, masked=masked, **sizes, **about)
+    return Row(chip=chip, heads=heads, queries=queries, keys=keys, head_dim=head_dim, **sizes, **about)
 
 
 @pytest.fixture
@@ -49,45 +49,43 @@ def test_the_package_brings_rows_with_provenance():
     assert len({(r.chip, r.shape) for r in rows}) == len(rows) > 0
     for r in rows:
         assert r.predicted_ms > 0 and r.date and r.jax and r.libtpu and r.command.startswith("tpuvid tune attention --")
-        assert splash_blocks(r.queries, r.keys, r.head_dim, masked=r.masked, heads=r.heads, chip=r.chip) == r.blocks
+        assert flash_blocks(r.queries, r.keys, r.head_dim, heads=r.heads, chip=r.chip) == r.blocks
 
 
 @pytest.mark.parametrize(
     "queries, keys, dim, expected",
     [
         (75600, 75600, 128, LONG),
-        (75600, 512, 128, Blocks(2944, 512, 128)),
-        (100, 2048, 64, Blocks(128, 2048, 1024)),
-        (75600, 75600, 384, Blocks(1024, 768, 128)),  # three times as wide: a third of the rows fits into VMEM
+        (75600, 512, 128, LONG),
+        (100, 2048, 64, LONG),
+        (75600, 75600, 384, Blocks(768, 1408, 384)),  # three times as wide: a third of the rows fits into VMEM
     ],
 )
 @pytest.mark.parametrize("chip", [None, "TPU v5 lite"])
-def test_without_a_row_the_default_shrinks_to_the_lengths(chip, queries, keys, dim, expected):
-    assert splash_blocks(queries, keys, dim, chip=chip) == expected
+def test_without_a_row_the_default_shrinks_with_wider_heads(chip, queries, keys, dim, expected):
+    assert flash_blocks(queries, keys, dim, chip=chip) == expected
 
 
-def test_the_row_of_a_shape_is_for_its_chip_and_mask_alone(table):
-    table(row((1024, 1024, 512)), row((2048, 1024, 256), masked=True), row((512, 512, 512), heads=2))
-    assert splash_blocks(9000, 9000, 128, heads=5, chip=CHIP) == (1024, 1024, 512)
-    assert splash_blocks(9000, 9000, 128, heads=2, chip=CHIP) == (512, 512, 512)
-    assert splash_blocks(9000, 9000, 128, heads=9, chip=CHIP) == (1024, 1024, 512)
-    assert splash_blocks(9000, 9000, 128, masked=True, chip=CHIP) == (2048, 1024, 256)
-    assert splash_blocks(9000, 9000, 128, chip="TPU v5 lite") == LONG
-    assert splash_blocks(9000, 9000, 128) == LONG
+def test_the_row_of_a_shape_is_for_its_chip_alone(table):
+    table(row((1024, 1024, 512)), row((512, 512, 512), heads=2))
+    assert flash_blocks(9000, 9000, 128, heads=5, chip=CHIP) == (1024, 1024, 512)
+    assert flash_blocks(9000, 9000, 128, heads=2, chip=CHIP) == (512, 512, 512)
+    assert flash_blocks(9000, 9000, 128, heads=9, chip=CHIP) == (1024, 1024, 512)
+    assert flash_blocks(9000, 9000, 128, chip="TPU v5 lite") == LONG
+    assert flash_blocks(9000, 9000, 128) == LONG
 
 
 def test_other_lengths_take_the_default(table):
     table(row((1024, 1024, 512)), row((4096, 1024, 256), queries=4500, keys=4500, head_dim=64))
-    assert splash_blocks(8000, 8000, 128, chip=CHIP) == LONG
-    assert splash_blocks(9000, 512, 128, chip=CHIP) == Blocks(2944, 512, 128)
+    assert flash_blocks(8000, 8000, 128, chip=CHIP) == LONG
+    assert flash_blocks(9000, 512, 128, chip=CHIP) == LONG
 
 
 def test_the_users_row_comes_before_the_packages(table):
     shipped = read_rows(TABLE)[0]
-    table(row((256, 256, 128), heads=99, queries=shipped.queries, keys=shipped.keys, head_dim=shipped.head_dim,
-              masked=shipped.masked))  # fmt: skip
-    shape = dict(masked=shipped.masked, heads=shipped.heads, chip=CHIP)
-    assert splash_blocks(shipped.queries, shipped.keys, shipped.head_dim, **shape) == (256, 256, 128)
+    table(row((256, 256, 128), heads=99, queries=shipped.queries, keys=shipped.keys, head_dim=shipped.head_dim))
+    shape = dict(heads=shipped.heads, chip=CHIP)
+    assert flash_blocks(shipped.queries, shipped.keys, shipped.head_dim, **shape) == (256, 256, 128)
     assert len(block_rows()) == len(read_rows(TABLE))
 
 
@@ -107,34 +105,34 @@ def test_what_is_no_table_is_refused_before_anything_runs(tmp_path, monkeypatch,
 
 def test_calls_of_the_kernel_are_recorded_while_tracing():
     def f(q, k, mask):
-        return attention_splash(q, k, k, interpret=True), attention_splash(k, k, k, kv_mask=mask, interpret=True)
+        return attention_flash(q, k, k, interpret=True), attention_flash(k, k, k, kv_mask=mask, interpret=True)
 
     q, k = jax.ShapeDtypeStruct((2, 3, 40, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 3, 30, 64), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((2, 30), bool)
     with recorded_attention() as calls:
         jax.eval_shape(f, q, k, mask)
-    assert calls == [AttentionShape(3, 40, 30, 64, False), AttentionShape(3, 30, 30, 64, True)]
+    assert calls == [AttentionShape(3, 40, 30, 64), AttentionShape(3, 30, 30, 64)]
     jax.eval_shape(lambda *args: f(*args), q, k, mask)
     assert len(calls) == 2, "recording has ended"
 
 
 def test_given_blocks_are_used(monkeypatch):
     x = jnp.ones((1, 1, 300, 128), jnp.bfloat16)
-    monkeypatch.setattr("tpuvid.kernels.splash.splash_blocks", lambda *_, **__: pytest.fail("the table was read"))
-    assert attention_splash(x, x, x, blocks=Blocks(128, 256, 128), interpret=True).shape == x.shape
+    monkeypatch.setattr("tpuvid.kernels.flash.flash_blocks", lambda *_, **__: pytest.fail("the table was read"))
+    assert attention_flash(x, x, x, blocks=Blocks(128, 256, 128), interpret=True).shape == x.shape
 
 
 SHARDED = """
 import json, jax, jax.numpy as jnp
 from tpuvid.kernels import attention, placed_on, recorded_attention
-from tpuvid.kernels.block_sizes import splash_blocks
+from tpuvid.kernels.block_sizes import flash_blocks
 from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.plan.topologies import parse_topology
 from unittest import mock
 
 mesh = make_mesh(MeshConfig(dp=2, tp=4), parse_topology("v6e-8").jax_devices())
 x = jax.ShapeDtypeStruct((2, 40, 75600, 128), jnp.bfloat16)
-with placed_on(mesh), recorded_attention() as calls, mock.patch("tpuvid.kernels.splash.splash_blocks", wraps=splash_blocks) as read:
+with placed_on(mesh), recorded_attention() as calls, mock.patch("tpuvid.kernels.flash.flash_blocks", wraps=flash_blocks) as read:
     jax.eval_shape(lambda x: attention(x, x, x), x)
 print(json.dumps([calls, read.call_args.kwargs]))
 """
@@ -146,4 +144,4 @@ def test_the_sharded_kernel_asks_for_its_own_share_and_chip(python_env):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", SHARDED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     calls, asked = json.loads(done.stdout)
-    assert calls == [[10, 75600, 75600, 128, False]] and asked == {"masked": False, "heads": 10, "chip": CHIP}
+    assert calls == [[10, 75600, 75600, 128]] and asked == {"heads": 10, "chip": CHIP}

@@ -66,7 +66,7 @@ def ask(*arguments):
         (["tune", "attention", "--help"], 0, "--max-candidates"),
         (["tune", "attention", "--topology", "v6e-8"], 2, "give --model, or a whole shape"),
         (["tune", "attention", "--topology", "v6e-8", "--heads", "4"], 2, "--queries, --keys, --head-dim missing"),
-        (["tune", "attention", "--topology", "v6e-8", "--model", "wan-tiny", "--masked"], 2, "brings its shapes"),
+        (["tune", "attention", "--topology", "v6e-8", "--model", "wan-tiny", "--heads", "2"], 2, "brings its shapes"),
         (["tune", "attention", "--topology", "v6e-3", "--model", "wan-tiny"], 2, "v6e comes as"),
         (["tune", "attention", "--topology", "v5e-8", "--model", "wan-tiny"], 2, "no times for v5e"),
         (["compare", "a.mp4"], 2, "Missing argument 'B'"),

@@ -5,12 +5,12 @@ import subprocess
 
 import pytest
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.kernels.block_sizes import LANES, VARIABLE, AttentionShape, Blocks, read_rows, splash_blocks
+from tpuvid.kernels.block_sizes import LANES, VARIABLE, AttentionShape, Blocks, read_rows, flash_blocks
 from tpuvid.plan import tune
 from tpuvid.plan.topologies import parse_topology
 
 V6E = parse_topology("v6e-8")
-SHAPE = AttentionShape(5, 75600, 75600, 128, False)
+SHAPE = AttentionShape(5, 75600, 75600, 128)
 
 
 def made_up(topology, shape, candidates, jobs):
@@ -75,7 +75,7 @@ def test_candidates_are_whole_tiles_without_needless_padding(queries, keys, size
     q, kv, compute = tune.fit(SHAPE._replace(queries=queries, keys=keys), *sizes)
     assert q % 128 == kv % 128 == compute % 128 == 0 and kv % compute == 0
     blocks = -(-queries // q)
-    assert blocks * q - queries < LANES * blocks
+    assert blocks * q - queries < 2 * LANES * blocks and q % 256 == 0
     assert kv < keys + compute and compute < keys + LANES
 
 
@@ -89,13 +89,13 @@ def tuned(tmp_path, monkeypatch, shapes=(SHAPE,), **options):
 
 def test_rows_take_the_place_of_those_of_the_same_shape(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
-    other = SHAPE._replace(masked=True)
+    other = SHAPE._replace(heads=6)
     tuned(tmp_path, monkeypatch, [SHAPE, other], max_candidates=1)
     (row,) = tuned(tmp_path, monkeypatch, max_candidates=30)
     assert read_rows(path)[0] == row and [r.shape for r in read_rows(path)] == [SHAPE, other]
     assert row.chip == "TPU v6 lite" and row.predicted_ms == pytest.approx(look_again(row) / 1.75e6, abs=1e-3)
     monkeypatch.setenv(VARIABLE, str(path))
-    assert splash_blocks(*SHAPE[1:4], chip=row.chip) == row.blocks
+    assert flash_blocks(*SHAPE[1:4], chip=row.chip) == row.blocks
 
 
 def look_again(row):
@@ -123,7 +123,7 @@ def test_chips_without_times_are_refused(name):
 def test_real_candidates(tmp_path, tpuvid_command, python_env):
     environment = python_env | {"TPUVID_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
     output = tmp_path / "rows.json"
-    shape = ["--heads", "2", "--queries", "4000", "--keys", "3000", "--head-dim", "64", "--masked"]
+    shape = ["--heads", "2", "--queries", "4000", "--keys", "3000", "--head-dim", "64"]
     command = [tpuvid_command, "tune", "attention", *shape, "--topology", "v6e-8", "--max-candidates", "2", "--json"]
     done = [
         subprocess.run([*command, "--output", str(output)], env=environment, capture_output=True, text=True) for _ in range(2)
@@ -143,6 +143,6 @@ def test_real_candidates(tmp_path, tpuvid_command, python_env):
 @pytest.mark.aot
 def test_the_shapes_of_a_model_are_those_of_its_step():
     shapes = tune.attention_shapes("wan2.1-t2v-14b", V6E, {}, None)
-    assert AttentionShape(10, 75600, 75600, 128, False) in shapes, "40 heads over tp=4"
-    assert AttentionShape(10, 75600, 512, 128, False) in shapes, "to the text"
+    assert AttentionShape(10, 75600, 75600, 128) in shapes, "40 heads over tp=4"
+    assert AttentionShape(10, 75600, 512, 128) in shapes, "to the text"
     assert tune.attention_shapes("wan2.1-t2v-14b", V6E, {"num_frames": 5}, "dp=1,tp=8")[0].heads == 5

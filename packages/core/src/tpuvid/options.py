@@ -156,7 +156,6 @@ shape_options = _options(
     click.option("--queries", type=click.IntRange(1), help="Tokens."),
     click.option("--keys", type=click.IntRange(1), help="Tokens."),
     click.option("--head-dim", type=click.IntRange(1)),
-    click.option("--masked", is_flag=True, help="With a mask over keys."),
 )
 search_options = _options(
     click.option("--jobs", type=click.IntRange(1), help="Compiles at a time. Default by cores and free memory."),
@@ -165,7 +164,7 @@ search_options = _options(
 runtime_options = _options(
     click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Default: bfloat16; float32 on a CPU."),
     click.option(
-        "--attention-backend", type=click.Choice(["auto", "xla", "splash", "cudnn"]), default="auto", show_default=True
+        "--attention-backend", type=click.Choice(["auto", "xla", "flash", "splash", "cudnn"]), default="auto", show_default=True
     ),
 )
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 
 from tpuvid.kernels.block_sizes import device_chip
 from tpuvid.kernels.placement import Placement, placement
+from tpuvid.kernels.flash import attention_flash
 from tpuvid.kernels.splash import attention_splash
 from tpuvid.kernels.xla import attention_xla
 
@@ -34,7 +35,7 @@ def attention(
         raise ValueError(f"attention backend {backend!r} takes masks [B, 1, 1, S], not {mask.dtype} {mask.shape}; use auto")
     if backend == "cudnn":
         return _attention_cudnn(query, key, value, mask, scale)
-    return _attention_sharded(place.mesh, query, key, value, mask, scale)
+    return _attention_sharded(backend, place.mesh, query, key, value, mask, scale)
 
 
 def _is_key_mask(mask: Array) -> bool:
@@ -46,7 +47,7 @@ def _choose(place: Placement, query: Array, mask: Array | None) -> str:
         return "xla"
     match place.platform:
         case "tpu":
-            return "splash"
+            return "flash"
         case "gpu" if query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128:  # what cuDNN's kernel takes
             return "cudnn"
     return "xla"
@@ -58,10 +59,13 @@ def _attention_cudnn(query, key, value, mask, scale):
     return jnp.swapaxes(out, 1, 2)
 
 
-def _attention_sharded(mesh: Mesh | None, query, key, value, mask, scale):
+def _attention_sharded(backend: str, mesh: Mesh | None, query, key, value, mask, scale):
     """The TPU kernel on every device: batch over dp; over tp the heads, or else the queries, or else nothing."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    kernel = partial(attention_splash, scale=scale, chip=device_chip(device, query.dtype))
+    if backend == "splash":
+        kernel = partial(attention_splash, scale=scale)
+    else:
+        kernel = partial(attention_flash, scale=scale, chip=device_chip(device, query.dtype))
     kv_mask = None if mask is None else mask[:, 0, 0]
     if mesh is None or mesh.size == 1:
         return kernel(query, key, value, kv_mask=kv_mask)

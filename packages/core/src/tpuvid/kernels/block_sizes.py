@@ -1,4 +1,4 @@
-"""Tile sizes of the splash kernel, as data with provenance: the rows of block_sizes.json, and the user's own.
+"""Tile sizes of the flash kernel, as data with provenance: the rows of block_sizes.json, and the user's own.
 
 `tpuvid tune attention` writes them; the variable TPUVID_BLOCK_SIZES names a file of rows that come before the package's.
 """
@@ -26,8 +26,6 @@ class AttentionShape(NamedTuple):
     queries: int
     keys: int
     head_dim: int
-    masked: bool
-    """Whether it is given a mask over keys; padding to whole blocks isn't one."""
 
 
 class Row(NamedTuple):
@@ -39,7 +37,6 @@ class Row(NamedTuple):
     queries: int
     keys: int
     head_dim: int
-    masked: bool
     block_q: int
     block_kv: int
     block_kv_compute: int
@@ -51,7 +48,7 @@ class Row(NamedTuple):
 
     @property
     def shape(self) -> AttentionShape:
-        return AttentionShape(self.heads, self.queries, self.keys, self.head_dim, self.masked)
+        return AttentionShape(self.heads, self.queries, self.keys, self.head_dim)
 
     @property
     def blocks(self) -> Blocks:
@@ -61,29 +58,23 @@ class Row(NamedTuple):
 LANES = 128
 TABLE = Path(__file__).with_name("block_sizes.json")
 VARIABLE = "TPUVID_BLOCK_SIZES"
-# Where no row is of the shape. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 41.6 ms per call by counting VLIW
-# bundles without a mask (2026-11; the 3328/2816/256 of earlier ports: 44.4 predicted, 43.93 measured).
-LONG = Blocks(q=2944, kv=2048, kv_compute=1024)
+LONG = Blocks(q=2048, kv=4096, kv_compute=1024)
+"""Where no row is of the shape. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 26.1 ms per call (2026-11)."""
 
 
-def splash_blocks(
-    queries: int, keys: int, dim: int, *, masked: bool = False, heads: int | None = None, chip: str | None = None
-) -> Blocks:
+def flash_blocks(queries: int, keys: int, dim: int, *, heads: int | None = None, chip: str | None = None) -> Blocks:
     """Blocks for these sequence lengths on this kind of chip (None: whatever runs on any).
 
-    The row of exactly this shape; else `LONG`, shrunk to the lengths where they are shorter and to VMEM for wider heads. What
-    was searched for other lengths may not fit into VMEM (seen for HunyuanVideo with fewer frames), so it isn't taken for them.
-    The number of heads decides only between equal rows.
+    The row of exactly this shape; else `LONG`, for wider heads shrunk to VMEM. What was searched for other lengths may not
+    fit into VMEM, so it isn't taken for them. The number of heads decides only between equal rows. The kernel takes
+    no larger blocks than there are queries and keys.
     """
-    shape = chip, queries, keys, dim, masked
-    exact = [r for r in block_rows() if (r.chip, r.queries, r.keys, r.head_dim, r.masked) == shape]
+    shape = chip, queries, keys, dim
+    exact = [r for r in block_rows() if (r.chip, r.queries, r.keys, r.head_dim) == shape]
     if exact:
         return next((r for r in exact if r.heads == heads), exact[0]).blocks
-    widths = _round_up(dim) // LANES  # a VAE's single head has 384 or 1024 channels
-    found = Blocks(_round_up(LONG.q // widths), _round_up(LONG.kv // widths), LONG.kv_compute)
-    kv = min(found.kv, _round_up(keys))
-    compute = found.kv_compute if kv % found.kv_compute == 0 else LANES
-    return Blocks(q=min(found.q, _round_up(queries)), kv=kv, kv_compute=compute)
+    widths = round_up(dim) // LANES  # a VAE's single head has 384 or 1024 channels
+    return Blocks(round_up(LONG.q // widths), round_up(LONG.kv // widths), round_up(LONG.kv_compute // widths))
 
 
 def block_rows() -> Sequence[Row]:
@@ -126,5 +117,6 @@ def _cached_rows(path: Path) -> tuple[Row, ...]:
     return tuple(read_rows(path))
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
+    """To whole lanes."""
     return -(-length // LANES) * LANES

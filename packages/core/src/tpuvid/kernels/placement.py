@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
-ATTENTION_BACKENDS = {"auto": "any platform", "xla": "any platform", "splash": "tpu", "cudnn": "gpu"}
+ATTENTION_BACKENDS = {"auto": "any platform", "xla": "any platform", "flash": "tpu", "splash": "tpu", "cudnn": "gpu"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ _record: ContextVar[list[AttentionShape] | None] = ContextVar("record", default=
 
 @contextmanager
 def recorded_attention() -> Iterator[list[AttentionShape]]:
-    """Within it, each call of the splash kernel that is traced adds its shape on one device to the list, in order.
+    """Within it, each call of the flash kernel that is traced adds its shape on one device to the list, in order.
 
     A function that jax has traced before with the same arguments isn't traced again, and then leaves nothing; the body of
     a `scan` is one call however often it runs.

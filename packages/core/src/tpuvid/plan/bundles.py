@@ -17,7 +17,8 @@ the predicated regions around it are entered:
 - What depends on data (a block-sparse mask, a dynamic trip count) can't be known: such a region is counted as always
   entered, such a loop as run once, and their cycles are reported as `KernelSchedule.uncertain`. One exception: a region
   that makes up most of its loop is the kernel's work itself, behind a "has this block anything to do" test. It counts as
-  always entered and as certain, which for a sparse mask is an upper bound.
+  always entered and as certain, which for a sparse mask is an upper bound. The other: a kernel whose name begins with
+  "optimistic" says by that that such regions are for rare data (an exact fallback). They count as never entered.
 
 Not counted: waiting for DMA (a kernel bound by HBM is slower than this says), the first fetch of a pipeline, the
 interconnect, launching the kernel. Known check: JAX's splash attention for 5 heads, 75,600 tokens, D = 128, blocks
@@ -46,6 +47,9 @@ BRANCH_DELAY = 4
 PIPELINE_DEPTH = 3
 """At most so many more trips than grid steps in Mosaic's pipelined loop (seen: 2; jax 0.10.2, libtpu 0.0.42, 2026-11)."""
 
+OPTIMISTIC = "optimistic"
+"""How the names of kernels begin whose data-dependent regions are seldom entered."""
+
 Grid = tuple[int, ...]
 
 
@@ -67,7 +71,8 @@ class KernelSchedule:
     """Share of the issue slots that are used, over all `cycles`, by unit: MXU, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU;
     "VLOAD:FILL" and "VSTORE:SPILL" are the loads and stores that registers overflowed into."""
     uncertain: float
-    """Of `cycles`, those in regions or loops whose frequency depends on data; 0 where the count is exact."""
+    """Of `cycles`, those in regions or loops whose frequency depends on data; 0 where the count is exact. Of an optimistic
+    kernel, those that it would take more if it entered its regions always."""
     grid: Grid | None
     """None where the kernel has no loop over it (a single step) or it could not be recovered."""
 
@@ -151,6 +156,9 @@ def schedule(name: str, bundles: str, table: str, grids: Sequence[Grid] = ()) ->
     count = min(len(program.lines), len(used))
     weights, uncertain = program.frequencies()
     weights, uncertain, used = weights[:count], uncertain[:count], used[:count]
+    doubtful = float(weights[uncertain].sum())
+    if name.startswith(OPTIMISTIC):
+        weights = np.where(uncertain, 0, weights)
     cycles = float(weights.sum())
     busy = weights @ used / capacity / cycles if cycles else np.zeros(len(units))
     return KernelSchedule(
@@ -158,7 +166,7 @@ def schedule(name: str, bundles: str, table: str, grids: Sequence[Grid] = ()) ->
         cycles=cycles,
         bundles=count,
         utilisation=dict(zip(units, busy.tolist())),
-        uncertain=float(weights[uncertain].sum()),
+        uncertain=doubtful,
         grid=program.grid,
     )
 
@@ -274,8 +282,8 @@ class _Program:
 
     def _is_body(self, region: _Region) -> bool:
         """Whether a region is most of what the loop around it does, or most of a kernel that has no loop."""
-        loop = self._loop_at(region.start)
-        start, end = (loop.start, loop.end) if loop else (0, len(self.lines))
+        around = [x for x in self.loops if x.start <= region.start and region.end <= x.end and x.start != region.start]
+        start, end = min(((x.start, x.end) for x in around), key=lambda x: x[1] - x[0], default=(0, len(self.lines)))
         return region.end - region.start > (end - start) / 2
 
     def _loop_at(self, i: int) -> _Loop | None:

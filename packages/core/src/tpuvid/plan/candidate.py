@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from tpuvid.kernels.block_sizes import AttentionShape, Blocks
-from tpuvid.kernels.splash import attention_splash
-from tpuvid.plan.bundles import kernels
+from tpuvid.kernels.flash import attention_flash
+from tpuvid.plan.bundles import kernels, pallas_grids
 from tpuvid.plan.jobs import Report
 from tpuvid.plan.topologies import parse_topology
 
@@ -26,14 +26,14 @@ def count_cycles(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     shape, blocks, dump = AttentionShape(*job["shape"]), Blocks(*job["blocks"]), Path(job["dump"])
     on_chip = SingleDeviceSharding(parse_topology(job["topology"]).jax_devices()[0])
 
-    def struct(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=on_chip)
-
-    inputs = [struct(1, shape.heads, n, shape.head_dim) for n in (shape.queries, shape.keys, shape.keys)]
-    mask = struct(1, shape.keys, dtype=bool) if shape.masked else None
+    inputs = [
+        jax.ShapeDtypeStruct((1, shape.heads, tokens, shape.head_dim), jnp.bfloat16, sharding=on_chip)
+        for tokens in (shape.queries, shape.keys, shape.keys)
+    ]
     try:
-        jax.jit(lambda q, k, v, m: attention_splash(q, k, v, kv_mask=m, blocks=blocks)).lower(*inputs, mask).compile()
-        (found,) = kernels(dump).values()
+        traced = jax.jit(lambda q, k, v: attention_flash(q, k, v, blocks=blocks)).trace(*inputs)
+        traced.lower().compile()
+        (found,) = kernels(dump, pallas_grids(traced.jaxpr)).values()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "vmem" in str(error).lower():
             return {"cycles": None, "reason": str(error).splitlines()[0]}

@@ -130,7 +130,7 @@ def tune() -> None:
 
 
 @tune.command("attention")
-@click.option("--model", help="The shapes of this model's denoising step. Or give one shape by the next five.")
+@click.option("--model", help="The shapes of this model's denoising step. Or give one shape by the next four.")
 @size_options
 @mesh_option
 @shape_options
@@ -140,7 +140,7 @@ def tune() -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def tune_attention_command(
     model: str | None, height: int | None, width: int | None, num_frames: int | None, mesh: str | None, topology_name: str,
-    masked: bool, jobs: int | None, max_candidates: int, output: Path | None, as_json: bool, **sizes: int | None,
+    jobs: int | None, max_candidates: int, output: Path | None, as_json: bool, **sizes: int | None,
 ) -> None:  # fmt: skip
     """Blocks of the attention kernel with the fewest predicted cycles, written to the table that the kernel reads."""
     from tpuvid.plan.topologies import parse_topology
@@ -148,8 +148,8 @@ def tune_attention_command(
 
     topology = parse_topology(topology_name)
     missing = [name for name, size in sizes.items() if size is None]
-    if model is not None and (masked or len(missing) < len(sizes)):
-        raise InputError(f"--model={model} brings its shapes; leave out --heads, --queries, --keys, --head-dim and --masked")
+    if model is not None and len(missing) < len(sizes):
+        raise InputError(f"--model={model} brings its shapes; leave out --heads, --queries, --keys and --head-dim")
     video = {"height": height, "width": width, "num_frames": num_frames}
     about_model = {name: value for name, value in {**video, "mesh": mesh}.items() if value is not None}
     if model is None and about_model:
@@ -166,15 +166,15 @@ def tune_attention_command(
     else:
         from tpuvid.kernels.block_sizes import AttentionShape
 
-        shapes = [AttentionShape(**sizes, masked=masked)]
-        which = " ".join(f"{_flag(name)} {size}" for name, size in sizes.items()) + " --masked" * masked
+        shapes = [AttentionShape(**sizes)]
+        which = " ".join(f"{_flag(name)} {size}" for name, size in sizes.items())
     command = f"tpuvid tune attention {which} --topology {topology.name} --max-candidates {max_candidates}"
     say = lambda line: click.echo(line, err=True)  # noqa: E731
     rows = tune_attention(shapes, topology, command=command, output=output, jobs=jobs, max_candidates=max_candidates, say=say)
     if as_json:
         click.echo(json.dumps([row._asdict() for row in rows], indent=2))
     else:
-        columns = ("heads", "queries", "keys", "head_dim", "masked", "block_q", "block_kv", "block_kv_compute", "predicted_ms")
+        columns = ("heads", "queries", "keys", "head_dim", "block_q", "block_kv", "block_kv_compute", "predicted_ms")
         echo_table([columns, *([str(getattr(row, name)) for name in columns] for row in rows)])
 
 

@@ -31,7 +31,7 @@ from functools import cached_property
 from typing import Any
 
 from tpuvid.plan import hlo
-from tpuvid.plan.flops import MULTIPLIES, attention_flops, multiply_flops
+from tpuvid.plan.flops import MULTIPLIES, kernel_flops, multiply_flops
 from tpuvid.plan.links import Coords, collective_cost
 from tpuvid.plan.topologies import Topology
 
@@ -368,7 +368,7 @@ class _Pricer:
         if instruction.target == KERNEL:
             if instruction.name in self.kernel_flops:
                 return self.kernel_flops[instruction.name]
-            flops = attention_flops(computation, instruction)
+            flops = kernel_flops(computation, instruction)
             if flops is None:
                 self.notes[f"{instruction.name}: the FLOPs of this kernel aren't known"] = None
             return flops or 0.0

@@ -1,4 +1,4 @@
-"""Floating-point operations of matrix products, by their shapes. Imports neither jax nor torch."""
+"""Floating-point operations of matrix products, by their shapes, and of kernels. Imports neither jax nor torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ MULTIPLIES = ("dot", "convolution")
 """Opcodes that `multiply_flops` counts."""
 
 
-def attention_flops(computation: Computation, kernel: Instruction) -> float | None:
-    """Of softmax(QKᵀ)V, by the first three operands [heads, tokens, dim]; None where they don't look so."""
+def kernel_flops(computation: Computation, kernel: Instruction) -> float | None:
+    """What a Pallas kernel says of itself (`cost_estimate`); else those of softmax(QKᵀ)V, by the first three operands
+    [heads, tokens, dim]; None where they don't look so."""
+    if (own := kernel.attribute(r'"cost_estimate":\{"flops":"(\d+)"')) is not None:
+        return float(own)
     arrays = [array for operand in computation.operands(kernel) for array in operand.outputs]
     arrays = [array for array in arrays if len(array.shape) >= 3 and re.fullmatch(r"bf16|f\d+.*", array.dtype)]
     if len(arrays) < 3:

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 JOB_BYTES = 4 * 2**30
 """Memory that a compile is granted: the largest seen took 2 GiB (2026-11)."""
 COARSE = [
-    (3072, 2048, 1024), (2048, 2048, 1024), (1152, 6144, 1024), (2048, 4096, 2048), (3072, 4096, 1024), (3072, 2048, 512),
+    (2048, 4096, 1024), (3072, 4096, 1024), (1024, 8192, 1024), (2048, 8192, 1024), (2560, 6144, 1024), (1536, 4096, 2048),
 ]  # fmt: skip
-"""Where a search starts: the best blocks of earlier searches (2026-11, v6e: 3024/2048/1024 and 1152/6144/1024), and around."""
+"""Where a search starts: what did well by hand (2026-11, v6e), and around."""
 STRIDES = (1.5, 1.2, 1.08)
 """From the best of those it goes to neighbours that are larger or smaller by this, the next one where none is better."""
 
@@ -187,14 +187,14 @@ def search(
 
 
 def fit(shape: AttentionShape, block_q: float, block_kv: float, compute: float) -> Blocks:
-    """Blocks near these sizes, in whole lanes, no longer than the sequences; of the queries, the last block as full as the
+    """Blocks near these sizes, in whole lanes (queries: pairs), no longer than the sequences need; of the queries, the last block as full as the
     others. What is padded all the same costs cycles, and so counts by itself."""
     from tpuvid.kernels.block_sizes import LANES, Blocks
 
     def whole(length: float) -> int:
         return math.ceil(length / LANES) * LANES
 
-    q = whole(shape.queries / max(1, round(shape.queries / block_q)))
+    q = 2 * whole(shape.queries / max(1, round(shape.queries / block_q)) / 2)  # the kernel works on 256 queries at a time
     kv_compute = min(max(1, round(compute / LANES)) * LANES, whole(shape.keys))
     parts = min(max(1, round(block_kv / kv_compute)), math.ceil(shape.keys / kv_compute))
     return Blocks(q, kv_compute * parts, kv_compute)
@@ -260,7 +260,7 @@ def _check_table(path: Path) -> None:
 
 def _versions() -> dict[str, str]:
     """What a candidate's cycles depend on beside its shape."""
-    source = Path(__file__).parents[1] / "kernels" / "splash.py"
+    source = Path(__file__).parents[1] / "kernels" / "flash.py"
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
     return {"jax": version("jax"), "libtpu": version("libtpu"), "source": digest}
 
@@ -270,8 +270,7 @@ def _is_cut_off(path: Path) -> bool:
 
 
 def _say_shape(shape: AttentionShape) -> str:
-    masked = ", masked" if shape.masked else ""
-    return f"attention {shape.heads} heads × {shape.queries} queries × {shape.keys} keys, D = {shape.head_dim}{masked}"
+    return f"attention {shape.heads} heads × {shape.queries} queries × {shape.keys} keys, D = {shape.head_dim}"
 
 
 def _say_blocks(blocks: Blocks) -> str:
