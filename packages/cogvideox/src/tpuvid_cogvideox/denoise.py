@@ -15,11 +15,10 @@ import numpy as np
 from diffusers import CogVideoXTransformer3DModel
 from jax import Array
 from jaxtyping import Float
-from tpuvid.bridge import TracedModule, build
+from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
-from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
 from tpuvid.sampling import check_embeds, guidance_scales, make_generator, make_noise, with_negative
 from tpuvid.schedule import Schedule, tabulate
@@ -80,9 +79,8 @@ class CogVideoXDenoiser:
             raise InputError(
                 "this transformer adds its positions (as CogVideoX-2b does); tpuvid-cogvideox runs those with rotary ones"
             )
-        self.traced = TracedModule(module, scan={"transformer_blocks": 2})
-        widths = split_sizes(self.traced.parameters(runtime.dtype), TRANSFORMER)
-        self.mesh = runtime.denoiser_mesh({self.config.num_attention_heads, *widths})
+        self.traced = TracedModule(module, scan={"transformer_blocks": Scan(2)})
+        self.mesh = runtime.denoiser_mesh(self.traced, self.config.num_attention_heads, TRANSFORMER)
         self.checkpoint = checkpoint
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime)
 

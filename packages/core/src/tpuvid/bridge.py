@@ -13,18 +13,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.sharding import Mesh, PartitionSpec
 from torch import nn
 from torch._ops import OpOverloadPacket
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
+from tpuvid import kernels
 from tpuvid.kernels import attention, convolution_2d, convolution_3d
+from tpuvid.kernels.placement import TokenSplit, placement, tokens_split
+from tpuvid.kernels.tokens import Stream, padded_length
+from tpuvid.mesh import FSDP, fsdp_axis, fsdp_spec
 
 Params = dict[str, jax.Array]
 
@@ -198,19 +203,30 @@ class Tap:
     value: tuple[jax.Array, ...] | None = None
 
 
+class Scan(NamedTuple):
+    """How a list of identical blocks runs as one `jax.lax.scan`."""
+
+    carries: int
+    """The first so many arguments of a block's forward are what it returns, and pass from block to block; the others are the
+    same for every block."""
+    tokens: Mapping[str, int] = {}
+    """The arguments (arrays, or trees of them) that hold tokens, and along which axis. Where the mesh splits tokens, each
+    device gets its part of these, padded; a block must then let tokens meet in `token_attention` only."""
+
+
 class ScannedBlocks(nn.Module):
     """A list of identical blocks that runs as one `jax.lax.scan`; a model's own ``for block in self.blocks`` sees one block.
 
-    The first `carries` arguments of a block's forward are what it returns, and pass from block to block; the others are
-    the same for every block. Parameters are named like one block's and have a leading block axis.
+    Parameters are named like one block's and have a leading block axis.
     """
 
-    def __init__(self, blocks: nn.ModuleList, carries: int):
+    def __init__(self, blocks: nn.ModuleList, scan: Scan):
         super().__init__()
-        self.carries = carries
+        self.carries, self.tokens = scan
         self.depth = len(blocks)
         self.layer = blocks[0]
         self.tap: Tap | None = None
+        self.fsdp = False
         self._names = list(inspect.signature(type(self.layer).forward).parameters)[1:]
         for name, parameter in list(self.layer.named_parameters()):
             owner, _, leaf = name.rpartition(".")
@@ -225,27 +241,135 @@ class ScannedBlocks(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         env = environment()
-        inputs = dict(zip(self._names, args)) | kwargs
-        carry_names, shared = self._names[: self.carries], dict(inputs)
-        carry = tuple(shared.pop(name).jax() for name in carry_names)
+        inputs = env.t2j_iso(dict(zip(self._names, args)) | kwargs)
         stacked = {name: p.jax() for name, p in self.layer.named_parameters()}
-
-        def one_block(carry, weights):
-            with stateless._reparametrize_module(self.layer, env.j2t_iso(weights)):
-                out = self.layer(**dict(zip(carry_names, env.j2t_iso(carry))), **shared)
-            out = out if isinstance(out, tuple) else (out,)
-            return tuple(o.jax().astype(c.dtype) for o, c in zip(out, carry, strict=True))
-
-        if self.tap is None:
-            carry, _ = jax.lax.scan(lambda carry, weights: (one_block(carry, weights), None), carry, stacked)
-        elif self.tap.value is None:  # every block, and what entered the last one travels along
-            (carry, self.tap.value), _ = jax.lax.scan(
-                lambda pair, weights: ((one_block(pair[0], weights), pair[0]), None), (carry, carry), stacked
-            )
+        mesh = placement().mesh
+        if self.tokens and mesh is not None and mesh.shape.get("sp", 1) > 1:
+            carry = self._run_split(inputs, stacked, mesh)
         else:
-            carry = one_block(self.tap.value, {name: weights[-1] for name, weights in stacked.items()})
+            carry = self._run(self._start(inputs), self._shared(inputs), stacked)
         out = env.j2t_iso(carry)
         return out if self.carries > 1 else out[0]
+
+    def _start(self, inputs: Mapping[str, Any]) -> tuple[jax.Array, ...]:
+        return tuple(inputs[name] for name in self._names[: self.carries])
+
+    def _shared(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in self._names[: self.carries]}
+
+    def _run(self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params) -> tuple[jax.Array, ...]:
+        """What leaves the last block; the tap gets what enters it."""
+        if self.tap is None:
+            return self._scan(carry, shared, stacked)[0]
+        if self.tap.value is None:
+            carry, self.tap.value = self._scan(carry, shared, stacked)
+            return carry
+        return self._last_block(self.tap.value, shared, stacked)
+
+    def _run_split(self, inputs: dict[str, Any], stacked: Params, mesh: Mesh) -> tuple[jax.Array, ...]:
+        """As `_run`, each device with its part of the tokens."""
+        parts, batch = mesh.shape["sp"], len(inputs[self._names[0]])
+        dp = "dp" if batch % mesh.shape["dp"] == 0 else None
+        lengths = {name: jax.tree.leaves(inputs[name])[0].shape[axis] for name, axis in self.tokens.items()}
+
+        def spec(name: str, leaf: jax.Array) -> PartitionSpec:
+            axes = [None] * leaf.ndim
+            if leaf.ndim and len(leaf) == batch:
+                axes[0] = dp
+            if name in self.tokens:
+                axes[self.tokens[name]] = "sp"
+            return PartitionSpec(*axes)
+
+        def pad(name: str, leaf: jax.Array) -> jax.Array:
+            pads = [(0, 0)] * leaf.ndim
+            axis = self.tokens[name]
+            pads[axis] = (0, padded_length(leaf.shape[axis], parts) - leaf.shape[axis])
+            return jnp.pad(leaf, pads)
+
+        inputs |= {name: jax.tree.map(partial(pad, name), inputs[name]) for name in self.tokens}
+        specs = {name: jax.tree.map(partial(spec, name), value) for name, value in inputs.items()}
+        carry_specs = self._start(specs)
+        tap = self.tap
+        wanted, kept = tap is not None and tap.value is None, tap is not None and tap.value is not None
+
+        def one_part(carry, shared, stacked):
+            with tokens_split(TokenSplit(parts, lengths)):
+                if kept:
+                    return self._last_block(carry, shared, stacked), None
+                carry, entered = self._scan(carry, shared, stacked)
+                return carry, entered if wanted else None
+
+        run = jax.shard_map(
+            one_part,
+            mesh=mesh,
+            in_specs=(carry_specs, self._shared(specs), {n: self._weight_spec(w, mesh) for n, w in stacked.items()}),
+            out_specs=(carry_specs, carry_specs if wanted else None),
+            check_vma=False,
+        )
+        carry, entered = run(tap.value if kept else self._start(inputs), self._shared(inputs), stacked)
+        if wanted:
+            tap.value = entered
+        names = self._names[: self.carries]
+        return tuple(jax.lax.slice_in_dim(c, 0, lengths[n], axis=self.tokens[n]) for n, c in zip(names, carry))
+
+    def _scan(
+        self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...] | None]:
+        """What leaves the last block and, for a tap, what enters it."""
+        tapped = self.tap is not None
+
+        def step(state, weights):
+            carry, _ = state
+            return self._block(carry, shared, weights), carry if tapped else None
+
+        state = (carry, carry if tapped else None)
+        if not self._gathers():
+            return jax.lax.scan(lambda state, weights: (step(state, weights), None), state, stacked)[0]
+
+        def step_and_gather(both, block):
+            state, weights = both
+            upcoming = self._gather(stacked, jnp.minimum(block + 1, self.depth - 1))  # beside the step, which doesn't need it
+            return (step(state, weights), upcoming), None
+
+        return jax.lax.scan(step_and_gather, (state, self._gather(stacked, 0)), jnp.arange(self.depth))[0][0]
+
+    def _last_block(self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params) -> tuple[jax.Array, ...]:
+        last = self.depth - 1
+        weights = self._gather(stacked, last) if self._gathers() else {name: w[last] for name, w in stacked.items()}
+        return self._block(carry, shared, weights)
+
+    def _block(self, carry: tuple[jax.Array, ...], shared: dict[str, Any], weights: Params) -> tuple[jax.Array, ...]:
+        env = environment()
+        with stateless._reparametrize_module(self.layer, env.j2t_iso(weights)):
+            out = self.layer(**env.j2t_iso(dict(zip(self._names, carry)) | shared))
+        out = out if isinstance(out, tuple) else (out,)
+        return tuple(o.jax().astype(c.dtype) for o, c in zip(out, carry, strict=True))
+
+    def _gathers(self) -> bool:
+        return self.fsdp and placement().tokens is not None
+
+    def _weight_spec(self, stacked: jax.Array, mesh: Mesh) -> PartitionSpec:
+        return fsdp_spec(stacked.shape, mesh) if self.fsdp else PartitionSpec()
+
+    def _gather(self, stacked: Params, block: Any) -> Params:
+        """One block's weights, of which each device has a part."""
+
+        def whole(name: str, part: jax.Array) -> jax.Array:
+            full = dict(self.layer.named_parameters())[name].shape[1:]
+            axis = fsdp_axis(full, placement().mesh.size)
+            part = jax.lax.dynamic_index_in_dim(part, block, keepdims=False)
+            return part if axis is None else jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
+
+        return {name: whole(name, part) for name, part in stacked.items()}
+
+
+def token_attention(
+    *streams: tuple[str, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], scale: float | None = None
+) -> list[torch.Tensor]:
+    """Within a traced block, `tpuvid.kernels.tokens.token_attention` of streams (name, query, key, value [B, N, T, D], mask)."""
+    env = environment()
+    out = kernels.token_attention([Stream(name, *env.t2j_iso(tensors)) for name, *tensors in streams], scale=scale)
+    return env.j2t_iso(out)
 
 
 def map_rows(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
@@ -272,17 +396,32 @@ class TracedModule:
     Parameter names have ``*`` for the block number of a scanned stack: ``blocks.*.attn1.to_q.weight`` [depth, out, in].
     """
 
-    def __init__(self, module: nn.Module, *, scan: Mapping[str, int] | None = None, keep_in_fp32: tuple[str, ...] = ()):
-        """`scan` maps the name of a block list to its number of carries. `keep_in_fp32`: parts of parameter names
+    def __init__(self, module: nn.Module, *, scan: Mapping[str, Scan] | None = None, keep_in_fp32: tuple[str, ...] = ()):
+        """`scan` says which lists of blocks, by name, run as one scan. `keep_in_fp32`: parts of parameter names
         that stay float32 whatever the dtype of the others."""
         self.module = module
         self.keep_in_fp32 = keep_in_fp32
         self._stacks: dict[str, ScannedBlocks] = {}
         """By the prefix of their parameters' names."""
-        for name, carries in (scan or {}).items():
-            blocks = ScannedBlocks(getattr(module, name), carries)
+        for name, how in (scan or {}).items():
+            blocks = ScannedBlocks(getattr(module, name), how)
             setattr(module, name, blocks)
             self._stacks[f"{name}.layer."] = blocks
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether its blocks can have their tokens split over devices."""
+        return bool(self._stacks) and all(stack.tokens for stack in self._stacks.values())
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether the weights of blocks are split over the devices that split tokens, and gathered block by block."""
+        return any(stack.fsdp for stack in self._stacks.values())
+
+    @fsdp.setter
+    def fsdp(self, value: bool) -> None:
+        for stack in self._stacks.values():
+            stack.fsdp = value
 
     def parameters(self, dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter, by checkpoint name; tied parameters once."""

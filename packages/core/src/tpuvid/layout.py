@@ -8,16 +8,39 @@ from dataclasses import dataclass
 from tpuvid.errors import InputError
 
 
-@dataclass(frozen=True, slots=True)
+AXES = ("dp", "sp", "tp")
+"""``dp`` splits the batch (the two halves of classifier-free guidance), ``sp`` the tokens, ``tp`` heads and widths."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeshConfig:
     dp: int = 1
+    sp: int = 1
     tp: int = 1
+    fsdp: bool | None = None
+    """Whether devices that split tokens split the weights of blocks too, and gather them block by block; None: by memory."""
+
+    @property
+    def size(self) -> int:
+        return self.dp * self.sp * self.tp
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
-        """From "dp=2,tp=4"; raises `InputError`."""
-        sizes = re.fullmatch(r"(?:dp=(\d+))?,?(?:tp=(\d+))?", text.replace(" ", ""))
-        config = cls(*(int(size or 1) for size in sizes.groups())) if sizes and any(sizes.groups()) else None
-        if config is None or config.dp < 1 or config.tp < 1:
-            raise InputError(f"mesh={text!r}: needs the form dp=2,tp=4 with whole numbers ≥ 1")
-        return config
+        """From "dp=2,sp=4" (with ",fsdp" or ",replicated" about the weights) or "dp=2,tp=4"; raises `InputError`."""
+        *parts, last = text.replace(" ", "").split(",")
+        fsdp = {"fsdp": True, "replicated": False}.get(last)
+        found = [re.fullmatch(r"(\w+)=(\d+)", part) for part in ([*parts, last] if fsdp is None else parts)]
+        sizes = {part[1]: int(part[2]) for part in found if part}
+        if not sizes or None in found or len(sizes) < len(found) or not set(sizes) <= set(AXES) or min(sizes.values()) < 1:
+            raise InputError(
+                f"mesh={text!r}: needs the form dp=2,sp=4 (also dp=2,sp=4,fsdp or …,replicated) or dp=2,tp=4, whole numbers ≥ 1"
+            )
+        if sizes.get("tp", 1) > 1 and (sizes.get("sp", 1) > 1 or fsdp):
+            raise InputError(f"mesh={text!r}: splits tokens or their weights (sp, fsdp), and widths (tp); choose one of them")
+        return cls(**sizes, fsdp=fsdp)
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        sizes = [f"{axis}={size}" for axis in AXES if (size := getattr(self, axis)) > 1] or ["dp=1"]
+        weights = [] if self.fsdp is None else ["fsdp" if self.fsdp else "replicated"]
+        return ",".join(sizes + weights)

@@ -1,6 +1,6 @@
 """Devices as a mesh, and parameters laid out on it by rules over their names.
 
-Axes: ``dp`` splits the batch (the two halves of classifier-free guidance), ``tp`` splits heads and widths.
+Axes: ``dp`` splits the batch (the two halves of classifier-free guidance), ``sp`` the tokens, ``tp`` heads and widths.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpuvid.errors import InputError
-from tpuvid.layout import MeshConfig
+from tpuvid.layout import AXES, MeshConfig
 
 Rule = tuple[str, tuple[str | None, ...]]
 """(pattern, axes): a parameter whose whole name matches the regular expression has its last dimensions split over `axes`."""
 
 
-def default_mesh_config(devices: int, sizes: Iterable[int], *, guidance: bool = False) -> MeshConfig:
-    """Guidance's two halves over dp where the devices are even; the largest tp that divides the rest and all `sizes`."""
+def default_mesh_config(devices: int, sizes: Iterable[int] = (), *, guidance: bool = False, tokens: bool = False) -> MeshConfig:
+    """Guidance's two halves over dp where the devices are even; over the rest `tokens` where they can be split, else
+    the largest tp that divides it and all `sizes`."""
     dp = 2 if guidance and devices % 2 == 0 else 1
-    return MeshConfig(dp=dp, tp=math.gcd(devices // dp, *sizes))
+    return MeshConfig(dp=dp, sp=devices // dp) if tokens else MeshConfig(dp=dp, tp=math.gcd(devices // dp, *sizes))
 
 
 def split_sizes(parameters: Mapping[str, jax.ShapeDtypeStruct], rules: Sequence[Rule]) -> set[int]:
@@ -33,18 +34,34 @@ def split_sizes(parameters: Mapping[str, jax.ShapeDtypeStruct], rules: Sequence[
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A ("dp", "tp") mesh over the first dp · tp devices; raises `InputError` where there are fewer."""
+    """A mesh of `AXES` over the first devices, as many as it needs; raises `InputError` where there are fewer."""
     devices = jax.devices() if devices is None else devices
-    wanted = config.dp * config.tp
-    if wanted > len(devices):
-        raise InputError(f"mesh dp={config.dp},tp={config.tp} needs {wanted} devices; this machine has {len(devices)}")
-    return Mesh(np.array(devices[:wanted]).reshape(config.dp, config.tp), ("dp", "tp"))
+    if config.size > len(devices):
+        raise InputError(f"mesh {config} needs {config.size} devices; this machine has {len(devices)}")
+    return Mesh(np.array(devices[: config.size]).reshape(config.dp, config.sp, config.tp), AXES)
+
+
+FSDP = ("dp", "sp")
+"""The axes over which the weights of blocks are split, to be gathered block by block. Paper: arXiv:2304.11277."""
+
+
+def fsdp_axis(shape: tuple[int, ...], devices: int) -> int | None:
+    """Along which a block's weight of this shape is split over `devices`: the longest that divides; None: it isn't."""
+    axes = [axis for axis, size in enumerate(shape) if size % devices == 0]
+    return max(axes, key=lambda axis: shape[axis], default=None)
+
+
+def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Of the stacked weights [depth, …] of blocks."""
+    axis = fsdp_axis(shape[1:], mesh.shape["dp"] * mesh.shape["sp"])
+    return PartitionSpec() if axis is None else PartitionSpec(*(None,) * (axis + 1), FSDP)
 
 
 def shard_parameters(
-    parameters: Mapping[str, jax.ShapeDtypeStruct], rules: Sequence[Rule], mesh: Mesh
+    parameters: Mapping[str, jax.ShapeDtypeStruct], rules: Sequence[Rule], mesh: Mesh, *, fsdp: bool = False
 ) -> dict[str, NamedSharding]:
-    """The sharding of each parameter: the first rule that matches its name, else replicated.
+    """The sharding of each parameter: the first rule that matches its name, else replicated; with `fsdp`, of blocks by
+    `fsdp_spec` instead.
 
     Raises `ValueError` for a rule that matches nothing (a misspelt name would silently replicate), and `InputError`
     where the mesh does not divide a dimension.
@@ -56,7 +73,7 @@ def shard_parameters(
         for size, axis in zip(struct.shape, spec):
             if axis is not None and size % mesh.shape[axis]:
                 raise InputError(f"mesh {axis}={mesh.shape[axis]} does not divide {name} {struct.shape}; choose another --mesh")
-        shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
+        shardings[name] = NamedSharding(mesh, fsdp_spec(struct.shape, mesh) if fsdp and "*" in name else PartitionSpec(*spec))
     if unused := [pattern for pattern, _ in rules if pattern not in used]:
         raise ValueError(f"sharding rules that match no parameter: {unused}")
     return shardings

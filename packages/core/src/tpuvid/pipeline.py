@@ -46,7 +46,7 @@ def load(
     Args:
         model: registered id, local diffusers folder, or Hub id.
         dtype: "bfloat16" or "float32", of weights and activations; default bfloat16 on accelerators, float32 on CPU.
-        mesh: "dp=2,tp=4" or a `MeshConfig`; default by devices and heads.
+        mesh: "dp=2,sp=4", "dp=2,tp=4" or a `MeshConfig`; default by devices, heads and memory.
         attention_backend: "auto", "xla", "flash" or "splash" (TPU), or "cudnn" (GPU).
         text_encoder_device: "device" (the accelerator, if there is one) or "cpu".
         warmup_steps: how often every denoising program runs before the first step that counts; the result is the same.

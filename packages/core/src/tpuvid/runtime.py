@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_dtypes
@@ -18,12 +19,18 @@ from tpuvid.cache_folder import cache_folder
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.kernels import placed_on
 from tpuvid.kernels.block_sizes import block_rows
-from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh
+from tpuvid.mesh import MeshConfig, Rule, default_mesh_config, make_mesh, split_sizes
 from tpuvid.packs import Pack, signature
+from tpuvid.plan.topologies import CHIPS
 from tpuvid.progress import Progress
+
+if TYPE_CHECKING:
+    from tpuvid.bridge import TracedModule
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 TEXT_ENCODER_DEVICES = ("device", "cpu")
+REPLICATED = 0.6
+"""Of a device's memory, what copies of all weights may take: activations of a video need the rest."""
 
 
 def default_dtype() -> str:
@@ -68,7 +75,7 @@ class Runtime:
         if name not in DTYPES:
             raise InputError(f"dtype={name!r}: choose from {', '.join(DTYPES)}")
         runtime = cls(DTYPES[name], **options)
-        with runtime.scope(runtime.denoiser_mesh([1])):  # fails for a mesh or an attention backend that can't be had
+        with runtime.scope(make_mesh(runtime.mesh_config or MeshConfig(), runtime.devices)):  # fails for what can't be had
             runtime.encoder_mesh([1])
         try:
             block_rows()
@@ -83,9 +90,22 @@ class Runtime:
             check_folder(runtime.profile)
         return runtime
 
-    def denoiser_mesh(self, sizes: Iterable[int]) -> Mesh:
-        """The user's layout; else one by the number of devices that divides `sizes` (heads and split widths)."""
-        config = self.mesh_config or default_mesh_config(len(self.devices), sizes, guidance=True)
+    def denoiser_mesh(self, traced: TracedModule, heads: int, rules: Sequence[Rule]) -> Mesh:
+        """The user's layout; else the tokens over the devices, where `traced` can split them, or heads and widths by `rules`.
+
+        Where tokens are split, blocks' weights are too (`TracedModule.fsdp`), if copies on every device would take more than
+        `REPLICATED` of its memory. Raises `InputError` for a layout that this model or these devices can't have.
+        """
+        structs = traced.parameters(self.dtype)
+        config = self.mesh_config or default_mesh_config(
+            len(self.devices), {heads, *split_sizes(structs, rules)}, guidance=True, tokens=traced.splits_tokens
+        )
+        if config.sp > 1 and not traced.splits_tokens:
+            raise InputError(f"mesh sp={config.sp}: this model can't split its tokens; use tp")
+        memory = device_memory(self.devices[0])
+        size = sum(math.prod(struct.shape) * struct.dtype.itemsize for struct in structs.values())
+        automatic = memory is not None and size > REPLICATED * memory
+        traced.fsdp = config.sp > 1 and (automatic if config.fsdp is None else config.fsdp)
         return make_mesh(config, self.devices)
 
     def encoder_mesh(self, sizes: Iterable[int]) -> Mesh:
@@ -177,6 +197,14 @@ class Programs:
 
     def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> Callable:
         return function.lower(*args).compile(self._options)
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that programs may use; of a TPU as it is known of its kind, so that a plan decides as the run will. None: unknown."""
+    chip = next((chip for chip in CHIPS if chip.device_kind == device.device_kind), None)
+    if chip is not None:
+        return int(chip.usable_gib * 2**30)
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _cpu() -> Sequence[jax.Device]:

@@ -58,7 +58,7 @@ def load_parameters(
     Raises `InputError` as `match_parameters` does.
     """
     structs = traced.parameters(dtype)
-    shardings = shard_parameters(structs, rules, mesh)
+    shardings = shard_parameters(structs, rules, mesh, fsdp=traced.fsdp)
     if isinstance(weights, UnseenWeights):
         return {name: weights.place(struct, shardings[name]) for name, struct in structs.items()}
     sources = match_parameters(traced, weights, ignore=ignore)

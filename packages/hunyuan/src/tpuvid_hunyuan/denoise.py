@@ -14,11 +14,10 @@ import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
 from jax import Array
 from jaxtyping import Float, Int
-from tpuvid.bridge import TracedModule
+from tpuvid.bridge import Scan, TracedModule
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
-from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
 from tpuvid.sampling import check_finite_embeds, make_generator, make_noise, with_negative
 from tpuvid.schedule import Schedule, tabulate
@@ -100,9 +99,8 @@ class HunyuanDenoiser:
         self.runtime, self.checkpoint = runtime, checkpoint
         module = build_transformer(checkpoint.config("transformer"))
         self.config, self.rope = module.config, module.rope
-        self.traced = TracedModule(module, scan={"transformer_blocks": 2})
-        widths = split_sizes(self.traced.parameters(runtime.dtype), TRANSFORMER)
-        self.mesh = runtime.denoiser_mesh({self.config.num_attention_heads, *widths})
+        self.traced = TracedModule(module, scan={"transformer_blocks": Scan(2)})
+        self.mesh = runtime.denoiser_mesh(self.traced, self.config.num_attention_heads, TRANSFORMER)
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime, guide=self.guidance.guide)
 
     def verify(self) -> None:

@@ -18,7 +18,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from torch import nn
 from tpuvid import t5
-from tpuvid.bridge import build
+from tpuvid.bridge import Scan, build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.encoding import Encoder, check_vocabulary
 from tpuvid.errors import InputError
@@ -53,7 +53,7 @@ class HunyuanTextEncoder:
         layers = text.num_hidden_layers
         unused = ["norm.", *(f"layers.{i}." for i in range(layers - SKIPPED_LAYERS, layers))]
         heads = {text.num_attention_heads, text.num_key_value_heads}
-        self.text = Encoder(checkpoint, runtime, text_module(text), heads=heads, rules=QWEN, unused=unused, scan={"layers": 1})
+        self.text = Encoder(checkpoint, runtime, text_module(text), heads=heads, rules=QWEN, unused=unused, scan={"layers": Scan(1)})
         module = build(lambda: T5EncoderModel(glyphs))
         self.glyphs = Encoder(checkpoint, runtime, module, component="text_encoder_2", heads={glyphs.num_heads}, rules=t5.RULES)
         self.glyph_width = glyphs.d_model

@@ -9,11 +9,10 @@ import numpy as np
 from diffusers import WanTransformer3DModel
 from jax import Array
 from jaxtyping import Float
-from tpuvid.bridge import TracedModule, build
+from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.checkpoint import Checkpoint, Weights
 from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
-from tpuvid.mesh import split_sizes
 from tpuvid.runtime import Runtime, batch_sharded, replicated
 from tpuvid.sampling import check_embeds, guidance_scales, make_generator, make_noise, with_negative
 from tpuvid.schedule import Schedule, tabulate
@@ -21,6 +20,7 @@ from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.stepcache import step_cache
 from tpuvid.weights import load_parameters, match_parameters
 
+from tpuvid_wan.attention import SplitTokenAttention
 from tpuvid_wan.lora import adapt
 from tpuvid_wan.sharding import TRANSFORMER
 
@@ -47,10 +47,10 @@ class WanDenoiser:
         self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
         self.runtime = runtime
         module = build(lambda: WanTransformer3DModel.from_config(self.config))
+        module.set_attn_processor(SplitTokenAttention())
         keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-        self.traced = TracedModule(module, scan={"blocks": 1}, keep_in_fp32=keep)
-        widths = split_sizes(self.traced.parameters(runtime.dtype), TRANSFORMER)
-        self.mesh = runtime.denoiser_mesh({module.config.num_attention_heads, *widths})
+        self.traced = TracedModule(module, scan={"blocks": Scan(1, tokens={"hidden_states": 1, "rotary_emb": 1})}, keep_in_fp32=keep)
+        self.mesh = runtime.denoiser_mesh(self.traced, module.config.num_attention_heads, TRANSFORMER)
         self.checkpoint = checkpoint
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime)
 

@@ -28,14 +28,38 @@ def attention(
     The kernels take masks over keys ([B, 1, 1, S], boolean); any other mask goes to XLA, which never builds T×S scores.
     """
     place = placement()
-    backend = _choose(place, query, mask) if place.attention_backend == "auto" else place.attention_backend
+    backend = _choose(place, query, mask)
     if backend == "xla":
         return attention_xla(query, key, value, mask=mask, scale=scale)
     if mask is not None and not _is_key_mask(mask):
         raise ValueError(f"attention backend {backend!r} takes masks [B, 1, 1, S], not {mask.dtype} {mask.shape}; use auto")
-    if backend == "cudnn":
-        return _attention_cudnn(query, key, value, mask, scale)
-    return _attention_sharded(backend, place.mesh, query, key, value, mask, scale)
+    kv_mask = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (len(key), key.shape[2]))
+    if backend == "cudnn" or place.tokens:
+        return local_attention(query, key, value, kv_mask, scale)
+    return _attention_sharded(place.mesh, query, key, value, kv_mask, scale)
+
+
+def local_attention(
+    query: Float[Array, "B N T D"],
+    key: Float[Array, "B N S D"],
+    value: Float[Array, "B N S D"],
+    kv_mask: Bool[Array, "B S"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B N T D"]:
+    """On each device what it has: outside of `shard_map` for one device, and for what XLA partitions by itself."""
+    place = placement()
+    mask = None if kv_mask is None else kv_mask[:, None, None]
+    match _choose(place, query, mask):
+        case "flash":
+            device = jax.devices()[0] if place.mesh is None else place.mesh.devices.flat[0]
+            return attention_flash(query, key, value, kv_mask=kv_mask, scale=scale, chip=device_chip(device, query.dtype))
+        case "splash":
+            return attention_splash(query, key, value, kv_mask=kv_mask, scale=scale)
+        case "cudnn":
+            q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))  # it wants [B, T, N, D]
+            out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+            return jnp.swapaxes(out, 1, 2)
+    return attention_xla(query, key, value, mask=mask, scale=scale)
 
 
 def _is_key_mask(mask: Array) -> bool:
@@ -43,6 +67,8 @@ def _is_key_mask(mask: Array) -> bool:
 
 
 def _choose(place: Placement, query: Array, mask: Array | None) -> str:
+    if place.attention_backend != "auto":
+        return place.attention_backend
     if mask is not None and not _is_key_mask(mask):
         return "xla"
     match place.platform:
@@ -53,30 +79,15 @@ def _choose(place: Placement, query: Array, mask: Array | None) -> str:
     return "xla"
 
 
-def _attention_cudnn(query, key, value, mask, scale):
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))  # it wants [B, T, N, D]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
-    return jnp.swapaxes(out, 1, 2)
-
-
-def _attention_sharded(backend: str, mesh: Mesh | None, query, key, value, mask, scale):
+def _attention_sharded(mesh: Mesh | None, query, key, value, kv_mask, scale):
     """The TPU kernel on every device: batch over dp; over tp the heads, or else the queries, or else nothing."""
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if backend == "splash":
-        kernel = partial(attention_splash, scale=scale)
-    else:
-        kernel = partial(attention_flash, scale=scale, chip=device_chip(device, query.dtype))
-    kv_mask = None if mask is None else mask[:, 0, 0]
     if mesh is None or mesh.size == 1:
-        return kernel(query, key, value, kv_mask=kv_mask)
+        return local_attention(query, key, value, kv_mask, scale)
     batch, heads, queries, _ = query.shape
     dp = "dp" if batch % mesh.shape["dp"] == 0 else None
     head, row = ("tp", None) if heads % mesh.shape["tp"] == 0 else (None, "tp" if queries % mesh.shape["tp"] == 0 else None)
     q_spec, kv_spec = PartitionSpec(dp, head, row, None), PartitionSpec(dp, head, None, None)
-    if kv_mask is None:
-        run, specs, args = kernel, (q_spec, kv_spec, kv_spec), (query, key, value)
-    else:
-        kv_mask = jnp.broadcast_to(kv_mask, (batch, key.shape[2]))
-        run, specs = lambda q, k, v, m: kernel(q, k, v, kv_mask=m), (q_spec, kv_spec, kv_spec, PartitionSpec(dp, None))
-        args = (query, key, value, kv_mask)
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=q_spec, check_vma=False)(*args)
+    mask_spec = None if kv_mask is None else PartitionSpec(dp, None)
+    run = partial(local_attention, scale=scale)
+    specs = (q_spec, kv_spec, kv_spec, mask_spec)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=q_spec, check_vma=False)(query, key, value, kv_mask)

@@ -1,9 +1,9 @@
 """Where the program that is being traced will run: what every kernel chooses its implementation by."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import Mesh
@@ -12,9 +12,20 @@ ATTENTION_BACKENDS = {"auto": "any platform", "xla": "any platform", "flash": "t
 
 
 @dataclass(frozen=True, slots=True)
+class TokenSplit:
+    """Tokens in parts over the mesh axis ``sp``."""
+
+    parts: int
+    lengths: Mapping[str, int]
+    """By the name of a block's argument, its tokens in all, without padding."""
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     mesh: Mesh | None = None
     attention_backend: str = "auto"
+    tokens: TokenSplit | None = None
+    """Set where what is traced runs inside a `shard_map` over all axes of the mesh."""
 
     @property
     def platform(self) -> str:
@@ -40,6 +51,19 @@ def placed_on(mesh: Mesh, attention_backend: str = "auto") -> Iterator[None]:
         raise ValueError(
             f"attention backend {attention_backend!r} runs on {runs_on}, these devices are {found.platform}; use auto"
         )
+    with _set(found):
+        yield
+
+
+@contextmanager
+def tokens_split(split: TokenSplit) -> Iterator[None]:
+    """Within it, functions are traced for one part of the tokens."""
+    with _set(replace(placement(), tokens=split)):
+        yield
+
+
+@contextmanager
+def _set(found: Placement) -> Iterator[None]:
     token = _current.set(found)
     try:
         yield

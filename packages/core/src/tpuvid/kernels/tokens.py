@@ -1,0 +1,80 @@
+"""Attention of tokens that are split over the mesh axis ``sp``, inside `shard_map`.
+
+Source: DeepSpeed-Ulysses (arXiv:2309.14509).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from tpuvid.kernels.attention import attention, local_attention
+from tpuvid.kernels.placement import placement
+
+AXIS = "sp"
+SUBLANES = 8
+"""Tokens of a part come in multiples of it: what a TPU's registers hold of one lane."""
+
+
+def padded_length(length: int, parts: int) -> int:
+    """The least length of which every part is whole registers."""
+    whole = parts * SUBLANES
+    return -(-length // whole) * whole
+
+
+class Stream(NamedTuple):
+    """Tokens of one kind that take part in an attention: a video's, a prompt's."""
+
+    name: str
+    """Of the argument of the block that they are."""
+    query: Float[Array, "B N T D"]
+    key: Float[Array, "B N T D"]
+    value: Float[Array, "B N T D"]
+    mask: Bool[Array, "B T"] | None = None
+    """True where a key counts."""
+
+
+def token_attention(streams: Sequence[Stream], *, scale: float | None = None) -> list[Float[Array, "B N T D"]]:
+    """Attention of all tokens to all tokens, those of all parts included; what each stream's queries get.
+
+    Where the heads divide, an all-to-all brings each part all tokens of its share of the heads, and another brings the
+    result back; else keys and values are gathered. Which token stands where doesn't matter to attention, so the
+    streams are joined within each part.
+    """
+    query, key, value = (jnp.concatenate([s[field] for s in streams], axis=2) for field in (1, 2, 3))
+    masks = [_mask(stream) for stream in streams]
+    mask = None
+    if any(m is not None for m in masks):
+        batch = len(query)
+        all_ones = [jnp.ones((batch, s.key.shape[2]), bool) if m is None else m for s, m in zip(streams, masks)]
+        mask = jnp.concatenate([jnp.broadcast_to(m, (batch, m.shape[1])) for m in all_ones], axis=1)
+    split = placement().tokens
+    if split is None:
+        out = attention(query, key, value, mask=None if mask is None else mask[:, None, None], scale=scale)
+    else:
+        mask = None if mask is None else lax.all_gather(mask, AXIS, axis=1, tiled=True)
+        if query.shape[1] % split.parts == 0:
+            query, key, value = (lax.all_to_all(x, AXIS, 1, 2, tiled=True) for x in (query, key, value))
+            out = lax.all_to_all(local_attention(query, key, value, mask, scale), AXIS, 2, 1, tiled=True)
+        else:
+            key, value = (lax.all_gather(x, AXIS, axis=2, tiled=True) for x in (key, value))
+            out = local_attention(query, key, value, mask, scale)
+    ends = [0]
+    for stream in streams:
+        ends.append(ends[-1] + stream.query.shape[2])
+    return [out[:, :, start:end] for start, end in zip(ends, ends[1:])]
+
+
+def _mask(stream: Stream) -> Bool[Array, "B T"] | None:
+    """The stream's own, and without the tokens that only pad its last part."""
+    split, count = placement().tokens, stream.key.shape[2]
+    if split is None or split.lengths[stream.name] == count * split.parts:
+        return stream.mask
+    place = lax.axis_index(AXIS) * count + jnp.arange(count)
+    real = (place < split.lengths[stream.name])[None]
+    return real if stream.mask is None else stream.mask & real
+
