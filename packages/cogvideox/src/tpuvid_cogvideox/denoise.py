@@ -26,10 +26,12 @@ from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.stepcache import step_cache
 from tpuvid.weights import load_parameters, match_parameters
 
+from tpuvid_cogvideox.attention import SplitTokenAttention
 from tpuvid_cogvideox.dpm import DPMSteps
 from tpuvid_cogvideox.rotary import rotary_tables
 from tpuvid_cogvideox.sharding import TRANSFORMER
 
+BLOCKS = Scan(2, tokens={"hidden_states": 1, "encoder_hidden_states": 1, "image_rotary_emb": 0})
 VAE_TIME, VAE_SPACE = 4, 8  # pixels per latent of every CogVideoX VAE
 
 
@@ -79,7 +81,8 @@ class CogVideoXDenoiser:
             raise InputError(
                 "this transformer adds its positions (as CogVideoX-2b does); tpuvid-cogvideox runs those with rotary ones"
             )
-        self.traced = TracedModule(module, scan={"transformer_blocks": Scan(2)})
+        module.set_attn_processor(SplitTokenAttention())
+        self.traced = TracedModule(module, scan={"transformer_blocks": BLOCKS})
         self.mesh = runtime.denoiser_mesh(self.traced, self.config.num_attention_heads, TRANSFORMER)
         self.checkpoint = checkpoint
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime)

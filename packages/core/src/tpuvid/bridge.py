@@ -363,6 +363,12 @@ class ScannedBlocks(nn.Module):
         return {name: whole(name, part) for name, part in stacked.items()}
 
 
+def rotate_heads(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Within a traced module, `tpuvid.kernels.rotate_heads`: [B, T, C] and tables [T, D] → [B, N, T, D]."""
+    env = environment()
+    return env.j2t_iso(kernels.rotate_heads(*env.t2j_iso((x, cosines, sines))))
+
+
 def token_attention(
     *streams: tuple[str, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], scale: float | None = None
 ) -> list[torch.Tensor]:

@@ -29,6 +29,7 @@ from tpuvid_hunyuan.guidance import Guidance
 from tpuvid_hunyuan.sharding import TRANSFORMER
 from tpuvid_hunyuan.transformer import IMAGE_HALF, build_transformer, rotary_tables
 
+BLOCKS = Scan(2, tokens={"hidden_states": 1, "encoder_hidden_states": 1, "attention_mask": 1, "freqs_cis": 0})
 VAE_TIME, VAE_SPACE = 4, 16  # pixels per latent of every HunyuanVideo 1.5 VAE
 
 
@@ -99,7 +100,7 @@ class HunyuanDenoiser:
         self.runtime, self.checkpoint = runtime, checkpoint
         module = build_transformer(checkpoint.config("transformer"))
         self.config, self.rope = module.config, module.rope
-        self.traced = TracedModule(module, scan={"transformer_blocks": Scan(2)})
+        self.traced = TracedModule(module, scan={"transformer_blocks": BLOCKS})
         self.mesh = runtime.denoiser_mesh(self.traced, self.config.num_attention_heads, TRANSFORMER)
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime, guide=self.guidance.guide)
 

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15RotaryPosEmbed
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from tpuvid.bridge import build
+from tpuvid.bridge import build, rotate_heads, token_attention
 from tpuvid.errors import InputError
 
 IMAGE_HALF = ("image_embedder.",)  # weights for image-to-video
@@ -27,33 +26,47 @@ TEXT_TYPE, GLYPH_TYPE = 0, 1  # rows of cond_type_embed
 
 
 class KeyMaskedAttention:
-    """An attention processor for a mask over keys, [B, S]: of the blocks (with `encoder_hidden_states`) and of the refiner.
+    """The refiner's attention processor: the prompt's tokens attend to each other under a mask over keys, [B, S].
 
     Where a query is padding its row is left to be whatever it is, since nothing attends to it.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        q, k, v = (self._heads(attn, to(hidden_states)) for to in (attn.to_q, attn.to_k, attn.to_v))
-        if attn.norm_q is not None:
-            q, k = attn.norm_q(q), attn.norm_k(k)
-        if image_rotary_emb is not None:
-            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
-        if encoder_hidden_states is not None:
-            projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-            text_q, text_k, text_v = (self._heads(attn, to(encoder_hidden_states)) for to in projections)
-            text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
-            q, k, v = (torch.cat(pair, dim=1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-        mask = F.pad(attention_mask.bool(), (k.shape[1] - attention_mask.shape[1], 0), value=True)
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None, None])
-        out = out.transpose(1, 2).flatten(2)
-        if encoder_hidden_states is None:
-            return attn.to_out[0](out)
-        count = hidden_states.shape[1]
-        return attn.to_out[0](out[:, :count]), attn.to_add_out(out[:, count:])
+        query, key, value = (heads_first(attn, to(hidden_states)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        mask = attention_mask.bool()[:, None, None]
+        return attn.to_out[0](merged(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
 
-    @staticmethod
-    def _heads(attn, x: Tensor) -> Tensor:
-        return x.unflatten(2, (attn.heads, -1))
+
+class SplitTokenAttention:
+    """The blocks' attention processor: the video's tokens and the prompt's, these under a mask [B, L], attend to each other.
+
+    Tokens may be split over devices. Source: `HunyuanVideo15AttnProcessor2_0` of diffusers.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = (
+            rotate_heads(norm(x.unflatten(2, (attn.heads, -1))).flatten(2), *image_rotary_emb)
+            for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
+        )
+        video = "hidden_states", query, key, heads_first(attn, value), None
+        to = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        query, key, value = (heads_first(attn, projection(encoder_hidden_states)) for projection in to)
+        text = (
+            "encoder_hidden_states", attn.norm_added_q(query), attn.norm_added_k(key), value, attention_mask.bool()
+        )  # fmt: skip
+        video, text = token_attention(video, text)
+        return attn.to_out[0](merged(video)), attn.to_add_out(merged(text))
+
+
+def heads_first(attn, x: Tensor) -> Tensor:
+    """[B, T, N·D] → [B, N, T, D]"""
+    return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+def merged(x: Tensor) -> Tensor:
+    """[B, N, T, D] → [B, T, N·D]"""
+    return x.transpose(1, 2).flatten(2)
 
 
 class TextToVideoTransformer(HunyuanVideo15Transformer3DModel):
@@ -104,6 +117,8 @@ def build_transformer(config: Mapping[str, Any]) -> TextToVideoTransformer:
         )
     del module.image_embedder
     module.set_attn_processor(KeyMaskedAttention())
+    for block in module.transformer_blocks:
+        block.attn.set_processor(SplitTokenAttention())
     return module
 
 

@@ -26,6 +26,7 @@ from tpuvid_wan.sharding import TRANSFORMER
 
 SCHEDULERS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 """By class: what its configuration calls the shift."""
+BLOCKS = Scan(1, tokens={"hidden_states": 1, "rotary_emb": 1})
 VAE_TIME, VAE_SPACE = 4, 8  # pixels per latent of every Wan 2.1 VAE
 
 
@@ -49,7 +50,7 @@ class WanDenoiser:
         module = build(lambda: WanTransformer3DModel.from_config(self.config))
         module.set_attn_processor(SplitTokenAttention())
         keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-        self.traced = TracedModule(module, scan={"blocks": Scan(1, tokens={"hidden_states": 1, "rotary_emb": 1})}, keep_in_fp32=keep)
+        self.traced = TracedModule(module, scan={"blocks": BLOCKS}, keep_in_fp32=keep)
         self.mesh = runtime.denoiser_mesh(self.traced, module.config.num_attention_heads, TRANSFORMER)
         self.checkpoint = checkpoint
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime)

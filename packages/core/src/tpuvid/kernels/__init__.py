@@ -4,6 +4,7 @@ from tpuvid.kernels.attention import attention
 from tpuvid.kernels.convolution import convolution_2d, convolution_3d
 from tpuvid.kernels.placement import placed_on
 from tpuvid.kernels.recording import recorded_attention
+from tpuvid.kernels.rotary import rotate_heads
 from tpuvid.kernels.tokens import token_attention
 
-__all__ = ["attention", "convolution_2d", "convolution_3d", "placed_on", "recorded_attention", "token_attention"]
+__all__ = ["attention", "convolution_2d", "convolution_3d", "placed_on", "recorded_attention", "rotate_heads", "token_attention"]

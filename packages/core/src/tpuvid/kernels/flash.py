@@ -86,7 +86,8 @@ def attention_flash(
     query, key, value = (_pad(x, 3, wide) for x in (query, key, value))
     value = jnp.concatenate([jnp.swapaxes(value, 2, 3), ones.astype(value.dtype)], axis=2)
     scale = dim**-0.5 if scale is None else scale
-    out = _call(_pad(query, 2, round_up(queries)), key, value, blocks, queries, scale, dtype, interpret)
+    query = _pad(query, 2, min(blocks.q, round_up(queries))) if queries < blocks.q else query
+    out = _call(query, key, value, blocks, queries, scale, dtype, interpret)
     return out[:, :, :queries, :dim]
 
 
@@ -101,10 +102,10 @@ def _call(
     query: Float[Array, "B N T D"], key: Float[Array, "B N S D"], value: Float[Array, "B N D1 S"], blocks: Blocks, queries: int,
     scale: float, dtype: DTypeLike, interpret: bool,
 ) -> Float[Array, "B N T D"]:  # fmt: skip
-    """T and S in whole lanes, of which T `queries` count."""
+    """T at least one block, of which `queries` count; S in whole lanes."""
     batch, heads, rows, dim = query.shape
     keys, depth = key.shape[2], value.shape[2]
-    block_q, block_kv = min(blocks.q, rows), min(blocks.kv, keys)
+    block_q, block_kv = min(blocks.q, round_up(rows)), min(blocks.kv, keys)
     grid = (batch, heads, pl.cdiv(rows, block_q), pl.cdiv(keys, block_kv))
     kernel = functools.partial(
         _kernel, keys=keys, queries=queries, compute=blocks.kv_compute, scale=scale * math.log2(math.e)

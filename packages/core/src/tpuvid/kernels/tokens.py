@@ -5,6 +5,7 @@ Source: DeepSpeed-Ulysses (arXiv:2309.14509).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,13 +17,13 @@ from tpuvid.kernels.attention import attention, local_attention
 from tpuvid.kernels.placement import placement
 
 AXIS = "sp"
-SUBLANES = 8
-"""Tokens of a part come in multiples of it: what a TPU's registers hold of one lane."""
+SUBLANES, LANES = 8, 128
+"""A part's tokens come in multiples of the one, all parts' together of the other: what a TPU's registers hold."""
 
 
 def padded_length(length: int, parts: int) -> int:
-    """The least length of which every part is whole registers."""
-    whole = parts * SUBLANES
+    """The least length that is whole registers in every part, and together."""
+    whole = math.lcm(parts * SUBLANES, LANES)
     return -(-length // whole) * whole
 
 
@@ -58,8 +59,8 @@ def token_attention(streams: Sequence[Stream], *, scale: float | None = None) ->
     else:
         mask = None if mask is None else lax.all_gather(mask, AXIS, axis=1, tiled=True)
         if query.shape[1] % split.parts == 0:
-            query, key, value = (lax.all_to_all(x, AXIS, 1, 2, tiled=True) for x in (query, key, value))
-            out = lax.all_to_all(local_attention(query, key, value, mask, scale), AXIS, 2, 1, tiled=True)
+            query, key, value = (_all_tokens(x, split.parts) for x in (query, key, value))
+            out = _all_heads(local_attention(query, key, value, mask, scale), split.parts)
         else:
             key, value = (lax.all_gather(x, AXIS, axis=2, tiled=True) for x in (key, value))
             out = local_attention(query, key, value, mask, scale)
@@ -67,6 +68,21 @@ def token_attention(streams: Sequence[Stream], *, scale: float | None = None) ->
     for stream in streams:
         ends.append(ends[-1] + stream.query.shape[2])
     return [out[:, :, start:end] for start, end in zip(ends, ends[1:])]
+
+
+def _all_tokens(x: Float[Array, "B N T D"], parts: int) -> Float[Array, "B n T2 D"]:
+    """Of all parts, for a share of the heads. What is exchanged is a leading axis: any other costs copies on both sides."""
+    batch, heads, tokens, dim = x.shape
+    shares = jnp.moveaxis(x.reshape(batch, parts, heads // parts, tokens, dim), 1, 0)
+    found = lax.all_to_all(shares, AXIS, 0, 0, tiled=True)  # [part, B, n, T, D]
+    return jnp.moveaxis(found, 0, 2).reshape(batch, heads // parts, parts * tokens, dim)
+
+
+def _all_heads(x: Float[Array, "B n T2 D"], parts: int) -> Float[Array, "B N T D"]:
+    """The inverse of `_all_tokens`."""
+    batch, heads, tokens, dim = x.shape
+    found = lax.all_to_all(jnp.moveaxis(x.reshape(batch, heads, parts, tokens // parts, dim), 2, 0), AXIS, 0, 0, tiled=True)
+    return jnp.moveaxis(found, 0, 1).reshape(batch, parts * heads, tokens // parts, dim)
 
 
 def _mask(stream: Stream) -> Bool[Array, "B T"] | None:
