@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
-from functools import partial
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -41,18 +40,15 @@ class Published:
     """Row-parallel layers replicated instead of all-reduced."""
     masked: bool = False
     """Keys that only pad a block, and padded text, masked by segment ids, as tpuvid does; else zeros that take part."""
-    mesh: tuple[int, int] = (2, 4)
-    """dp, tp."""
-    layout: str = "tensor"
-    """"tensor": Megatron's. "sequence": tokens split over tp, all-to-all before and after self-attention, weights
-    replicated (what gathering them would take is not in it)."""
+    mesh: str = "dp=2,tp=4"
+    """tp: Megatron's layout. sp: tokens split, all-to-all before and after self-attention."""
 
 
 PUBLISHED = {
     "attention": Published("self-attention call of Wan 2.1 14B, 5 heads, 75,600 tokens", 43.93e-3),
     "wan": Published("Wan 2.1 14B, 1280×720×81, CFG", 4.60, "wan2.1-t2v-14b"),
     "wan-sequence": Published(
-        "Wan 2.1 14B, as above, tokens instead of widths split", 4.60, "wan2.1-t2v-14b", layout="sequence"
+        "Wan 2.1 14B, as above, tokens instead of widths split", 4.60, "wan2.1-t2v-14b", mesh="dp=2,sp=4"
     ),
     "cogvideox": Published("CogVideoX1.5-5B, 1360×768×81, CFG", 2.31, "cogvideox1.5-5b"),
     "hunyuan": Published("HunyuanVideo 1.5, 1280×720×121, CFG", 7.29, "hunyuanvideo-1.5-t2v-720p", replicated_rows=True),
@@ -64,7 +60,7 @@ PUBLISHED = {
         7.29,
         "hunyuanvideo-1.5-t2v-720p",
         replicated_rows=True,
-        mesh=(1, 8),
+        mesh="dp=1,tp=8",
     ),
 }
 
@@ -73,21 +69,20 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[
     """A job: writes the scheduled program of `argument["name"]` to `argument["hlo"]`; returns its devices' coordinates."""
     import jax
     import jax.numpy as jnp
-    from tpuvid.kernels import block_sizes, splash
+    from tpuvid.kernels import splash
+    from tpuvid.kernels.block_sizes import Blocks
 
     published = PUBLISHED[argument["name"]]
-    block_sizes.LONG = block_sizes.Blocks(*BLOCKS)
+    splash.BLOCKS = Blocks(*BLOCKS)
 
     def as_published(query, key, value, *, kv_mask=None, scale=None):
         """Keys padded with zeros to whole blocks, no mask: so no segment ids are compared."""
-        key, value = (splash._pad(x, block_sizes.splash_blocks(*query.shape[2:3], *x.shape[2:]).kv) for x in (key, value))
+        key, value = (splash._pad(x, splash._blocks(query.shape[2], *x.shape[2:]).kv) for x in (key, value))
         return splash.attention_splash(query, key, value, scale=scale)
 
     attention = import_module("tpuvid.kernels.attention")
     if not published.masked:
         attention.attention_splash = as_published
-    if published.layout == "sequence":
-        attention._attention_sharded = partial(_attention_over_tokens, as_published)
     devices = TOPOLOGY.jax_devices()
     if published.model is None:
         heads = jax.ShapeDtypeStruct((1, 5, 75_600, 128), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
@@ -96,23 +91,6 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[
         compiled = _denoising_step(published, devices)
     Path(argument["hlo"]).write_text(compiled.as_text())
     return [list(device.coords) for device in devices]
-
-
-def _attention_over_tokens(kernel, mesh, query, key, value, mask, scale):
-    """Queries [B, N, T, D] split over tp along T; all-to-all brings them and the keys to self-attention by heads, and back."""
-    import jax
-
-    if mask is not None:
-        raise ValueError("attention over split tokens takes no mask")
-    tokens, whole = jax.sharding.PartitionSpec("dp", None, "tp", None), jax.sharding.PartitionSpec("dp", None, None, None)
-    to_heads = partial(jax.lax.all_to_all, axis_name="tp", split_axis=1, concat_axis=2, tiled=True)
-    to_tokens = partial(jax.lax.all_to_all, axis_name="tp", split_axis=2, concat_axis=1, tiled=True)
-    if query.shape[2] == key.shape[2]:
-        run, of_keys = lambda q, k, v: to_tokens(kernel(to_heads(q), to_heads(k), to_heads(v), scale=scale)), tokens
-    else:
-        run, of_keys = partial(kernel, scale=scale), whole
-    specs = (tokens, of_keys, of_keys)
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)(query, key, value)
 
 
 def _denoising_step(published: Published, devices: list) -> Any:
@@ -126,13 +104,12 @@ def _denoising_step(published: Published, devices: list) -> Any:
     sharding = import_module(f"{spec.load_denoiser.split('.')[0]}.sharding")
     if published.replicated_rows:
         sharding.TRANSFORMER = tuple(rule for rule in sharding.TRANSFORMER if rule[1] != (None, "tp"))
-    if published.layout == "sequence":
-        sharding.TRANSFORMER = ()
     programs = []
     runtime = DryRuntime(
         DTYPES["bfloat16"],
         devices=devices,
-        mesh_config=MeshConfig(*published.mesh),
+        mesh_config=MeshConfig.parse(published.mesh),
+        attention_backend="splash",
         compiled_stages=("denoise",),
         on_program=programs.append,
     )

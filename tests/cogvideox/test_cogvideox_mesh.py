@@ -9,6 +9,7 @@ from shared.mesh_parity import on_eight_devices
 from tpuvid import t5
 from tpuvid.bridge import TracedModule, build
 from tpuvid.mesh import shard_parameters
+from tpuvid_cogvideox.denoise import BLOCKS
 from tpuvid_cogvideox.plugin import COGVIDEOX_1_5_5B
 from tpuvid_cogvideox.sharding import TRANSFORMER
 from transformers import T5Config, T5EncoderModel
@@ -26,8 +27,8 @@ def test_every_layout_gives_the_single_device_result(results):
 
 
 def test_layouts_are_really_used(results):
-    assert results["dp=1,tp=4"]["spec"] == [None, "tp", None]
-    assert results["None"]["mesh"] == {"dp": 2, "tp": 4}, "eight devices, four heads, guidance"
+    assert results["dp=2,tp=4"]["spec"] == [None, "tp", None] and results["dp=2,sp=4,fsdp"]["spec"][1:] != [None, None]
+    assert results["None"]["mesh"] == {"dp": 2, "sp": 4, "tp": 1}, "eight devices, guidance"
 
 
 def test_rules_fit_the_full_size_model():
@@ -39,7 +40,7 @@ def test_rules_fit_the_full_size_model():
         sample_height=300, sample_width=300, patch_bias=False, use_rotary_positional_embeddings=True, sample_frames=81
     )
     module = build(lambda: CogVideoXTransformer3DModel(**config, **spec.signature))
-    parameters = TracedModule(module, scan={"transformer_blocks": 2}).parameters(np.dtype(np.float32))
+    parameters = TracedModule(module, scan={"transformer_blocks": BLOCKS}).parameters(np.dtype(np.float32))
     count = sum(int(np.prod(s.shape)) for s in parameters.values())
     assert f"{count / 1e9:.1f}B" == spec.parameters
     shardings = shard_parameters(parameters, TRANSFORMER, mesh)

@@ -181,7 +181,10 @@ def test_dispatch_on_cpu_is_xla():
     assert error(found, attention_reference(q, k, v, mask=key_mask(65)[:, None, None])) < 1e-5
 
 
-@pytest.mark.parametrize("backend, message", [("flash", "runs on tpu"), ("splash", "runs on tpu"), ("cudnn", "runs on gpu"), ("magic", "choose from")])
+@pytest.mark.parametrize(
+    "backend, message",
+    [("flash", "runs on tpu"), ("splash", "runs on tpu"), ("cudnn", "runs on gpu"), ("magic", "choose from")],
+)
 def test_backend_that_cannot_run_here_is_an_error(backend, message):
     with pytest.raises(ValueError, match=message), placed_on(make_mesh(MeshConfig()), backend):
         pass

@@ -15,8 +15,8 @@ from tpuvid.kernels.block_sizes import (
     Blocks,
     Row,
     block_rows,
-    read_rows,
     flash_blocks,
+    read_rows,
 )
 from tpuvid.kernels.flash import attention_flash
 from tpuvid.plan.topologies import parse_topology

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from tpuvid.bridge import TracedModule, build, map_rows
+from tpuvid.bridge import Scan, TracedModule, build, map_rows
 from tpuvid.checkpoint import Weights
 from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.weights import load_parameters
@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 def load(model, tmp_path, **options):
     save_file(model.state_dict(), tmp_path / "m.safetensors")
-    traced = TracedModule(build(Model), scan={"blocks": 2}, **options)
+    traced = TracedModule(build(Model), scan={"blocks": Scan(2)}, **options)
     params = load_parameters(traced, Weights([tmp_path / "m.safetensors"]), mesh=MESH, dtype=np.dtype(np.float32))
     return traced, params | traced.buffers()
 
@@ -73,7 +73,7 @@ def test_parameter_names_are_the_checkpoints(tmp_path):
 
 
 def test_parts_stay_in_float32():
-    traced = TracedModule(build(Model), scan={"blocks": 2}, keep_in_fp32=("norm1",))
+    traced = TracedModule(build(Model), scan={"blocks": Scan(2)}, keep_in_fp32=("norm1",))
     dtypes = {name: s.dtype for name, s in traced.parameters(np.dtype(ml_dtypes.bfloat16)).items()}
     assert dtypes["blocks.*.norm1.weight"] == np.float32
     assert dtypes["blocks.*.mix.weight"] == ml_dtypes.bfloat16

@@ -67,6 +67,11 @@ def test_what_data_decides_is_counted_and_reported():
     assert found.grid is None
 
 
+def test_an_optimistic_kernel_never_enters_what_data_decides():
+    found = schedule("optimistic_double.1", *grid_kernel(skip="%p4_p3"))
+    assert found.cycles == 2 + 6 * (10 + 60 + 5) and found.uncertain == 6 * 5
+
+
 def test_a_pipelined_loop_has_more_trips_than_steps():
     found = schedule("double.1", *grid_kernel(bound="8"))
     assert found.grid == (2, 3) and found.cycles == 2 + 8 * 75 + 3 * 5

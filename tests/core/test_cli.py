@@ -237,7 +237,7 @@ def test_a_failure_while_running_is_one_line_and_1(monkeypatch, capsys, error, s
 @pytest.mark.parametrize(
     "option, message",
     [
-        (["--mesh", "ep=2"], "dp=2,tp=4"),
+        (["--mesh", "ep=2"], "dp=2,sp=4"),
         (["--mesh", "tp=64"], "needs 64 devices"),
         (["--attention-backend", "splash"], "runs on tpu"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from tpuvid.bridge import TracedModule, build
+from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.denoising import Sampler
 from tpuvid.profiling import PROFILED_STEPS, steady_steps
 from tpuvid.progress import Progress
@@ -75,7 +75,7 @@ def schedule():
 
 def run(net, schedule, *, cache=Uncached(), scale=3.0, on_step=lambda done, total: None, **options):
     runtime = Runtime.create(dtype="float32", progress=Events(), **options)
-    traced = TracedModule(build(Net), scan={"blocks": 1})
+    traced = TracedModule(build(Net), scan={"blocks": Scan(1)})
     params = {k: v.numpy() for k, v in net.state_dict().items() if "blocks" not in k}
     for leaf in ("weight", "bias"):
         params[f"blocks.*.linear.{leaf}"] = np.stack([getattr(block.linear, leaf).detach().numpy() for block in net.blocks])

@@ -6,15 +6,32 @@ from tpuvid.errors import InputError
 from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh, shard_parameters, split_sizes
 
 
-@pytest.mark.parametrize("text, config", [("dp=2,tp=4", (2, 4)), ("tp=8", (1, 8)), ("dp=2", (2, 1)), ("dp=1, tp=2", (1, 2))])
+@pytest.mark.parametrize(
+    "text, config",
+    [("dp=2,tp=4", dict(dp=2, tp=4)), ("tp=8", dict(tp=8)), ("dp=2", dict(dp=2)), ("dp=1, tp=2", dict(tp=2)), ("tp=2,dp=2", dict(dp=2, tp=2)),
+     ("dp=2,sp=4", dict(dp=2, sp=4)), ("sp=4,fsdp", dict(sp=4, fsdp=True)), ("dp=2,sp=4,replicated", dict(dp=2, sp=4, fsdp=False))],
+)  # fmt: skip
 def test_parse(text, config):
-    assert MeshConfig.parse(text) == MeshConfig(*config)
+    assert MeshConfig.parse(text) == MeshConfig(**config) == MeshConfig.parse(str(MeshConfig(**config)))
 
 
-@pytest.mark.parametrize("text", ["", ",", "tp", "tp=0", "dp=-1", "ep=2", "dp=2;tp=4", "tp=2,dp=2"])
+@pytest.mark.parametrize("text", ["", ",", "tp", "tp=0", "dp=-1", "ep=2", "dp=2;tp=4", "dp=2,dp=2", "fsdp", "fsdp,sp=4"])
 def test_parse_refuses(text):
-    with pytest.raises(InputError, match="needs the form dp=2,tp=4"):
+    with pytest.raises(InputError, match="needs the form dp=2,sp=4"):
         MeshConfig.parse(text)
+
+
+@pytest.mark.parametrize("text", ["sp=2,tp=2", "dp=2,tp=2,fsdp"])
+def test_tokens_and_widths_are_not_split_together(text):
+    with pytest.raises(InputError, match="choose one of them"):
+        MeshConfig.parse(text)
+
+
+@pytest.mark.parametrize(
+    "devices, guidance, config", [(8, True, (2, 4)), (8, False, (1, 8)), (1, True, (1, 1)), (3, True, (1, 3))]
+)
+def test_tokens_are_split_over_all_that_guidance_leaves(devices, guidance, config):
+    assert default_mesh_config(devices, [7], guidance=guidance, tokens=True) == MeshConfig(dp=config[0], sp=config[1])
 
 
 @pytest.mark.parametrize(
@@ -23,7 +40,7 @@ def test_parse_refuses(text):
      (8, [12, 90], True, (2, 2)), (4, [5], True, (2, 1)), (3, [12], True, (1, 3))],
 )  # fmt: skip
 def test_default_divides_every_size(devices, sizes, guidance, config):
-    assert default_mesh_config(devices, sizes, guidance=guidance) == MeshConfig(*config)
+    assert default_mesh_config(devices, sizes, guidance=guidance) == MeshConfig(dp=config[0], tp=config[1])
 
 
 def test_split_sizes_are_those_of_the_rules():
@@ -34,7 +51,7 @@ def test_split_sizes_are_those_of_the_rules():
 
 def test_more_devices_than_there_are():
     with pytest.raises(InputError, match="needs 64 devices; this machine has"):
-        make_mesh(MeshConfig(8, 8))
+        make_mesh(MeshConfig(dp=8, tp=8))
 
 
 @pytest.fixture
@@ -62,3 +79,17 @@ def test_a_rule_that_matches_nothing_is_an_error(mesh):
 def test_a_mesh_that_does_not_divide_is_an_error(mesh):
     with pytest.raises(InputError, match=r"mesh tp=4 does not divide q \(6,\)"):
         shard_parameters({"q": struct(6)}, [("q", ("tp",))], mesh)
+
+
+def test_fsdp_splits_the_longest_dimension_of_blocks_that_divides(mesh):
+    mesh = Mesh(mesh.devices.reshape(2, 4, 1), ("dp", "sp", "tp"))
+    parameters = {
+        "blocks.*.a": struct(3, 8, 24),
+        "blocks.*.b": struct(3, 16, 9),
+        "blocks.*.c": struct(3, 7),
+        "head": struct(8, 8),
+    }
+    found = shard_parameters(parameters, [], mesh, fsdp=True)
+    specs = {name: tuple(sharding.spec) for name, sharding in found.items()}
+    both = ("dp", "sp")
+    assert specs == {"blocks.*.a": (None, None, both), "blocks.*.b": (None, both), "blocks.*.c": (), "head": ()}

@@ -163,7 +163,7 @@ def this_run(**changes):
         ("family", "hunyuan", "family=wan, this run has family=hunyuan; make a pack"),
         ("source", "0", "source="),
         ("kernels", "0", "kernels="),
-        ("mesh", "dp=2,tp=1", "mesh=dp=1,tp=1, this run has mesh=dp=2,tp=1; pass --mesh dp=1,tp=1"),
+        ("mesh", "dp=2,tp=1", "mesh=dp=1, this run has mesh=dp=2,tp=1; pass --mesh dp=1"),
         ("jax", "9.9", "install jax=="),
         ("jaxlib", "9.9", "install jaxlib=="),
         ("torch", "9.9", "install torch=="),

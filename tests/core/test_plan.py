@@ -16,6 +16,7 @@ import tpuvid
 from tpuvid import InputError
 from tpuvid.checkpoint import resolve_model
 from tpuvid.cli import run
+from tpuvid.layout import AXES, MeshConfig
 from tpuvid.plan.dryrun import AbsentArray, DryRuntime, Ledger, _needed_hbm, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import Jobs, scratch_folder
 from tpuvid.plan.planning import GIB, Planner
@@ -46,9 +47,13 @@ def dry_run(job, report):
         programs, ledger = [], Ledger()
         runtime = DryRuntime.create(dtype="float32", ledger=ledger, on_program=programs.append, compiled_stages=tuple(stages))
         spec, checkpoint = wan_tiny(ledger)
-        weights = dry_generate(spec, checkpoint, spec.configure(prompt="a red circle", **SMALL), runtime)
+        loaded = dry_generate(spec, checkpoint, spec.configure(prompt="a red circle", **SMALL), runtime)
         calls = [(p.stage, p.name, p.calls) for p in programs]
-        found["+".join(stages)] = {"weights": weights, "programs": calls, "left": ledger.bytes()}
+        found["+".join(stages)] = {
+            "weights": {n: stage.weights for n, stage in loaded.items()},
+            "programs": calls,
+            "left": ledger.bytes(),
+        }
     return found
 
 
@@ -158,13 +163,13 @@ class LinearPlanner(Planner):
                 "denoise": (self.base + self.slope * latents) / chips,
                 "decode": 12.0 if options["vae_tiling"] else 17.0,
             }
-            mesh = dict(part.split("=") for part in (options["mesh"] or "dp=1,tp=1").split(","))
+            mesh = MeshConfig.parse(options["mesh"] or "dp=1")
             results.append(
                 {
                     "usable": int(self.usable * GIB), "device_kind": "TPU v6 lite", "versions": {}, "devices": chips, "dtype": "bfloat16",
                     "stages": {
-                        stage: {"weights": GIB, "programs": [{
-                            "name": stage, "calls": 50, "mesh": {k: int(v) for k, v in mesh.items()}, "compile_seconds": 1.0,
+                        stage: {"weights": GIB, "layout": str(mesh), "programs": [{
+                            "name": stage, "calls": 50, "mesh": {axis: getattr(mesh, axis) for axis in AXES}, "compile_seconds": 1.0,
                             "footprint": None, "around": 0, "peak": int(used[stage] * GIB), "prediction": None,
                         }]}
                         for stage in stages

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.kernels.block_sizes import LANES, VARIABLE, AttentionShape, Blocks, read_rows, flash_blocks
+from tpuvid.kernels.block_sizes import LANES, VARIABLE, AttentionShape, Blocks, flash_blocks, read_rows
 from tpuvid.plan import tune
 from tpuvid.plan.topologies import parse_topology
 
@@ -14,10 +14,10 @@ SHAPE = AttentionShape(5, 75600, 75600, 128)
 
 
 def made_up(topology, shape, candidates, jobs):
-    """Best at 1536/1536/512; what is larger than 4096 doesn't fit."""
+    """Best at 1536/1536/512; more than 4096 queries do not fit."""
     for blocks in candidates:
         cost = sum(abs(size - best) / best for size, best in zip(blocks, (1536, 1536, 512)))
-        yield tune.Found(blocks, None, "too large") if max(blocks) > 4096 else tune.Found(blocks, 1e7 * (1 + cost))
+        yield tune.Found(blocks, None, "too large") if blocks.q > 4096 else tune.Found(blocks, 1e7 * (1 + cost))
 
 
 @pytest.fixture
@@ -143,6 +143,6 @@ def test_real_candidates(tmp_path, tpuvid_command, python_env):
 @pytest.mark.aot
 def test_the_shapes_of_a_model_are_those_of_its_step():
     shapes = tune.attention_shapes("wan2.1-t2v-14b", V6E, {}, None)
-    assert AttentionShape(10, 75600, 75600, 128) in shapes, "40 heads over tp=4"
-    assert AttentionShape(10, 75600, 512, 128) in shapes, "to the text"
+    assert AttentionShape(10, 75648, 75648, 128) in shapes, "40 heads over sp=4, all tokens, padded"
+    assert AttentionShape(40, 18912, 512, 128) in shapes, "to the text"
     assert tune.attention_shapes("wan2.1-t2v-14b", V6E, {"num_frames": 5}, "dp=1,tp=8")[0].heads == 5

@@ -10,7 +10,7 @@ import json, sys, threading, time
 import jax, numpy as np
 from pathlib import Path
 from torch import nn
-from tpuvid.bridge import TracedModule, build
+from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.checkpoint import Weights
 from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.weights import load_parameters
@@ -27,7 +27,7 @@ def resident():
 
 dtype = np.dtype(sys.argv[2])
 jax.block_until_ready(jax.device_put(np.ones(10)))
-traced = TracedModule(build(Model), scan={"blocks": 1})
+traced = TracedModule(build(Model), scan={"blocks": Scan(1)})
 before = peak = resident()
 done = False
 def watch():

@@ -7,8 +7,9 @@ from hunyuan.random_checkpoint import RandomHunyuan
 from jax.sharding import Mesh
 from shared.mesh_parity import on_eight_devices
 from tpuvid import t5
-from tpuvid.bridge import TracedModule, build
+from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.mesh import shard_parameters
+from tpuvid_hunyuan.denoise import BLOCKS
 from tpuvid_hunyuan.encode import text_module
 from tpuvid_hunyuan.plugin import HUNYUAN_480P, HUNYUAN_720P
 from tpuvid_hunyuan.sharding import QWEN, TRANSFORMER
@@ -30,9 +31,9 @@ def test_every_layout_gives_the_single_device_result(results):
 
 
 def test_layouts_are_really_used(results):
-    assert results["dp=1,tp=4"]["spec"] == [None, "tp", None]
-    assert results["None"]["mesh"] == {"dp": 2, "tp": 4}, "eight devices, four heads, guidance"
-    assert results["None"]["encoders"] == 2 * [{"dp": 1, "tp": 2}], "two key heads of the one, two heads of the other"
+    assert results["dp=2,tp=4"]["spec"] == [None, "tp", None] and results["dp=2,sp=4,fsdp"]["spec"][1:] != [None, None]
+    assert results["None"]["mesh"] == {"dp": 2, "sp": 4, "tp": 1}, "eight devices, guidance"
+    assert results["None"]["encoders"] == 2 * [{"dp": 1, "sp": 1, "tp": 2}], "two key heads of the one, two heads of the other"
 
 
 @pytest.mark.parametrize("spec", [HUNYUAN_720P, HUNYUAN_480P], ids=lambda spec: spec.model_id)
@@ -42,7 +43,7 @@ def test_rules_fit_the_full_size_model(spec):
     config = dict(spec.signature) | {"task_type": "t2v"}
     whole = build(lambda: HunyuanVideo15Transformer3DModel(**config))
     assert f"{sum(p.numel() for p in whole.parameters()) / 1e9:.1f}B" == spec.parameters
-    parameters = TracedModule(build_transformer(config), scan={"transformer_blocks": 2}).parameters(np.dtype(np.float32))
+    parameters = TracedModule(build_transformer(config), scan={"transformer_blocks": BLOCKS}).parameters(np.dtype(np.float32))
     count = sum(int(np.prod(s.shape)) for s in parameters.values())
     shardings = shard_parameters(parameters, TRANSFORMER, MESH)
     split = sum(int(np.prod(parameters[k].shape)) for k, s in shardings.items() if "tp" in s.spec)
@@ -54,7 +55,7 @@ def test_rules_fit_the_full_size_text_encoders():
     qwen = Qwen2_5_VLTextConfig(
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
     )  # fmt: skip
-    parameters = TracedModule(text_module(qwen), scan={"layers": 1}).parameters(np.dtype(np.float32))
+    parameters = TracedModule(text_module(qwen), scan={"layers": Scan(1)}).parameters(np.dtype(np.float32))
     assert parameters["layers.*.self_attn.k_proj.weight"].shape == (26, 512, 3584), "28 layers, less those not needed"
     shard_parameters(parameters, QWEN, MESH)
     # google/byt5-small with the words of Glyph-SDXL-v2, six heads

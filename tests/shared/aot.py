@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tpuvid.plan.jobs import Jobs, Report, scratch_folder
 from tpuvid.plan.topologies import parse_topology
+
+GATHER = re.compile(r"= \w+\[([\d,]+)\]\S* all-gather\(")
+"""The shape of what an all-gather gives."""
 
 
 def compile_steps(model: str, topology: str = "v6e-8", **settings) -> dict:
@@ -33,7 +38,7 @@ def _compile(job: Mapping[str, Any], report: Report) -> dict:
                 "mesh": dict(program.mesh.shape),
                 "gib": program.footprint.total / 2**30,
                 "kernels": hlo.count("tpu_custom_call"),
-                "gathers": hlo.count("all-gather("),
+                "largest gather": max((math.prod(map(int, shape.split(","))) for shape in GATHER.findall(hlo)), default=0),
                 "loops": hlo.count(" while("),
                 "seconds": program.compile_seconds,
             }

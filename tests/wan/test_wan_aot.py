@@ -14,9 +14,9 @@ def test_step_compiles_and_fits(model, topology, cache):
     found = compile_steps(model, topology, cache=cache)
     print(found)
     full, cached = found["full"], found["cached"]
-    assert found["mesh"] == {"v6e-8": {"dp": 2, "tp": 4}, "v6e-1": {"dp": 1, "tp": 1}}[topology]
+    assert found["mesh"] == {"v6e-8": {"dp": 2, "sp": 4, "tp": 1}, "v6e-1": {"dp": 1, "sp": 1, "tp": 1}}[topology]
     assert full["gib"] < 31.25, "a v6e chip has 32 GB"
     assert full["kernels"] >= 2, "self- and cross-attention run on the Pallas kernel"
-    assert full["gathers"] == 0, "no activation is gathered whole"
+    assert full["largest gather"] < 3 * 13824 * 5120, "weights of a block are gathered, no activations"
     if cache:
         assert cached["gib"] < 31.25 and cached["kernels"] == 2 and cached["loops"] < full["loops"], "one block alone"

@@ -4,6 +4,7 @@ from shared.mesh_parity import on_eight_devices
 from tpuvid import t5
 from tpuvid.bridge import TracedModule, build
 from tpuvid.mesh import shard_parameters
+from tpuvid_wan.denoise import BLOCKS
 from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
 from tpuvid_wan.sharding import TRANSFORMER
 from wan.conftest import SMALL
@@ -22,8 +23,8 @@ def test_every_layout_gives_the_single_device_result(results):
 
 
 def test_layouts_are_really_used(results):
-    assert results["None"]["spec"] == [None, "tp", None]
-    assert results["None"]["mesh"] == {"dp": 2, "tp": 4}, "eight devices, four heads, guidance"
+    assert results["dp=2,tp=4"]["spec"] == [None, "tp", None] and results["dp=2,sp=4,fsdp"]["spec"][1:] != [None, None]
+    assert results["None"]["mesh"] == {"dp": 2, "sp": 4, "tp": 1}, "eight devices, guidance"
 
 
 @pytest.mark.parametrize("spec", [WAN_14B, WAN_1_3B], ids=lambda s: s.model_id)
@@ -38,7 +39,7 @@ def test_rules_fit_the_full_size_models(spec):
     ffn = {5120: 13824, 1536: 8960}[width]
     mesh = Mesh(np.array([jax.devices()[0]] * 8).reshape(2, 4), ("dp", "tp"))
     module = build(lambda: WanTransformer3DModel(text_dim=4096, ffn_dim=ffn, **spec.signature))
-    parameters = TracedModule(module, scan={"blocks": 1}).parameters(np.dtype(np.float32))
+    parameters = TracedModule(module, scan={"blocks": BLOCKS}).parameters(np.dtype(np.float32))
     count = sum(int(np.prod(s.shape)) for s in parameters.values())
     assert f"{count / 1e9:.1f}B" == spec.parameters
     shardings = shard_parameters(parameters, TRANSFORMER, mesh)

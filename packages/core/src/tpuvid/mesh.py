@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +40,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if config.size > len(devices):
         raise InputError(f"mesh {config} needs {config.size} devices; this machine has {len(devices)}")
     return Mesh(np.array(devices[: config.size]).reshape(config.dp, config.sp, config.tp), AXES)
+
+
+def layout_of(stage: Any) -> MeshConfig | None:
+    """How an opened stage lies on its mesh; None for one that doesn't say (its `mesh` and, where it scans blocks, `traced`)."""
+    if (mesh := getattr(stage, "mesh", None)) is None:
+        return None
+    return MeshConfig(**mesh.shape, fsdp=stage.traced.fsdp if mesh.shape["sp"] > 1 else None)
 
 
 FSDP = ("dp", "sp")

@@ -311,7 +311,7 @@ def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig
 
     first = runtime.devices[0]
     key = settings_key(spec, config) | {
-        "mesh": _mesh_text(stages.get("denoise")),
+        "mesh": _layout_text(stages.get("denoise")),
         "dtype": runtime.dtype.name,
         "attention_backend": runtime.attention_backend,
         "vae_tiling": "on" if runtime.vae_tiling else "off",
@@ -430,9 +430,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
-def _mesh_text(denoiser: Any) -> str | None:
-    mesh = getattr(denoiser, "mesh", None)
-    return None if mesh is None else ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+def _layout_text(denoiser: Any) -> str | None:
+    from tpuvid.mesh import layout_of
+
+    layout = layout_of(denoiser)
+    return None if layout is None else str(layout)
 
 
 def _version(package: str) -> str | None:

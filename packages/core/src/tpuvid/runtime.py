@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tpuvid.bridge import TracedModule
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": True}
+"""Of the compiler. Wan 2.1 14B 720p on v6e-8: 3.34 → 3.29 s per step, since other work hides half of the all-to-alls (predicted)."""
 TEXT_ENCODER_DEVICES = ("device", "cpu")
 REPLICATED = 0.6
 """Of a device's memory, what copies of all weights may take: activations of a video need the rest."""
@@ -159,7 +161,8 @@ class Programs:
     def __init__(self, runtime: Runtime, mesh: Mesh, effort: float | None = None):
         self._runtime, self._mesh = runtime, mesh
         on_tpu = mesh.devices.flat[0].platform == "tpu"
-        self._options = {"exec_time_optimization_effort": effort} if on_tpu and effort is not None else None
+        own = {} if effort is None else {"exec_time_optimization_effort": effort}
+        self._options = TPU_OPTIONS | own if on_tpu else None
         self._compiled: dict[tuple, Callable] = {}
         self._doing = "compile"
 

@@ -7,4 +7,12 @@ from tpuvid.kernels.recording import recorded_attention
 from tpuvid.kernels.rotary import rotate_heads
 from tpuvid.kernels.tokens import token_attention
 
-__all__ = ["attention", "convolution_2d", "convolution_3d", "placed_on", "recorded_attention", "rotate_heads", "token_attention"]
+__all__ = [
+    "attention",
+    "convolution_2d",
+    "convolution_3d",
+    "placed_on",
+    "recorded_attention",
+    "rotate_heads",
+    "token_attention",
+]

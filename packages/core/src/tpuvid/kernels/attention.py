@@ -9,8 +9,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float
 
 from tpuvid.kernels.block_sizes import device_chip
-from tpuvid.kernels.placement import Placement, placement
 from tpuvid.kernels.flash import attention_flash
+from tpuvid.kernels.placement import Placement, placement
 from tpuvid.kernels.splash import attention_splash
 from tpuvid.kernels.xla import attention_xla
 

@@ -107,9 +107,7 @@ def _call(
     keys, depth = key.shape[2], value.shape[2]
     block_q, block_kv = min(blocks.q, round_up(rows)), min(blocks.kv, keys)
     grid = (batch, heads, pl.cdiv(rows, block_q), pl.cdiv(keys, block_kv))
-    kernel = functools.partial(
-        _kernel, keys=keys, queries=queries, compute=blocks.kv_compute, scale=scale * math.log2(math.e)
-    )
+    kernel = functools.partial(_kernel, keys=keys, queries=queries, compute=blocks.kv_compute, scale=scale * math.log2(math.e))
     scores = batch * heads * rows * keys
     cost = pl.CostEstimate(
         flops=2 * scores * (dim + depth),

@@ -22,9 +22,7 @@ BLOCK = 256
 """Tokens at a time: 256 × 5,120 channels in and out take 10 MiB of VMEM, twice for the pipeline."""
 
 
-def rotate_heads(
-    x: Float[Array, "B T C"], cosines: Float[Array, "T D"], sines: Float[Array, "T D"]
-) -> Float[Array, "B N T D"]:
+def rotate_heads(x: Float[Array, "B T C"], cosines: Float[Array, "T D"], sines: Float[Array, "T D"]) -> Float[Array, "B N T D"]:
     """Channels 2i and 2i + 1 of every head turned by the angles of a token; both have the same entry in the tables.
 
     On a TPU, inside `shard_map` or on one device, by a kernel where heads are whole lanes.

@@ -93,4 +93,3 @@ def _mask(stream: Stream) -> Bool[Array, "B T"] | None:
     place = lax.axis_index(AXIS) * count + jnp.arange(count)
     real = (place < split.lengths[stream.name])[None]
     return real if stream.mask is None else stream.mask & real
-

@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from tpuvid.checkpoint import Checkpoint, ConfigsOnly
+from tpuvid.layout import MeshConfig
+from tpuvid.mesh import layout_of
 from tpuvid.progress import Progress
 from tpuvid.runtime import Programs, Runtime
 from tpuvid.stages import GenerationConfig, ModelSpec
@@ -236,23 +238,29 @@ def configs_checkpoint(spec: ModelSpec, checkpoint: Checkpoint, place: Callable[
     return found
 
 
+class Loaded(NamedTuple):
+    weights: int
+    """Bytes per device."""
+    layout: MeshConfig | None
+
+
 def dry_generate(
     spec: ModelSpec, checkpoint: ConfigsOnly, config: GenerationConfig, runtime: DryRuntime, *, until: str = "decode"
-) -> dict[str, int]:
+) -> dict[str, Loaded]:
     """Run `generate`'s three stages one after the other, freeing each, as far as the last that is to be compiled.
 
     Where none is, as far as `until`.
 
-    Returns the bytes per device of the weights of each stage that ran; programs go to ``runtime.on_program``.
+    Returns what is known of each stage that ran; programs go to ``runtime.on_program``.
     """
-    weights, value = {}, None
+    loaded, value = {}, None
     order = list(STAGES)
     last = max((order.index(stage) for stage in runtime.compiled_stages), default=order.index(until))
     for name in order[: last + 1]:
         stage = spec.load(STAGES[name], checkpoint, replace(runtime, stage=name))
         before = runtime.ledger.bytes()
         stage.load()
-        weights[name] = runtime.ledger.bytes() - before
+        loaded[name] = Loaded(runtime.ledger.bytes() - before, layout_of(stage))
         match name:
             case "encode":
                 value = stage.encode(config, negative=config.do_classifier_free_guidance)
@@ -263,4 +271,4 @@ def dry_generate(
                     pass
         del stage
         gc.collect()  # a stage may refer to itself
-    return weights
+    return loaded

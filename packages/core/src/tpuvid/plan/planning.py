@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tpuvid.errors import InputError
+from tpuvid.layout import MeshConfig
 from tpuvid.plan.bundles import dump_flags
 from tpuvid.plan.jobs import Jobs, Task, jobs_at_once, scratch_folder
 from tpuvid.plan.topologies import LOCAL, parse_topology, require_libtpu, slices_of
@@ -31,6 +32,8 @@ class StagePlan:
 
     name: str
     weights: int
+    layout: str | None
+    """As `--mesh` takes it; None for a stage that lies as a plugin has laid it."""
     programs: list[dict[str, Any]]
     usable: int | None
     """None where the backend doesn't tell."""
@@ -94,16 +97,23 @@ class Plan:
     @property
     def layout(self) -> str:
         """Of the denoiser, and why."""
-        mesh = self.stages["denoise"].mesh
-        used = mesh["dp"] * mesh["tp"]
-        shape = f"dp={mesh['dp']}, tp={mesh['tp']}"
+        text = self.stages["denoise"].layout
+        if self.devices == 1 or text is None:
+            return "one device" if self.devices == 1 else "the plugin's own"
+        layout = MeshConfig.parse(text)
         if self.mesh_asked:
-            return f"{shape}, as asked"
-        if self.devices == 1:
-            return "one device"
-        halves = "dp for the two halves of guidance, " if mesh["dp"] > 1 else ""
-        idle = f"; {self.devices - used} devices idle" if used < self.devices else ""
-        return f"{shape}: {halves}tp the largest split of the rest that divides the heads and widths of this model{idle}"
+            return f"{layout}, as asked"
+        why = ["dp for the two halves of guidance"] if layout.dp > 1 else []
+        if layout.sp > 1:
+            why.append("sp splits the tokens among the rest")
+            why.append(
+                "fsdp: copies of the weights would leave too little memory" if layout.fsdp else "weights replicated: they fit"
+            )
+        else:
+            why.append("tp the largest split of the rest that divides the heads and widths of this model")
+        if layout.size < self.devices:
+            why.append(f"{self.devices - layout.size} devices idle")
+        return f"{layout}: {', '.join(why)}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -289,7 +299,8 @@ def _stages(result: Mapping[str, Any]) -> dict[str, StagePlan]:
 
 
 def _other_meshes(plan: Plan) -> list[str]:
-    """Layouts over all devices but the one that was tried, the most split first."""
-    tried = plan.stages["denoise"].mesh
+    """Layouts over all devices but the one that was tried, those that split the most first."""
     pairs = [(dp, plan.devices // dp) for dp in (1, 2) if plan.devices % dp == 0]
-    return [f"dp={dp},tp={tp}" for dp, tp in pairs if {"dp": dp, "tp": tp} != tried]
+    layouts = [MeshConfig(dp=dp, sp=rest, fsdp=True) for dp, rest in pairs if rest > 1]
+    layouts += [MeshConfig(dp=dp, tp=rest) for dp, rest in pairs]
+    return [str(layout) for layout in layouts if str(layout) != plan.stages["denoise"].layout and layout.size > 1]

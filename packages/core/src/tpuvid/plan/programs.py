@@ -16,7 +16,7 @@ from tpuvid.kernels import recorded_attention
 from tpuvid.kernels.block_sizes import AttentionShape
 from tpuvid.mesh import MeshConfig
 from tpuvid.plan.cost import predict
-from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
+from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, Loaded, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import RelayedProgress, Report
 from tpuvid.plan.schedules import schedule_cycles
 from tpuvid.plan.topologies import LOCAL, parse_topology
@@ -35,7 +35,7 @@ def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         programs.append((program, _predict(program, job["topology"], job["dump"])))
 
     runtime, usable = _dry_runtime(job, report, compiled_stages=tuple(job["stages"]), on_program=keep)
-    weights = _run(job, runtime)
+    loaded = _run(job, runtime)
     return {
         "usable": usable,
         "device_kind": runtime.devices[0].device_kind,
@@ -43,7 +43,11 @@ def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         "dtype": runtime.dtype.name,
         "versions": {name: version(name) for name in ("jax", "libtpu", "diffusers") if find_spec(name)},
         "stages": {
-            stage: {"weights": weights[stage], "programs": [_describe(p, found) for p, found in programs if p.stage == stage]}
+            stage: {
+                "weights": loaded[stage].weights,
+                "layout": loaded[stage].layout and str(loaded[stage].layout),
+                "programs": [_describe(p, found) for p, found in programs if p.stage == stage],
+            }
             for stage in job["stages"]
         },
     }
@@ -76,7 +80,7 @@ def _dry_runtime(job: Mapping[str, Any], report: Report, **fields: Any) -> tuple
     return runtime, usable
 
 
-def _run(job: Mapping[str, Any], runtime: DryRuntime, until: str = "decode") -> dict[str, int]:
+def _run(job: Mapping[str, Any], runtime: DryRuntime, until: str = "decode") -> dict[str, Loaded]:
     spec, checkpoint = resolve_model(job["model"])
     config = spec.configure(prompt=PROMPT, **job["settings"])
     return dry_generate(spec, configs_checkpoint(spec, checkpoint, runtime.ledger.array), config, runtime, until=until)

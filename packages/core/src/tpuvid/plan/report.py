@@ -22,7 +22,7 @@ def render(plan: Plan) -> str:
         f"layout: {plan.layout}",
         "",
         *table(
-            ["stage", "mesh", "weights GiB", "activations GiB", "peak GiB", "fits", "compile s", "s per video"],
+            ["stage", "layout", "weights GiB", "activations GiB", "peak GiB", "fits", "compile s", "s per video"],
             [_stage_row(stage) for stage in plan.stages.values()],
         ),
     ]
@@ -42,10 +42,10 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def _stage_row(stage: StagePlan) -> list[str]:
-    mesh = " ".join(f"{axis}={size}" for axis, size in stage.mesh.items() if size > 1) or "1 device"
+    alone = all(size == 1 for size in stage.mesh.values())
     return [
         stage.name,
-        mesh,
+        "1 device" if alone else stage.layout or " ".join(f"{axis}={size}" for axis, size in stage.mesh.items() if size > 1),
         f"{stage.weights / GIB:.2f}",
         f"{(stage.peak - stage.weights) / GIB:.2f}",
         f"{stage.peak / GIB:.2f}",

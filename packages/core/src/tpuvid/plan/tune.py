@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 JOB_BYTES = 4 * 2**30
 """Memory that a compile is granted: the largest seen took 2 GiB (2026-11)."""
 COARSE = [
-    (2048, 4096, 1024), (3072, 4096, 1024), (1024, 8192, 1024), (2048, 8192, 1024), (2560, 6144, 1024), (1536, 4096, 2048),
+    (2048, 12288, 1024), (2048, 4096, 1024), (2304, 12288, 1024), (3072, 4096, 1024), (1024, 8192, 1024), (2048, 8192, 1024),
 ]  # fmt: skip
-"""Where a search starts: what did well by hand (2026-11, v6e), and around."""
+"""Where a search starts: the best of earlier searches (2026-11, v6e), and around."""
 STRIDES = (1.5, 1.2, 1.08)
 """From the best of those it goes to neighbours that are larger or smaller by this, the next one where none is better."""
 
