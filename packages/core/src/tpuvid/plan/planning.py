@@ -161,6 +161,11 @@ class Planner:
             versions=first["versions"],
         )
 
+    def plan_stages(self, topology: str, config: GenerationConfig, stages: Sequence[str]) -> dict[str, StagePlan]:
+        """Compile some stages alone, with their times; otherwise as `plan`."""
+        (found,) = self._compile([(topology, stages, config, self.options)], predict=True)
+        return _stages(found)
+
     def largest_num_frames(
         self, topology: str, config: GenerationConfig, stages: Sequence[str] = ("denoise", "decode")
     ) -> int | None:
