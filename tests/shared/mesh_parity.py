@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MESHES = ("dp=1", "dp=2,tp=4", "sp=4", "sp=3", "dp=2,sp=2", None, "dp=2,sp=4,fsdp")  # None: dp=2,sp=4
+MESHES = ("dp=1", "dp=2,tp=4", "sp=3", None, "dp=2,sp=4,fsdp")  # None: dp=2,sp=4; three parts divide neither heads nor tokens
 CACHE = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cache_step_interval=3)
 
 
