@@ -149,7 +149,8 @@ def test_every_mask_is_over_keys_alone(pipe, monkeypatch):
         shapes.append((mask.dtype, query.shape[2], mask.shape))
         return attention(query, key, value, mask=mask, scale=scale)
 
-    monkeypatch.setattr("tpuvid.bridge.attention", recorded)
+    for module in ("bridge", "kernels.tokens"):
+        monkeypatch.setattr(f"tpuvid.{module}.attention", recorded)
     denoiser, decoder = pipe._opened["denoise"], pipe._opened["decode"]
     inputs = denoiser._inputs(conditioning.tensors, (2, 2, 3), SCALES)
     jax.eval_shape(denoiser._predict, denoiser.params, np.zeros((2, *latents.latents.shape[1:]), np.float32), TIMES, inputs)
