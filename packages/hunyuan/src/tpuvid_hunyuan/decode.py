@@ -141,7 +141,7 @@ class HunyuanDecoder(VaeDecoder):
     def chunks(self, z: Float[Array, "B C f h w"]) -> Iterator[Float[Array, "B n H W 3"]]:
         x = self.programs.get("decoder, middle block", self._middle, self.params, z)(self.params, z)
         first = x[:, :, :1]
-        frames, memories = self.programs.get("decoder, first frame", self._first, self.params, first)(self.params, first)
+        frames, memories = self.once.get("decoder, first frame", self._first, self.params, first)(self.params, first)
         size = split_evenly(z.shape[2] - 1, CHUNK)
         for start in range(1, z.shape[2], size):
             memories = self.set_aside(memories)

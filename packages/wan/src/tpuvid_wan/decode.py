@@ -69,7 +69,7 @@ class WanDecoder(VaeDecoder):
         return latents * self.std + self.mean
 
     def chunks(self, z: Float[Array, "B C f h w"]) -> Iterator[Float[Array, "B n H W 3"]]:
-        run = self.programs.get("decoder, first frame", self._first, self.params, z[:, :, :1])
+        run = self.once.get("decoder, first frame", self._first, self.params, z[:, :, :1])
         frames, cache = run(self.params, z[:, :, :1])
         size = split_evenly(z.shape[2] - 1, CHUNK)
         for start in range(1, z.shape[2], size):

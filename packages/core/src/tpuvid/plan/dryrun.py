@@ -26,6 +26,7 @@ from jax.sharding import Mesh, Sharding
 from tpuvid.checkpoint import Checkpoint, ConfigsOnly
 from tpuvid.layout import MeshConfig
 from tpuvid.mesh import layout_of
+from tpuvid.plan.bundles import Grid, pallas_grids
 from tpuvid.progress import Progress
 from tpuvid.runtime import Programs, Runtime
 from tpuvid.stages import GenerationConfig, ModelSpec
@@ -116,6 +117,8 @@ class DryProgram:
     arguments: tuple[Any, ...]
     """Shape structs, or host arrays."""
     out_info: Any
+    grids: dict[str, list[Grid]] = field(default_factory=dict)
+    """Of its Pallas kernels, by name."""
     compiled: jax.stages.Compiled | None = None
     """None where its stage isn't compiled, or where the compiler found that it doesn't fit."""
     needed: int | None = None
@@ -177,8 +180,10 @@ class DryPrograms(Programs):
         if runtime.stage not in runtime.compiled_stages:
             out = function.eval_shape(*args)
             return DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=out)
-        lowered = function.lower(*args)
+        traced = function.trace(*args)
+        lowered = traced.lower()
         program = DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=lowered.out_info)
+        program.grids = pallas_grids(traced.jaxpr)
         try:
             program.compiled = lowered.compile(self._options)
             program.out_info = program.compiled.out_info

@@ -117,7 +117,7 @@ def _predict(program: DryProgram, topology: str, dump: str | None) -> dict[str, 
     if program.compiled is None or dump is None:
         return None
     coords = [tuple(device.coords) for device in program.mesh.devices.flat]
-    cycles = schedule_cycles(Path(dump))
+    cycles = schedule_cycles(Path(dump), program.grids)
     for file in Path(dump).iterdir():
         file.unlink()
     return predict(program.compiled.as_text(), parse_topology(topology), coords=coords, schedule_cycles=cycles).to_dict()
