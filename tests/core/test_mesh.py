@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 from tpuvid.errors import InputError
-from tpuvid.mesh import MeshConfig, default_mesh_config, make_mesh, shard_parameters, split_sizes
+from tpuvid.mesh import MeshConfig, default_mesh_config, layout_of, make_mesh, shard_parameters, split_sizes
 
 
 @pytest.mark.parametrize(
@@ -21,10 +23,19 @@ def test_parse_refuses(text):
         MeshConfig.parse(text)
 
 
-@pytest.mark.parametrize("text", ["sp=2,tp=2", "dp=2,tp=2,fsdp"])
-def test_tokens_and_widths_are_not_split_together(text):
-    with pytest.raises(InputError, match="choose one of them"):
+@pytest.mark.parametrize(
+    "text, says",
+    [("sp=2,tp=2", "choose one of them"), ("dp=2,tp=2,fsdp", "fsdp is about layouts that split tokens"), ("dp=2,replicated", "add sp=N")],
+)  # fmt: skip
+def test_what_can_not_be_combined_is_refused(text, says):
+    with pytest.raises(InputError, match=says):
         MeshConfig.parse(text)
+
+
+def test_a_plugins_own_mesh_is_no_layout_of_ours(mesh):
+    assert layout_of(SimpleNamespace(mesh=mesh)) is None and layout_of(SimpleNamespace()) is None
+    stage = SimpleNamespace(mesh=Mesh(mesh.devices.reshape(2, 4, 1), ("dp", "sp", "tp")), traced=SimpleNamespace(fsdp=True))
+    assert str(layout_of(stage)) == "dp=2,sp=4,fsdp"
 
 
 @pytest.mark.parametrize(

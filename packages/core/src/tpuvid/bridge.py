@@ -241,34 +241,33 @@ class ScannedBlocks(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         env = environment()
-        inputs = env.t2j_iso(dict(zip(self._names, args)) | kwargs)
+        shared = env.t2j_iso(dict(zip(self._names, args)) | kwargs)
         stacked = {name: p.jax() for name, p in self.layer.named_parameters()}
+        carry = tuple(shared.pop(name) for name in self._names[: self.carries])
         mesh = placement().mesh
         if self.tokens and mesh is not None and mesh.shape.get("sp", 1) > 1:
-            carry = self._run_split(inputs, stacked, mesh)
+            carry = self._run_split(carry, shared, stacked, mesh)
         else:
-            carry = self._run(self._start(inputs), self._shared(inputs), stacked)
+            carry, entered = self._run(self._start(carry), shared, stacked)
+            self._keep(entered)
         out = env.j2t_iso(carry)
         return out if self.carries > 1 else out[0]
 
-    def _start(self, inputs: Mapping[str, Any]) -> tuple[jax.Array, ...]:
-        return tuple(inputs[name] for name in self._names[: self.carries])
+    def _start(self, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """What the first block that runs gets: all run on `carry`, or, on what a tap has kept, the last one alone."""
+        return carry if self.tap is None or self.tap.value is None else self.tap.value
 
-    def _shared(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name not in self._names[: self.carries]}
+    def _keep(self, entered: tuple[jax.Array, ...] | None) -> None:
+        if entered is not None:
+            self.tap.value = entered
 
-    def _run(self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params) -> tuple[jax.Array, ...]:
-        """What leaves the last block; the tap gets what enters it."""
-        if self.tap is None:
-            return self._scan(carry, shared, stacked)[0]
-        if self.tap.value is None:
-            carry, self.tap.value = self._scan(carry, shared, stacked)
-            return carry
-        return self._last_block(self.tap.value, shared, stacked)
-
-    def _run_split(self, inputs: dict[str, Any], stacked: Params, mesh: Mesh) -> tuple[jax.Array, ...]:
-        """As `_run`, each device with its part of the tokens."""
-        parts, batch = mesh.shape["sp"], len(inputs[self._names[0]])
+    def _run_split(
+        self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params, mesh: Mesh
+    ) -> tuple[jax.Array, ...]:
+        """What leaves the last block, each device having worked on its part of the tokens."""
+        names = self._names[: self.carries]
+        inputs = dict(zip(names, carry)) | shared
+        parts, batch = mesh.shape["sp"], len(carry[0])
         dp = "dp" if batch % mesh.shape["dp"] == 0 else None
         lengths = {name: jax.tree.leaves(inputs[name])[0].shape[axis] for name, axis in self.tokens.items()}
 
@@ -288,34 +287,31 @@ class ScannedBlocks(nn.Module):
 
         inputs |= {name: jax.tree.map(partial(pad, name), inputs[name]) for name in self.tokens}
         specs = {name: jax.tree.map(partial(spec, name), value) for name, value in inputs.items()}
-        carry_specs = self._start(specs)
-        tap = self.tap
-        wanted, kept = tap is not None and tap.value is None, tap is not None and tap.value is not None
+        carry, carry_specs = (tuple(tree.pop(name) for name in names) for tree in (inputs, specs))
 
         def one_part(carry, shared, stacked):
             with tokens_split(TokenSplit(parts, lengths)):
-                if kept:
-                    return self._last_block(carry, shared, stacked), None
-                carry, entered = self._scan(carry, shared, stacked)
-                return carry, entered if wanted else None
+                return self._run(carry, shared, stacked)
 
+        taps = self.tap is not None and self.tap.value is None
+        weights = {name: fsdp_spec(w.shape, mesh) if self.fsdp else PartitionSpec() for name, w in stacked.items()}
         run = jax.shard_map(
             one_part,
             mesh=mesh,
-            in_specs=(carry_specs, self._shared(specs), {n: self._weight_spec(w, mesh) for n, w in stacked.items()}),
-            out_specs=(carry_specs, carry_specs if wanted else None),
+            in_specs=(carry_specs, specs, weights),
+            out_specs=(carry_specs, carry_specs if taps else None),
             check_vma=False,
         )
-        carry, entered = run(tap.value if kept else self._start(inputs), self._shared(inputs), stacked)
-        if wanted:
-            tap.value = entered
-        names = self._names[: self.carries]
+        carry, entered = run(self._start(carry), inputs, stacked)
+        self._keep(entered)
         return tuple(jax.lax.slice_in_dim(c, 0, lengths[n], axis=self.tokens[n]) for n, c in zip(names, carry))
 
-    def _scan(
+    def _run(
         self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...] | None]:
-        """What leaves the last block and, for a tap, what enters it."""
+        """What leaves the last block and, for a tap that has nothing yet, what enters it."""
+        if self.tap is not None and self.tap.value is not None:
+            return self._last_block(carry, shared, stacked), None
         tapped = self.tap is not None
 
         def step(state, weights):
@@ -348,15 +344,13 @@ class ScannedBlocks(nn.Module):
     def _gathers(self) -> bool:
         return self.fsdp and placement().tokens is not None
 
-    def _weight_spec(self, stacked: jax.Array, mesh: Mesh) -> PartitionSpec:
-        return fsdp_spec(stacked.shape, mesh) if self.fsdp else PartitionSpec()
-
     def _gather(self, stacked: Params, block: Any) -> Params:
         """One block's weights, of which each device has a part."""
+        mesh = placement().mesh
+        shapes = {name: parameter.shape[1:] for name, parameter in self.layer.named_parameters()}
 
         def whole(name: str, part: jax.Array) -> jax.Array:
-            full = dict(self.layer.named_parameters())[name].shape[1:]
-            axis = fsdp_axis(full, placement().mesh.size)
+            axis = fsdp_axis(shapes[name], mesh)
             part = jax.lax.dynamic_index_in_dim(part, block, keepdims=False)
             return part if axis is None else jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
 

@@ -34,8 +34,10 @@ class MeshConfig:
             raise InputError(
                 f"mesh={text!r}: needs the form dp=2,sp=4 (also dp=2,sp=4,fsdp or …,replicated) or dp=2,tp=4, whole numbers ≥ 1"
             )
-        if sizes.get("tp", 1) > 1 and (sizes.get("sp", 1) > 1 or fsdp):
-            raise InputError(f"mesh={text!r}: splits tokens or their weights (sp, fsdp), and widths (tp); choose one of them")
+        if sizes.get("tp", 1) > 1 and sizes.get("sp", 1) > 1:
+            raise InputError(f"mesh={text!r}: splits tokens (sp) and widths (tp); choose one of them")
+        if fsdp is not None and sizes.get("sp", 1) == 1:
+            raise InputError(f"mesh={text!r}: {last} is about layouts that split tokens; add sp=N, or leave it out")
         return cls(**sizes, fsdp=fsdp)
 
     def __str__(self) -> str:

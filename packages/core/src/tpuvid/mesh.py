@@ -43,8 +43,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def layout_of(stage: Any) -> MeshConfig | None:
-    """How an opened stage lies on its mesh; None for one that doesn't say (its `mesh` and, where it scans blocks, `traced`)."""
-    if (mesh := getattr(stage, "mesh", None)) is None:
+    """How an opened stage lies on its `mesh`; None for one that has none, or a plugin's own with other axes."""
+    mesh = getattr(stage, "mesh", None)
+    if mesh is None or tuple(mesh.shape) != AXES:
         return None
     return MeshConfig(**mesh.shape, fsdp=stage.traced.fsdp if mesh.shape["sp"] > 1 else None)
 
@@ -53,15 +54,16 @@ FSDP = ("dp", "sp")
 """The axes over which the weights of blocks are split, to be gathered block by block. Paper: arXiv:2304.11277."""
 
 
-def fsdp_axis(shape: tuple[int, ...], devices: int) -> int | None:
-    """Along which a block's weight of this shape is split over `devices`: the longest that divides; None: it isn't."""
+def fsdp_axis(shape: tuple[int, ...], mesh: Mesh) -> int | None:
+    """Along which a block's weight of this shape is split over `FSDP`: the longest that divides; None: it isn't."""
+    devices = math.prod(mesh.shape[axis] for axis in FSDP)
     axes = [axis for axis, size in enumerate(shape) if size % devices == 0]
     return max(axes, key=lambda axis: shape[axis], default=None)
 
 
 def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Of the stacked weights [depth, …] of blocks."""
-    axis = fsdp_axis(shape[1:], mesh.shape["dp"] * mesh.shape["sp"])
+    axis = fsdp_axis(shape[1:], mesh)
     return PartitionSpec() if axis is None else PartitionSpec(*(None,) * (axis + 1), FSDP)
 
 

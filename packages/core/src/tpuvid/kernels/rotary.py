@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
+from tpuvid.kernels.block_sizes import LANES
 from tpuvid.kernels.placement import placement
 
-LANES = 128
 BLOCK = 256
 """Tokens at a time: 256 × 5,120 channels in and out take 10 MiB of VMEM, twice for the pipeline."""
 
@@ -33,8 +33,7 @@ def rotate_heads(x: Float[Array, "B T C"], cosines: Float[Array, "T D"], sines: 
         return rotate_heads_pallas(x, cosines, sines)
     heads = x.reshape(*x.shape[:2], -1, dim)
     turned = jnp.stack([-heads[..., 1::2], heads[..., ::2]], axis=-1).reshape(heads.shape)
-    tables = (table.astype(jnp.float32)[None, :, None] for table in (cosines, sines))
-    cosines, sines = tables
+    cosines, sines = (table.astype(jnp.float32)[None, :, None] for table in (cosines, sines))
     return jnp.swapaxes((heads * cosines + turned * sines).astype(x.dtype), 1, 2)
 
 

@@ -14,11 +14,12 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from tpuvid.kernels.attention import attention, local_attention
+from tpuvid.kernels.block_sizes import LANES
 from tpuvid.kernels.placement import placement
 
 AXIS = "sp"
-SUBLANES, LANES = 8, 128
-"""A part's tokens come in multiples of the one, all parts' together of the other: what a TPU's registers hold."""
+SUBLANES = 8
+"""A part's tokens come in multiples of it, all parts' together of `LANES`: what a TPU's registers hold."""
 
 
 def padded_length(length: int, parts: int) -> int:

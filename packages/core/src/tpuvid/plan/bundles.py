@@ -97,9 +97,14 @@ def kernels(folder: Path, grids: Mapping[str, Sequence[Grid]] | None = None) -> 
     found = {}
     for _, path, table in dumped(folder):
         if (name := _kernel_name(path)) is not None:
-            known = (grids or {}).get(re.sub(r"\.\d+$", "", name), ())
-            found[name] = schedule(name, path.read_text(errors="replace"), table.read_text(), known)
+            found[name] = read_schedule(name, path, table, grids)
     return found
+
+
+def read_schedule(name: str, bundles: Path, table: Path, grids: Mapping[str, Sequence[Grid]] | None = None) -> KernelSchedule:
+    """Of the instruction `name`, whose files are `dumped`; `grids` as for `kernels`."""
+    known = (grids or {}).get(re.sub(r"\.\d+$", "", name), ())
+    return schedule(name, bundles.read_text(errors="replace"), table.read_text(), known)
 
 
 def dumped(folder: Path) -> Iterator[tuple[str, Path, Path]]:

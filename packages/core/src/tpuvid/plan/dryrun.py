@@ -182,8 +182,8 @@ class DryPrograms(Programs):
             return DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=out)
         traced = function.trace(*args)
         lowered = traced.lower()
-        program = DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=lowered.out_info)
-        program.grids = pallas_grids(traced.jaxpr)
+        grids = pallas_grids(traced.jaxpr)
+        program = DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=lowered.out_info, grids=grids)
         try:
             program.compiled = lowered.compile(self._options)
             program.out_info = program.compiled.out_info

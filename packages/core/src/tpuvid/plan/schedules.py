@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tpuvid.plan.bundles import Grid, dumped, schedule
+from tpuvid.plan.bundles import Grid, dumped, read_schedule
 
 
 def schedule_cycles(folder: Path, grids: Mapping[str, Sequence[Grid]] | None = None) -> dict[str, float]:
@@ -15,9 +14,4 @@ def schedule_cycles(folder: Path, grids: Mapping[str, Sequence[Grid]] | None = N
     `folder` is what `tpuvid.plan.bundles.dump_flags` named to the process, which must have compiled one program alone:
     the dumps don't say which program an instruction is of. `grids` are those of its Pallas kernels, as `pallas_grids` finds them. Of instructions with the same code libtpu dumps one.
     """
-
-    def cycles(name: str, bundles: Path, table: Path) -> float:
-        known = (grids or {}).get(re.sub(r"\.\d+$", "", name), ())
-        return schedule(name, bundles.read_text(errors="replace"), table.read_text(), known).cycles
-
-    return {name: cycles(name, *files) for name, *files in dumped(folder)}
+    return {name: read_schedule(name, *files, grids).cycles for name, *files in dumped(folder)}
