@@ -1,4 +1,6 @@
 # The two commands: make demo, make test. Each sets up what it needs.
+# What this may be set to in a container keeps every process from reusing what another has compiled of the imported packages.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: setup demo test test-aot fidelity benchmark clean
 BIN := .venv/bin
 STAMP := .venv/.set-up

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.denoising import Sampler
+from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.profiling import PROFILED_STEPS, steady_steps
 from tpuvid.progress import Progress
 from tpuvid.runtime import Runtime
@@ -84,7 +85,7 @@ def run(net, schedule, *, cache=Uncached(), scale=3.0, on_step=lambda done, tota
     def predict(params, latents, timesteps, text):
         return traced.function("forward")(params, latents, timesteps, text)
 
-    sampler = Sampler(traced, predict, runtime.single_device(), runtime)
+    sampler = Sampler(traced, predict, make_mesh(MeshConfig(), runtime.devices), runtime)
     generator = make_generator(0)
     noise = make_noise(SHAPE, generator)
     scales = None if scale is None else np.full(STEPS, scale, np.float32)

@@ -17,6 +17,7 @@ from tpuvid import InputError
 from tpuvid.checkpoint import resolve_model
 from tpuvid.cli import run
 from tpuvid.layout import AXES, MeshConfig
+from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.plan.dryrun import AbsentArray, DryRuntime, Ledger, _needed_hbm, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import Jobs, scratch_folder
 from tpuvid.plan.planning import GIB, Planner
@@ -109,7 +110,7 @@ def test_registered_models_are_planned_from_their_packages_configs(model):
 
 def test_arrays_alive_at_a_call_count_and_freed_ones_do_not(dry):
     runtime, programs = dry
-    mesh = runtime.single_device()
+    mesh = make_mesh(MeshConfig(), runtime.devices)
     get = replace(runtime, stage="decode").programs(mesh).get
     put = lambda *shape: runtime.put(np.zeros(shape, np.float32), replicated(mesh))  # noqa: E731
     x, other = put(256, 1024), put(512, 1024)

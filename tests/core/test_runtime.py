@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tpuvid import InputError
 from tpuvid.kernels.placement import placement
+from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.progress import Progress
 from tpuvid.runtime import Runtime, describe_mesh
 
@@ -46,7 +47,7 @@ def test_what_this_machine_cannot_do_is_refused(options, message):
 def test_the_record_says_where_programs_ran():
     runtime = Runtime.create()
     for _ in range(2):
-        runtime.programs(runtime.single_device()).get("f", lambda x: x + 1, np.zeros(3, np.float32))
+        runtime.programs(make_mesh(MeshConfig(), runtime.devices)).get("f", lambda x: x + 1, np.zeros(3, np.float32))
     assert runtime.progress.take()["devices"] == "1 × cpu"
     mesh = SimpleNamespace(size=8, shape={"dp": 2, "tp": 4}, devices=np.array([[SimpleNamespace(device_kind="TPU v6 lite")]]))
     assert describe_mesh(mesh) == "8 × TPU v6 lite, dp=2, tp=4"

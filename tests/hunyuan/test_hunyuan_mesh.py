@@ -20,14 +20,24 @@ MESH = Mesh(np.array([jax.devices()[0]] * 8).reshape(2, 4), ("dp", "tp"))
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def parity(tmp_path_factory):
     folder = RandomHunyuan(heads=4, guider={"start": 0.3, "stop": 0.9}).save(tmp_path_factory.mktemp("mesh") / "four-heads")
     return on_eight_devices(folder, SMALL, "transformer_blocks.*.attn.add_q_proj.weight")
+
+
+@pytest.fixture(scope="module")
+def results(parity):
+    return parity["layouts"]
 
 
 def test_every_layout_gives_the_single_device_result(results):
     for mesh, result in results.items():
         assert max(result["errors"]) <= 1e-5, mesh
+
+
+def test_frames_in_strips_are_those_of_one_device(parity):
+    assert [strips["parts"] for strips in parity["strips"]] == [8, 7]
+    assert max(strips["error"] for strips in parity["strips"]) <= 1e-5
 
 
 def test_layouts_are_really_used(results):

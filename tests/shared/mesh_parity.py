@@ -1,4 +1,4 @@
-"""Every layout of eight CPU devices against one device. `on_eight_devices` runs this module in a process of its own."""
+"""Every layout of eight CPU devices, and frames in strips, against one device. `on_eight_devices` runs this module in a process of its own."""
 
 import json
 import os
@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 MESHES = ("dp=1", "dp=2,tp=4", "sp=3", None, "dp=2,sp=4,fsdp")  # None: dp=2,sp=4; three parts divide neither heads nor tokens
+SIZES = ((8, 6), (6, 13))  # latents: eight strips by height; seven by width, of which the last is half empty
 CACHE = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cache_step_interval=3)
 
 
 def on_eight_devices(folder: Path, settings: dict, weight: str) -> dict:
-    """By layout: the relative errors of embeddings and latents (with DeepCache too), how `weight` is split, and the meshes."""
+    """Under "layouts", by layout: the relative errors of embeddings and latents (with DeepCache too), how `weight` is split, and the meshes.
+
+    Under "strips", by size: the relative error of frames, and into how many strips they were split.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith("TPUVID_")}
     env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "ignore", "-m", "shared.mesh_parity", str(folder), json.dumps(settings), weight]
@@ -32,7 +36,7 @@ def main(folder: str, settings: dict, weight: str) -> dict:
         conditioning = pipe.encode('a red "cat"', "dog", max_sequence_length=40)
         latents, cached = (pipe.denoise(conditioning, **settings | changes) for changes in ({}, CACHE))
         found = [value for name, value in conditioning.tensors.items() if "mask" not in name and value.any()]
-        found += [latents.latents, cached.latents]  # decoding runs on one device
+        found += [latents.latents, cached.latents]
         expected = expected or found
         denoiser, encoder = pipe._opened["denoise"], pipe._opened["encode"]
         results[str(mesh)] = {
@@ -41,7 +45,25 @@ def main(folder: str, settings: dict, weight: str) -> dict:
             "mesh": dict(denoiser.mesh.shape),
             "encoders": [dict(e.mesh.shape) for e in (encoder, *vars(encoder).values()) if hasattr(e, "mesh")],
         }
-    return results
+    return {"layouts": results, "strips": [in_strips(folder, *size) for size in SIZES]}
+
+
+def in_strips(folder: str, height: int, width: int) -> dict:
+    import jax
+    import numpy as np
+    from tpuvid.checkpoint import resolve_model
+    from tpuvid.runtime import Runtime
+
+    spec, checkpoint = resolve_model(folder)
+    decoders = [spec.load("decoder", checkpoint, Runtime.create(devices=jax.devices()[:n])) for n in (8, 1)]
+    latents = np.random.default_rng(0).standard_normal((1, decoders[0].channels, 3, height, width), np.float32)
+    frames = []
+    for decoder in decoders:
+        decoder.load()
+        frames.append(np.concatenate(list(decoder.decode(latents)), axis=1))
+    found, expected = frames
+    assert found.shape == expected.shape
+    return {"error": float(np.abs(found - expected).max() / np.abs(expected).max()), "parts": decoders[0].mesh.size}
 
 
 if __name__ == "__main__":

@@ -12,14 +12,24 @@ from wan.random_checkpoint import RandomWan
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def parity(tmp_path_factory):
     folder = RandomWan(heads=4).save(tmp_path_factory.mktemp("mesh") / "four-heads")
     return on_eight_devices(folder, SMALL, "blocks.*.attn1.to_q.weight")
+
+
+@pytest.fixture(scope="module")
+def results(parity):
+    return parity["layouts"]
 
 
 def test_every_layout_gives_the_single_device_result(results):
     for mesh, result in results.items():
         assert max(result["errors"]) <= 1e-5, mesh
+
+
+def test_frames_in_strips_are_those_of_one_device(parity):
+    assert [strips["parts"] for strips in parity["strips"]] == [8, 7]
+    assert max(strips["error"] for strips in parity["strips"]) <= 1e-5
 
 
 def test_layouts_are_really_used(results):

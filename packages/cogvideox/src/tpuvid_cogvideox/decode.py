@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import nn
 from tpuvid.bridge import build
 from tpuvid.checkpoint import Checkpoint
-from tpuvid.decoding import VaeDecoder
+from tpuvid.decoding import FRAMES, LATENTS, VaeDecoder
 from tpuvid.runtime import Runtime
 from tpuvid.tiling import Side, Tiling
 
@@ -64,8 +64,7 @@ class CogVideoXDecoder(VaeDecoder):
         for end in ends or (z.shape[2],):  # one latent frame alone is less than a chunk
             part = z[:, :, start:end]
             what = "decoder, further frames" if start else "decoder, first frames"
-            run = self.programs.get(what, self._decode, self.params, cache, part, donate=(1,))
-            frames, cache = run(self.params, cache, part)
+            frames, cache = self.call(what, self._decode, cache, part, gives=(FRAMES, LATENTS), donate=(1,))
             cache, start = self.set_aside(cache) if end < z.shape[2] else None, end
             yield frames
 

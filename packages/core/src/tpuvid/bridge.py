@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from tpuvid import kernels
 from tpuvid.kernels import attention, convolution_2d, convolution_3d
 from tpuvid.kernels.placement import TokenSplit, placement, tokens_split
+from tpuvid.kernels.spatial import gather_keys, spatial_mean, take_halo
 from tpuvid.kernels.tokens import Stream, padded_length
 from tpuvid.mesh import FSDP, fsdp_axis, fsdp_spec
 
@@ -72,6 +73,7 @@ def environment() -> Any:
     env.override_op_definition(nn.functional.scaled_dot_product_attention, on_arrays(_sdpa))
     env.override_op_definition(nn.functional.conv2d, on_arrays(partial(_convolution, convolution_2d, 2)))
     env.override_op_definition(nn.functional.conv3d, on_arrays(partial(_convolution, convolution_3d, 3)))
+    env.override_op_definition(nn.functional.pad, on_arrays(_pad))
     env.override_op_definition(nn.functional.interpolate, on_arrays(_interpolate_nearest))
     env.override_op_definition(nn.functional.layer_norm, on_arrays(_layer_norm))
     env.override_op_definition(nn.functional.group_norm, on_arrays(_group_norm))
@@ -146,6 +148,8 @@ def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     """`F.scaled_dot_product_attention` ([B, N, T, D]) on our kernels."""
     if dropout_p or is_causal or enable_gqa:
         raise ValueError(f"attention with {dropout_p=}, {is_causal=}, {enable_gqa=} is not supported")
+    if placement().spatial is not None:
+        key, value, attn_mask = gather_keys(key, value, attn_mask)
     return attention(query, key, value, mask=attn_mask, scale=scale)
 
 
@@ -155,7 +159,17 @@ def _convolution(kernel, ndim, input, weight, bias=None, stride=1, padding=0, di
 
     if per_axis(dilation) != (1,) * ndim or groups != 1 or isinstance(padding, str):
         raise ValueError(f"convolution with {padding=}, {dilation=}, {groups=} is not supported")
-    return kernel(input, weight, bias, stride=per_axis(stride), padding=per_axis(padding))
+    input, pads = take_halo(input, [(p, p) for p in per_axis(padding)])
+    return kernel(input, weight, bias, stride=per_axis(stride), padding=tuple(before for before, _ in pads))
+
+
+def _pad(input, pad, mode="constant", value=None):
+    """`F.pad` with a constant or by repeating the edge; `pad` begins with the last dimension."""
+    if mode not in ("constant", "replicate") or (value and placement().spatial is not None):
+        raise ValueError(f"padding with {mode=}, {value=} is not supported")
+    pads = list(zip(pad[::2], pad[1::2]))[::-1]
+    input, pads = take_halo(input, [(0, 0)] * (input.ndim - len(pads)) + pads, repeat=mode == "replicate")
+    return jnp.pad(input, pads, mode="edge") if mode == "replicate" else jnp.pad(input, pads, constant_values=value or 0)
 
 
 def _interpolate_nearest(
@@ -184,16 +198,16 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     """`F.group_norm` of [B, C, *spatial]; float32 within, as `_layer_norm`."""
-    groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1)
-    out = _normalized(groups, (-1,), eps).reshape(input.shape)
+    groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1, *input.shape[2:])
+    out = _normalized(groups, tuple(range(2, groups.ndim)), eps, spatial_mean).reshape(input.shape)
     per_channel = (-1, *(1,) * (input.ndim - 2))
     out = out if weight is None else out * weight.reshape(per_channel)
     return (out if bias is None else out + bias.reshape(per_channel)).astype(input.dtype)
 
 
-def _normalized(x, axes: tuple[int, ...], eps: float):
-    centred = x - jnp.mean(x, axes, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred**2, axes, keepdims=True) + eps)
+def _normalized(x, axes: tuple[int, ...], eps: float, mean: Callable = partial(jnp.mean, keepdims=True)):
+    centred = x - mean(x, axes)
+    return centred * jax.lax.rsqrt(mean(centred**2, axes) + eps)
 
 
 @dataclass

@@ -1,19 +1,27 @@
-"""A VAE on one device: what every family's decoding stands on. Frames reach the host chunk by chunk, while the next are computed."""
+"""A VAE on all devices, each with a strip of the frames: what every family's decoding stands on.
+
+Frames reach the host chunk by chunk, while the next are computed.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 from torch import nn
 
 from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
+from tpuvid.kernels.placement import SpatialSplit, picture_split
+from tpuvid.kernels.spatial import AXIS, split_picture
+from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.runtime import Runtime, replicated
 from tpuvid.sampling import check_latents
 from tpuvid.tiling import Tiling
@@ -23,9 +31,12 @@ EFFORT = -0.5
 """Of the TPU's compiler. With its own, each of a VAE's convolutions takes it 10 to 15 s; with this one 2.5 s, for 3% more
 predicted cycles in the large ones and 23% in the small (96 channels at 720×1280: 14.0 → 2.6 s, 41.9 → 43.1 ms; 2026-11)."""
 
+LEAST_EFFORT = -1.0
+"""For what runs once per video, and for strips of frames, which take little time. Wan's at 720p (predicted, 2026-11): the first
+frame compiled in 22 s instead of 37, 0.10 s instead of 0.07; 32 more on eight chips in 31 s instead of 61, 0.22 s instead of 0.18."""
 
-EFFORT_ONCE = -1.0
-"""For what runs once per video. Wan's first frame at 720p: compiled in 22 s instead of 37, 0.10 s instead of 0.07 (predicted, 2026-11)."""
+LATENTS, FRAMES = "B C n h w", "B n H W 3"
+"""What programs of a VAE take and give; memories of convolutions are like latents."""
 
 
 class VaeDecoder(ABC):
@@ -42,13 +53,18 @@ class VaeDecoder(ABC):
         unused: Sequence[str] = (),
     ):
         """`module` is the half that decodes; `unused` are prefixes of the weights of the other. `tiling` is what the stock
-        ``enable_tiling()`` takes; it is used where the runtime asks for it."""
-        self.checkpoint, self.runtime, self.mesh = checkpoint, runtime, runtime.single_device()
+        ``enable_tiling()`` takes; it is used where the runtime asks for it, on one device."""
+        self.checkpoint, self.runtime = checkpoint, runtime
         self.channels, self.unused = channels, unused
         self.tiling = tiling if runtime.vae_tiling else None
         self.traced = TracedModule(build(lambda: module))
-        self.programs = runtime.programs(self.mesh, effort=EFFORT)
-        self.once = runtime.programs(self.mesh, effort=EFFORT_ONCE)
+        self.split: SpatialSplit | None = None
+        self._place_on(1 if self.tiling else len(runtime.devices))
+
+    def _place_on(self, devices: int) -> None:
+        self.mesh = make_mesh(MeshConfig(sp=devices), self.runtime.devices)
+        self.programs = self.runtime.programs(self.mesh, effort=EFFORT if devices == 1 else LEAST_EFFORT)
+        self.once = self.runtime.programs(self.mesh, effort=LEAST_EFFORT)
 
     @abstractmethod
     def denormalise(self, latents: Float[np.ndarray, "B C f h w"]) -> Float[np.ndarray, "B C f h w"]:
@@ -70,12 +86,66 @@ class VaeDecoder(ABC):
 
     def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = self.denormalise(latents.astype(np.float32)).astype(self.runtime.dtype)
-        yield from self.tiling.decode(z, self._host_chunks) if self.tiling else self._host_chunks(z)
+        if self.tiling:
+            yield from self.tiling.decode(z, self._host_chunks)
+            return
+        self._split_for(*z.shape[-2:])
+        for frames in self._host_chunks(z):
+            yield self._cut(frames)
+
+    def _split_for(self, height: int, width: int) -> None:
+        """Latents of this size over the devices, or as many of them as there are strips."""
+        self.split = split_picture(height, width, len(self.runtime.devices))
+        parts = self.split.parts if self.split else 1
+        if parts != self.mesh.size:
+            self._place_on(parts)
+            self.params = self.runtime.put(self.params, replicated(self.mesh))
+
+    def call(
+        self, what: str, function: Callable, *args: Any, gives: Any, donate: tuple[int, ...] = (), once: bool = False
+    ) -> Any:
+        """``function(params, *args)`` as a compiled program, on each device with its strip.
+
+        `args` are trees of `LATENTS`; `gives` says what the results are: a tree prefix of `LATENTS` and `FRAMES`. `once`: it
+        runs once per video.
+        """
+        programs = self.once if once else self.programs
+        run = function if self.split is None else self._in_strips(function, len(args), gives)
+        return programs.get(what, run, self.params, *args, donate=donate)(self.params, *args)
+
+    def _in_strips(self, function: Callable, args: int, gives: Any) -> Callable:
+        def one_strip(*args: Any) -> Any:
+            with picture_split(self.split):
+                return function(*args)
+
+        in_specs = PartitionSpec(), *(self._spec(LATENTS),) * args
+        out_specs = jax.tree.map(self._spec, gives)
+        return jax.shard_map(one_strip, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def _spec(self, layout: str) -> PartitionSpec:
+        side = "H" if self.split.axis == -2 else "W"
+        return PartitionSpec(*(AXIS if name.upper() == side else None for name in layout.split()))
+
+    def _put(self, z: Float[np.ndarray, "B C f h w"]) -> Float[Array, "B C f h2 w2"]:
+        """On the devices; with rows that are none of the picture's where strips don't divide it."""
+        if self.split is None:
+            return self.runtime.put(z, replicated(self.mesh))
+        pads = [(0, 0)] * z.ndim
+        pads[self.split.axis] = (0, self.split.size * self.split.parts - self.split.length)
+        return self.runtime.put(np.pad(z, pads), NamedSharding(self.mesh, self._spec(LATENTS)))
+
+    def _cut(self, frames: Float[np.ndarray, "B n H2 W2 3"]) -> Float[np.ndarray, "B n H W 3"]:
+        """Without those rows."""
+        if self.split is None:
+            return frames
+        axis = frames.ndim + self.split.axis - 1
+        length = frames.shape[axis] * self.split.length // (self.split.size * self.split.parts)
+        return frames.take(range(length), axis) if length < frames.shape[axis] else frames
 
     def _host_chunks(self, z: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         """One chunk behind the device, so that it works while this one is copied."""
         frames = None
-        for upcoming in self.chunks(self.runtime.put(z, replicated(self.mesh))):
+        for upcoming in self.chunks(self._put(z)):
             if frames is not None:
                 yield self._to_host(frames)
             frames = upcoming

@@ -125,10 +125,6 @@ class Runtime:
         """Whether the text encoder's weights stand in the memory of the accelerator that denoises."""
         return self.text_encoder_device == "device" and self.devices[0].platform != "cpu"
 
-    def single_device(self) -> Mesh:
-        """For a stage that has no split: the first device alone."""
-        return make_mesh(MeshConfig(), self.devices)
-
     @contextmanager
     def scope(self, mesh: Mesh) -> Iterator[None]:
         """Within it, functions are traced for `mesh`, and float32 means float32 on every platform."""

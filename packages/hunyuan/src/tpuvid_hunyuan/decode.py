@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from tpuvid.bridge import build, map_rows
 from tpuvid.checkpoint import Checkpoint
-from tpuvid.decoding import VaeDecoder, split_evenly
+from tpuvid.decoding import FRAMES, LATENTS, VaeDecoder, split_evenly
 from tpuvid.runtime import Runtime
 from tpuvid.tiling import Side, Tiling
 
@@ -139,16 +139,16 @@ class HunyuanDecoder(VaeDecoder):
         return latents * self.scale
 
     def chunks(self, z: Float[Array, "B C f h w"]) -> Iterator[Float[Array, "B n H W 3"]]:
-        x = self.programs.get("decoder, middle block", self._middle, self.params, z)(self.params, z)
-        first = x[:, :, :1]
-        frames, memories = self.once.get("decoder, first frame", self._first, self.params, first)(self.params, first)
+        x = self.call("decoder, middle block", self._middle, z, gives=LATENTS)
+        frames, memories = self.call("decoder, first frame", self._first, x[:, :, :1], gives=(FRAMES, LATENTS), once=True)
         size = split_evenly(z.shape[2] - 1, CHUNK)
         for start in range(1, z.shape[2], size):
             memories = self.set_aside(memories)
             yield frames
             part = x[:, :, start : start + size]
-            run = self.programs.get("decoder, further frames", self._rest, self.params, memories, part, donate=(1,))
-            frames, memories = run(self.params, memories, part)
+            frames, memories = self.call(
+                "decoder, further frames", self._rest, memories, part, gives=(FRAMES, LATENTS), donate=(1,)
+            )
         del memories  # nothing looks back at the last frame
         yield frames
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import nn
 from tpuvid.bridge import build
 from tpuvid.checkpoint import Checkpoint
-from tpuvid.decoding import VaeDecoder, split_evenly
+from tpuvid.decoding import FRAMES, LATENTS, VaeDecoder, split_evenly
 from tpuvid.errors import InputError
 from tpuvid.runtime import Runtime
 from tpuvid.tiling import Side, Tiling
@@ -69,15 +69,13 @@ class WanDecoder(VaeDecoder):
         return latents * self.std + self.mean
 
     def chunks(self, z: Float[Array, "B C f h w"]) -> Iterator[Float[Array, "B n H W 3"]]:
-        run = self.once.get("decoder, first frame", self._first, self.params, z[:, :, :1])
-        frames, cache = run(self.params, z[:, :, :1])
+        frames, cache = self.call("decoder, first frame", self._first, z[:, :, :1], gives=(FRAMES, LATENTS), once=True)
         size = split_evenly(z.shape[2] - 1, CHUNK)
         for start in range(1, z.shape[2], size):
             cache = self.set_aside(cache)
             yield frames
             part = z[:, :, start : start + size]
-            run = self.programs.get("decoder, further frames", self._rest, self.params, cache, part, donate=(1,))
-            frames, cache = run(self.params, cache, part)
+            frames, cache = self.call("decoder, further frames", self._rest, cache, part, gives=(FRAMES, LATENTS), donate=(1,))
         del cache  # nothing looks back at the last frame
         yield frames
 

@@ -34,7 +34,7 @@ def attention(
     if mask is not None and not _is_key_mask(mask):
         raise ValueError(f"attention backend {backend!r} takes masks [B, 1, 1, S], not {mask.dtype} {mask.shape}; use auto")
     kv_mask = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (len(key), key.shape[2]))
-    if backend == "cudnn" or place.tokens:
+    if backend == "cudnn" or place.is_local:
         return local_attention(query, key, value, kv_mask, scale)
     return _attention_sharded(place.mesh, query, key, value, kv_mask, scale)
 

@@ -21,11 +21,32 @@ class TokenSplit:
 
 
 @dataclass(frozen=True, slots=True)
+class SpatialSplit:
+    """Frames in strips over the mesh axis ``sp``."""
+
+    axis: int
+    """−2: by height, −1: by width."""
+    parts: int
+    length: int
+    """Latents along that side, in all."""
+    size: int
+    """Latents of a strip; the last one may have fewer that are the picture's."""
+    other: int
+    """Latents along the other side."""
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     mesh: Mesh | None = None
     attention_backend: str = "auto"
     tokens: TokenSplit | None = None
-    """Set where what is traced runs inside a `shard_map` over all axes of the mesh."""
+    spatial: SpatialSplit | None = None
+    """Either is set where what is traced runs inside a `shard_map` over all axes of the mesh."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what is traced sees what one device has."""
+        return self.tokens is not None or self.spatial is not None
 
     @property
     def platform(self) -> str:
@@ -59,6 +80,13 @@ def placed_on(mesh: Mesh, attention_backend: str = "auto") -> Iterator[None]:
 def tokens_split(split: TokenSplit) -> Iterator[None]:
     """Within it, functions are traced for one part of the tokens."""
     with _set(replace(placement(), tokens=split)):
+        yield
+
+
+@contextmanager
+def picture_split(split: SpatialSplit) -> Iterator[None]:
+    """Within it, functions are traced for one strip of the frames."""
+    with _set(replace(placement(), spatial=split)):
         yield
 
 

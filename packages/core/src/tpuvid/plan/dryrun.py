@@ -265,7 +265,7 @@ def dry_generate(
         stage = spec.load(STAGES[name], checkpoint, replace(runtime, stage=name))
         before = runtime.ledger.bytes()
         stage.load()
-        loaded[name] = Loaded(runtime.ledger.bytes() - before, layout_of(stage))
+        weights = runtime.ledger.bytes() - before
         match name:
             case "encode":
                 value = stage.encode(config, negative=config.do_classifier_free_guidance)
@@ -274,6 +274,7 @@ def dry_generate(
             case "decode":
                 for _ in stage.decode(value):
                     pass
+        loaded[name] = Loaded(weights, layout_of(stage))
         del stage
         gc.collect()  # a stage may refer to itself
     return loaded

@@ -20,7 +20,8 @@ from tpuvid.stages import GenerationConfig, ModelSpec
 GIB = 2**30
 JOB_BYTES = 6 * GIB
 """Memory that a job is granted: the VAEs' take the most, 4.5 GiB was seen for HunyuanVideo's at 720p."""
-GROUPS = (("encode", "denoise"), ("decode",))
+STAGES = ("encode", "denoise", "decode")
+GROUPS = (("denoise",), ("encode", "decode"))
 """Stages that one job compiles; the groups take about as long as each other."""
 
 Say = Callable[[str], None]
@@ -145,10 +146,10 @@ class Planner:
 
         Raises `InputError` for a topology or options that can't be had.
         """
-        groups = (sum(GROUPS, ()),) if topology == "gpu" else GROUPS  # one process at a time can have the GPU
+        groups = (STAGES,) if topology == "gpu" else GROUPS  # one process at a time can have the GPU
         found = self._compile([(topology, stages, config, self.options) for stages in groups], predict=True)
         first = found[0]
-        stages = {name: stage for result in found for name, stage in _stages(result).items()}
+        compiled = {name: stage for result in found for name, stage in _stages(result).items()}
         return Plan(
             model_id=self.spec.model_id,
             topology=topology if topology in LOCAL else parse_topology(topology).name,
@@ -157,7 +158,7 @@ class Planner:
             dtype=first["dtype"],
             config=config,
             mesh_asked=self.options["mesh"],
-            stages=stages,
+            stages={name: compiled[name] for name in STAGES},
             versions=first["versions"],
         )
 
