@@ -16,7 +16,7 @@ import tpuvid
 from tpuvid import InputError
 from tpuvid.checkpoint import resolve_model
 from tpuvid.cli import run
-from tpuvid.layout import AXES, MeshConfig
+from tpuvid.layout import AXES
 from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.plan.dryrun import AbsentArray, DryRuntime, Ledger, _needed_hbm, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import Jobs, scratch_folder

@@ -10,7 +10,7 @@ import pytest
 from tpuvid import InputError
 from tpuvid.errors import TpuvidError
 from tpuvid.plan import jobs as jobs_module
-from tpuvid.plan.jobs import LOCK, PREFIX, Jobs, scratch_folder
+from tpuvid.plan.jobs import LOCK, PREFIX, Jobs, Task, scratch_folder
 
 TESTS = {"PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -38,6 +38,11 @@ def die(argument, report):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def cores(argument, report):
+    time.sleep(0.2)  # until whoever started us has said which
+    return sorted(os.sched_getaffinity(0))
+
+
 def run(function, argument=None):
     with scratch_folder() as scratch, Jobs(scratch) as jobs:
         jobs.start("job", f"core.test_plan_jobs:{function.__name__}", argument or {}, TESTS | {"A_VARIABLE": "set"})
@@ -47,6 +52,15 @@ def run(function, argument=None):
 def test_events_come_in_order_and_the_result_last():
     events = run(echo, {"x": 1})
     assert events == [("job", {"phase": "one"}), ("job", {"result": {"x": 1, "variable": "set"}})]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core can't be shared")
+def test_jobs_side_by_side_share_the_cores():
+    tasks = [Task(str(n), "core.test_plan_jobs:cores", {}, TESTS) for n in range(3)]
+    with scratch_folder() as scratch, Jobs(scratch) as jobs:
+        first, second, third = (event["result"] for _, event in jobs.run(tasks, 2))
+    assert sorted(first + second) == sorted(os.sched_getaffinity(0))
+    assert third in (first, second), "its share is free again"
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ class Planner:
         results: dict[str, dict[str, Any]] = {}
         with scratch_folder() as scratch, Jobs(scratch) as jobs:
             tasks = (self._task(str(n), *what, scratch if predict else None) for n, what in enumerate(wanted))
-            for name, event in jobs.run(tasks, jobs_at_once(JOB_BYTES)):
+            for name, event in jobs.run(tasks, min(len(wanted), jobs_at_once(JOB_BYTES))):
                 if event.get("phase", "").startswith("compile"):
                     topology, _, config, _ = wanted[int(name)]
                     self.say(f"{topology}, {config.num_frames} frames: {event['phase']}")
