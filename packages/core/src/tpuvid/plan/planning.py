@@ -218,24 +218,25 @@ class Planner:
         if failing == {"encode"}:
             yield always[0]
             return
-        decodes = "decode" not in failing
-        if not decodes and not self.options["vae_tiling"]:  # the VAE has one device: more of them don't help it
+        must_fit = sorted(failing - {"encode"})
+        decodes, tiles = "decode" not in failing, []
+        if not decodes and not self.options["vae_tiling"]:
             decodes = self._fits(plan.topology, ("decode",), config, self.options | {"vae_tiling": True})
-            always += ["--vae-tiling"] if decodes else []
+            tiles = ["--vae-tiling"] if decodes else []
         if decodes and "denoise" not in failing:
-            yield " ".join(always)
+            yield " ".join([*always, *tiles])
         if decodes and "denoise" in failing:
             for mesh in _other_meshes(plan):
                 if self._fits(plan.topology, ("denoise",), config, self.options | {"mesh": mesh}):
-                    yield " ".join([f"--mesh {mesh}", *always])
+                    yield " ".join([f"--mesh {mesh}", *always, *tiles])
                     break
-            for larger in slices_of(topology.chip, more_than=topology.chips):
-                if self._fits(larger.name, ("denoise",), config, self.options | {"mesh": None}):
-                    yield " ".join([f"--topology {larger.name}", *always])
-                    break
-        frames = self.largest_num_frames(plan.topology, config, sorted(failing - {"encode"}))
+        for larger in slices_of(topology.chip, more_than=topology.chips):
+            if self._fits(larger.name, must_fit, config, self.options | {"mesh": None}):
+                yield " ".join([f"--topology {larger.name}", *always])
+                break
+        frames = self.largest_num_frames(plan.topology, config, must_fit)
         if frames is not None:
-            yield " ".join([f"--num-frames {frames}", *always[: "encode" in failing]])
+            yield " ".join([f"--num-frames {frames}", *always])
         else:
             yield "a smaller --height and --width: one frame is too much at this size"
 
