@@ -237,3 +237,9 @@ def test_settings_that_no_stage_wrote_are_kept(tmp_path):
 def test_a_name_that_no_file_can_have_is_refused(tmp_path):
     with pytest.raises(InputError, match="choose a shorter one"):
         check_output(tmp_path / ("x" * 300 + ".mp4"), overwrite=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no file system at hand that nobody can write to")
+def test_a_place_where_not_even_root_can_write_is_refused_first():
+    with pytest.raises(InputError, match="/proc is not writable"):
+        check_output(Path("/proc/clip.mp4"), overwrite=False)

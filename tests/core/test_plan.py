@@ -21,7 +21,7 @@ from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.plan.dryrun import AbsentArray, DryRuntime, Ledger, _needed_hbm, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import Jobs, scratch_folder
 from tpuvid.plan.planning import GIB, Planner
-from tpuvid.plan.report import render
+from tpuvid.plan.report import _short, render
 from tpuvid.registry import registry
 from tpuvid.runtime import Programs, replicated
 
@@ -243,3 +243,10 @@ def test_what_cannot_be_planned_is_one_line(arguments, message, capsys):
     assert run(["plan", "--model", "wan-tiny", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("tpuvid: error:") and re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    "number, text", [(3.2391, "3.239"), (0.013, "0.013"), (0.00042, "0.00042"), (2.1e-7, "2.1e-07"), (0.0, "0.000")]
+)
+def test_small_numbers_keep_two_figures(number, text):
+    assert _short(number) == text

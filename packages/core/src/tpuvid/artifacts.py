@@ -102,8 +102,11 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir():
         raise InputError(f"{path}: {parent} is a file, not a folder; choose another place")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: {parent} is not writable; choose another place")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: {parent} is not writable ({error.strerror}); choose another place") from None
 
 
 def check_folder(path: Path) -> None:

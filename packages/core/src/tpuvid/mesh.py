@@ -38,7 +38,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh of `AXES` over the first devices, as many as it needs; raises `InputError` where there are fewer."""
     devices = jax.devices() if devices is None else devices
     if config.size > len(devices):
-        raise InputError(f"mesh {config} needs {config.size} devices; this machine has {len(devices)}")
+        raise InputError(
+            f"mesh {config} needs {config.size} devices; there {'is' if len(devices) == 1 else 'are'} {len(devices)}"
+        )
     return Mesh(np.array(devices[: config.size]).reshape(config.dp, config.sp, config.tp), AXES)
 
 

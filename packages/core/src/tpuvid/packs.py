@@ -113,8 +113,10 @@ class Pack:
                 differ[name] = found
         if not differ:
             return
-        name, (label, theirs, ours) = next(iter(differ.items()))
-        others = f" (as do {', '.join(list(differ)[1:])})" if len(differ) > 1 else ""
+        incurable = (name for name, (_, theirs, _) in differ.items() if _remedy(name, theirs) == AGAIN)
+        name = next(incurable, next(iter(differ)))
+        label, theirs, ours = differ.pop(name)
+        others = f" ({', '.join(differ)} differ too)" if differ else ""
         raise InputError(
             f"{self.path}: was made for {label}={_short(theirs)}, this run has {label}={_short(ours)}{others}; "
             f"{_remedy(name, theirs)}"
@@ -124,7 +126,7 @@ class Pack:
         """Raise `InputError` unless the user has said that this file is trusted."""
         if not self.trusted:
             raise InputError(
-                f"{self.path}: fits, but holds compiled code, which would run on this machine with your rights; "
+                f"{self.path}: holds compiled code, which would run on this machine with your rights; nothing else was found against it so far; "
                 "add --trust-pack if you made it or trust who did"
             )
 
@@ -304,7 +306,7 @@ def tree_from_json(data: Any) -> Any:
 def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig, runtime: Runtime) -> dict[str, Any]:
     """All that the programs of `stages` (opened, by "encode", "denoise", "decode") depend on, field by field, JSON-ready.
 
-    Not in it, since no program depends on it: prompt, seed, number of steps, guidance scale (only whether there is
+    Not in it, since no program depends on it: prompt, seed, number of steps (two or more), guidance scale (only whether there is
     guidance), flow shift, which steps a cache serves, fps, LoRA.
     """
     import jax
@@ -404,21 +406,23 @@ def _difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any] | Non
     return None
 
 
+AGAIN = "make a pack for this run with tpuvid compile"
+
+
 def _remedy(name: str, theirs: Any) -> str:
-    again = "make a pack for this run with tpuvid compile"
     if name in FLAGS and theirs not in ("none", None):
-        return f"pass --{name.replace('_', '-')} {_flag(theirs)}, or {again}"
+        return f"pass --{name.replace('_', '-')} {_flag(theirs)}, or {AGAIN}"
     if name in LIBRARIES and theirs:
-        return f"install {name}=={theirs}, or {again}"
+        return f"install {name}=={theirs}, or {AGAIN}"
     if name in VARIABLES:
-        return f"{f'set {name}={theirs!r}' if theirs else f'unset {name}'}, or {again}"
+        return f"{f'set {name}={theirs!r}' if theirs else f'unset {name}'}, or {AGAIN}"
     switches = {
         "guidance": {"on": "pass a --guidance-scale above 1", "off": "pass --guidance-scale 1"},
         "vae_tiling": {"on": "pass --vae-tiling", "off": "leave out --vae-tiling"},
         "cache": {"none": "leave out --cache"},
     }
     switch = switches.get(name, {}).get(str(theirs))
-    return f"{switch}, or {again}" if switch else again
+    return f"{switch}, or {AGAIN}" if switch else AGAIN
 
 
 def _flag(value: Any) -> str:

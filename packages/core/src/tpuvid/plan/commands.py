@@ -50,7 +50,7 @@ def compile_command(model: str, topology: str, output: Path, overwrite: bool, **
     """Compile all that generate runs into a pack, for a machine that need not be at hand: no weights, no TPU.
 
     Programs depend on the model, the size, guidance on or off, the cache and the devices; not on the prompt, the seed, the
-    number of steps or the scales.
+    number of steps (from two on) or the scales.
     """
     from tpuvid.checkpoint import resolve_model
     from tpuvid.plan.compiling import compile_pack
@@ -146,7 +146,7 @@ def tune_attention_command(
     from tpuvid.plan.topologies import parse_topology
     from tpuvid.plan.tune import attention_shapes, check_tunable, tune_attention
 
-    topology = parse_topology(topology_name)
+    topology = parse_topology(topology_name, also=())
     missing = [name for name, size in sizes.items() if size is None]
     if model is not None and len(missing) < len(sizes):
         raise InputError(f"--model={model} brings its shapes; leave out --heads, --queries, --keys and --head-dim")

@@ -29,7 +29,7 @@ def render(plan: Plan) -> str:
     for program in (p for stage in plan.stages.values() for p in stage.programs):
         lines += ["", *_program(program)]
     if plan.seconds is not None:
-        lines += ["", f"one video: {plan.seconds:.1f} s of computing, weights loaded and programs compiled"]
+        lines += ["", f"one video: {_short(plan.seconds, 1)} s of computing, weights loaded and programs compiled"]
     return "\n".join(lines)
 
 
@@ -63,22 +63,22 @@ def _program(program: dict[str, Any]) -> list[str]:
         return [f"{title}: does not fit"]
     if found is None:
         return [f"{title}: no times for this backend"]
-    flops = f"{found['flops'] / 1e12:.1f} TFLOP per device"
+    flops = f"{_short(found['flops'] / 1e12, 1)} TFLOP per device"
     if found["seconds"] is None:
         lines = [f"{title}: {flops}; {found['reason']}"]
     else:
         lines = [
-            f"{title}: {found['seconds']:.3f} s, {flops}, {found['share_of_peak']:.0%} of the peak",
+            f"{title}: {_short(found['seconds'])} s, {flops}, {found['share_of_peak']:.0%} of the peak",
             *table(
                 ["  part", "s per run", "s per video", "share", "s bound by HBM", "s by XLA's estimate"],
                 [
                     [
                         f"  {name}",
-                        f"{part['seconds']:.3f}",
-                        f"{part['seconds'] * program['calls']:.1f}",
+                        _short(part["seconds"]),
+                        _short(part["seconds"] * program["calls"], 1),
                         f"{part['seconds'] / found['seconds']:.0%}",
-                        f"{part['hbm_bound_seconds']:.3f}",
-                        f"{part['estimated_seconds']:.3f}",
+                        _short(part["hbm_bound_seconds"]),
+                        _short(part["estimated_seconds"]),
                     ]
                     for name, part in found["parts"].items()
                 ],
@@ -96,10 +96,15 @@ def _collective_row(kind: str, found: list[dict[str, Any]]) -> list[str]:
     return [
         f"  {kind}",
         str(sum(c["count"] for c in found)),
-        f"{sum(c['count'] * c['bytes'] for c in found) / 1e9:.2f}",
-        f"{sum(c['seconds'] for c in found):.3f}",
-        "-" if None in exposed else f"{sum(exposed):.3f}",
+        _short(sum(c["count"] * c["bytes"] for c in found) / 1e9, 2),
+        _short(sum(c["seconds"] for c in found)),
+        "-" if None in exposed else _short(sum(exposed)),
     ]
+
+
+def _short(number: float, digits: int = 3) -> str:
+    """With so many decimals; where they would show less than two figures, with two."""
+    return f"{number:.{digits}f}" if number == 0 or number >= 10 ** (1 - digits) else f"{number:.2g}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

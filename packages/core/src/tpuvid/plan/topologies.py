@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,15 +112,15 @@ class Topology:
         return list(description.devices)
 
 
-def parse_topology(text: str) -> Topology:
+def parse_topology(text: str, *, also: Sequence[str] = LOCAL) -> Topology:
     """From "v6e-8" (as slices are rented: chips, or for v5p and tpu7x cores) or "v6e:2x4" (as libtpu says it).
 
-    Raises `InputError` for what no slice is called.
+    Raises `InputError` for what no slice is called; `also` are names that it offers beside those of slices.
     """
     found = re.fullmatch(r"([a-z]+\d?[a-z0-9]*?)(?:-(\d+)|:(\d+(?:x\d+)*))", text.strip().lower())
     chip = next((c for c in CHIPS if found and found[1] in (c.name, *c.aliases)), None)
     if chip is None:
-        raise InputError(f"topology={text!r}: is no TPU slice; choose from {', '.join(known_topologies())}, cpu or gpu")
+        raise InputError(f"topology={text!r}: is no TPU slice; choose from {', '.join([*known_topologies(), *also])}")
     if found[3]:
         shape = tuple(map(int, found[3].split("x")))
         if len(shape) != chip.dimensions or 0 in shape:

@@ -240,8 +240,10 @@ def _read_table(path: Path) -> list[Row]:
 
     try:
         return read_rows(path) if path.exists() else []
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    except ValueError:
+        raise InputError(
+            f"{path}: is no table of block sizes; give --output a new file, or one that tpuvid tune wrote"
+        ) from None
 
 
 def _check_table(path: Path) -> None:
@@ -279,7 +281,7 @@ def _say_blocks(blocks: Blocks) -> str:
 
 def _say_found(found: Found, best: Found | None, count: int, limit: int, topology: Topology) -> str:
     def ms(cycles: float) -> str:
-        return f"{cycles / topology.chip.clock_ghz / 1e6:.2f} ms"
+        return f"{cycles / topology.chip.clock_ghz / 1e6:.3g} ms"
 
     what = ms(found.cycles) if found.cycles is not None else f"does not fit ({(found.reason or '')[:100]})"
     top = f"; best {ms(best.cycles)} with {_say_blocks(best.blocks)}" if best else ""
