@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tpuvid.bridge import _group_norm, _pad
 from tpuvid.kernels.placement import picture_split
 from tpuvid.kernels.spatial import split_picture
+from tpuvid.operators import conv2d, group_norm, pad
 
 
 @pytest.mark.parametrize(
@@ -31,20 +31,22 @@ def test_padding_is_torchs_where_nothing_is_split():
     x = np.random.default_rng(0).standard_normal((1, 2, 3, 4, 5), np.float32)
     for how in ({}, {"mode": "replicate"}, {"value": 2.0}):
         expected = torch.nn.functional.pad(torch.from_numpy(x), (1, 2, 0, 1, 2, 0), **how)
-        np.testing.assert_array_equal(_pad(jnp.asarray(x), (1, 2, 0, 1, 2, 0), **how), expected)
+        np.testing.assert_array_equal(pad(jnp.asarray(x), (1, 2, 0, 1, 2, 0), **how), expected)
 
 
 def test_what_strips_can_not_do_is_refused():
     with picture_split(split_picture(8, 4, 2)), pytest.raises(ValueError, match="not supported"):
-        _pad(jnp.zeros((1, 1, 1, 4, 4)), (1, 1), value=1.0)
+        pad(jnp.zeros((1, 1, 1, 4, 4)), (1, 1), value=1.0)
+    with picture_split(split_picture(8, 4, 2)), pytest.raises(ValueError, match="stride"):
+        conv2d(jnp.zeros((1, 1, 4, 4)), jnp.zeros((1, 1, 3, 3)), stride=2, padding=1)
     with pytest.raises(ValueError, match="reflect"):
-        _pad(jnp.zeros((1, 1, 1, 4, 4)), (1, 1), mode="reflect")
+        pad(jnp.zeros((1, 1, 1, 4, 4)), (1, 1), mode="reflect")
 
 
-def test_group_norm_is_torchs_in_float32():
+def testgroup_norm_is_torchs_in_float32():
     x = np.random.default_rng(0).standard_normal((2, 6, 3, 4, 5), np.float32)
     weight, bias = np.arange(6, dtype=np.float32), np.ones(6, np.float32)
-    found = jax.jit(_group_norm, static_argnums=1)(x, 3, weight, bias)
+    found = jax.jit(group_norm, static_argnums=1)(x, 3, weight, bias)
     expected = torch.nn.functional.group_norm(
         *(torch.from_numpy(v) if i != 1 else v for i, v in enumerate([x, 3, weight, bias]))
     )

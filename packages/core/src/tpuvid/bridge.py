@@ -25,10 +25,8 @@ from torch._ops import OpOverloadPacket
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
-from tpuvid import kernels
-from tpuvid.kernels import attention, convolution_2d, convolution_3d
+from tpuvid import kernels, operators
 from tpuvid.kernels.placement import TokenSplit, placement, tokens_split
-from tpuvid.kernels.spatial import gather_keys, spatial_mean, take_halo
 from tpuvid.kernels.tokens import Stream, padded_length
 from tpuvid.mesh import FSDP, fsdp_axis, fsdp_spec
 
@@ -70,13 +68,8 @@ def environment() -> Any:
 
         return operator
 
-    env.override_op_definition(nn.functional.scaled_dot_product_attention, on_arrays(_sdpa))
-    env.override_op_definition(nn.functional.conv2d, on_arrays(partial(_convolution, convolution_2d, 2)))
-    env.override_op_definition(nn.functional.conv3d, on_arrays(partial(_convolution, convolution_3d, 3)))
-    env.override_op_definition(nn.functional.pad, on_arrays(_pad))
-    env.override_op_definition(nn.functional.interpolate, on_arrays(_interpolate_nearest))
-    env.override_op_definition(nn.functional.layer_norm, on_arrays(_layer_norm))
-    env.override_op_definition(nn.functional.group_norm, on_arrays(_group_norm))
+    for name in operators.NAMES:
+        env.override_op_definition(getattr(nn.functional, name), on_arrays(getattr(operators, name)))
     return env
 
 
@@ -142,72 +135,6 @@ def _write_slice(array: jax.Array, ranges: list[slice], value: Any) -> jax.Array
             chosen = (place >= here.start) & (place < here.stop) & ((place - here.start) % here.step == 0)
             value = jnp.where(chosen, spread, old)
     return value
-
-
-def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """`F.scaled_dot_product_attention` ([B, N, T, D]) on our kernels."""
-    if dropout_p or is_causal or enable_gqa:
-        raise ValueError(f"attention with {dropout_p=}, {is_causal=}, {enable_gqa=} is not supported")
-    if placement().spatial is not None:
-        key, value, attn_mask = gather_keys(key, value, attn_mask)
-    return attention(query, key, value, mask=attn_mask, scale=scale)
-
-
-def _convolution(kernel, ndim, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    def per_axis(value):
-        return (value,) * ndim if isinstance(value, int) else tuple(value)
-
-    if per_axis(dilation) != (1,) * ndim or groups != 1 or isinstance(padding, str):
-        raise ValueError(f"convolution with {padding=}, {dilation=}, {groups=} is not supported")
-    input, pads = take_halo(input, [(p, p) for p in per_axis(padding)])
-    return kernel(input, weight, bias, stride=per_axis(stride), padding=tuple(before for before, _ in pads))
-
-
-def _pad(input, pad, mode="constant", value=None):
-    """`F.pad` with a constant or by repeating the edge; `pad` begins with the last dimension."""
-    if mode not in ("constant", "replicate") or (value and placement().spatial is not None):
-        raise ValueError(f"padding with {mode=}, {value=} is not supported")
-    pads = list(zip(pad[::2], pad[1::2]))[::-1]
-    input, pads = take_halo(input, [(0, 0)] * (input.ndim - len(pads)) + pads, repeat=mode == "replicate")
-    return jnp.pad(input, pads, mode="edge") if mode == "replicate" else jnp.pad(input, pads, constant_values=value or 0)
-
-
-def _interpolate_nearest(
-    x, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False
-):
-    """Nearest upsampling of [B, C, *spatial] by whole factors, as broadcast + reshape: no gathers."""
-    ndim = x.ndim - 2
-    if size is not None:
-        sizes = size if isinstance(size, (tuple, list)) else [size] * ndim
-        factors = [new / old for new, old in zip(sizes, x.shape[2:], strict=True)]
-    else:
-        factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * ndim
-    if mode not in ("nearest", "nearest-exact") or any(f is None or f < 1 or f != int(f) for f in factors):
-        raise ValueError(f"interpolation with {size=}, {scale_factor=}, {mode=} of {x.shape} is not supported")
-    for axis, factor in enumerate(map(int, factors), start=2):
-        x = jnp.repeat(x, factor, axis=axis) if factor > 1 else x
-    return x
-
-
-def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """`F.layer_norm`; statistics and scaling in float32 as in torch, where torchax's own take those of bfloat16 in bfloat16."""
-    out = _normalized(input.astype(jnp.float32), tuple(range(-len(normalized_shape), 0)), eps)
-    out = out if weight is None else out * weight
-    return (out if bias is None else out + bias).astype(input.dtype)
-
-
-def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
-    """`F.group_norm` of [B, C, *spatial]; float32 within, as `_layer_norm`."""
-    groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1, *input.shape[2:])
-    out = _normalized(groups, tuple(range(2, groups.ndim)), eps, spatial_mean).reshape(input.shape)
-    per_channel = (-1, *(1,) * (input.ndim - 2))
-    out = out if weight is None else out * weight.reshape(per_channel)
-    return (out if bias is None else out + bias.reshape(per_channel)).astype(input.dtype)
-
-
-def _normalized(x, axes: tuple[int, ...], eps: float, mean: Callable = partial(jnp.mean, keepdims=True)):
-    centred = x - mean(x, axes)
-    return centred * jax.lax.rsqrt(mean(centred**2, axes) + eps)
 
 
 @dataclass
