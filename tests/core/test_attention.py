@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 from tpuvid.kernels import attention, placed_on
 from tpuvid.kernels import flash as flash_kernel
+from tpuvid.kernels.attention import _choose
 from tpuvid.kernels.block_sizes import Blocks
 from tpuvid.kernels.flash import attention_flash
+from tpuvid.kernels.placement import Placement
 from tpuvid.kernels.reference import attention_reference
 from tpuvid.kernels.splash import attention_splash
 from tpuvid.kernels.xla import attention_xla
@@ -188,3 +190,11 @@ def test_dispatch_on_cpu_is_xla():
 def test_backend_that_cannot_run_here_is_an_error(backend, message):
     with pytest.raises(ValueError, match=message), placed_on(make_mesh(MeshConfig()), backend):
         pass
+
+
+@pytest.mark.parametrize("backend", ["flash", "splash", "cudnn"])
+def test_a_kernel_that_was_asked_for_leaves_masks_that_it_does_not_take_to_xla(backend):
+    """T5's scores have a bias, and it runs with the denoiser's settings."""
+    place, query = Placement(attention_backend=backend), jnp.zeros((1, 2, 8, 16))
+    assert _choose(place, query, jnp.zeros((1, 2, 8, 8))) == "xla"
+    assert _choose(place, query, jnp.ones((1, 1, 1, 8), bool)) == _choose(place, query, None) == backend

@@ -25,14 +25,13 @@ def attention(
 ) -> Float[Array, "B N T D"]:
     """Scaled dot-product attention on the devices of the enclosing `placed_on`; see `attention_reference`.
 
-    The kernels take masks over keys ([B, 1, 1, S], boolean); any other mask goes to XLA, which never builds T×S scores.
+    The kernels take masks over keys ([B, 1, 1, S], boolean); any other mask goes to XLA, which never builds T×S scores, also
+    where a kernel was asked for: a text encoder has such masks, and runs with the denoiser's settings.
     """
     place = placement()
     backend = _choose(place, query, mask)
     if backend == "xla":
         return attention_xla(query, key, value, mask=mask, scale=scale)
-    if mask is not None and not _is_key_mask(mask):
-        raise ValueError(f"attention backend {backend!r} takes masks [B, 1, 1, S], not {mask.dtype} {mask.shape}; use auto")
     kv_mask = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (len(key), key.shape[2]))
     if backend == "cudnn" or place.is_local:
         return local_attention(query, key, value, kv_mask, scale)
@@ -67,10 +66,10 @@ def _is_key_mask(mask: Array) -> bool:
 
 
 def _choose(place: Placement, query: Array, mask: Array | None) -> str:
-    if place.attention_backend != "auto":
-        return place.attention_backend
     if mask is not None and not _is_key_mask(mask):
         return "xla"
+    if place.attention_backend != "auto":
+        return place.attention_backend
     match place.platform:
         case "tpu":
             return "flash"
