@@ -40,6 +40,8 @@ class Published:
     """Row-parallel layers replicated instead of all-reduced."""
     masked: bool = False
     """Keys that only pad a block, and padded text, masked by segment ids, as tpuvid does; else zeros that take part."""
+    stock_attention: bool = False
+    """CogVideoX's own attention processor, which joins the prompt's tokens and the video's before it projects them."""
     mesh: str = "dp=2,tp=4"
     """tp: Megatron's layout. sp: tokens split, all-to-all before and after self-attention."""
 
@@ -50,7 +52,7 @@ PUBLISHED = {
     "wan-sequence": Published(
         "Wan 2.1 14B, as above, tokens instead of widths split", 4.60, "wan2.1-t2v-14b", mesh="dp=2,sp=4"
     ),
-    "cogvideox": Published("CogVideoX1.5-5B, 1360×768×81, CFG", 2.31, "cogvideox1.5-5b"),
+    "cogvideox": Published("CogVideoX1.5-5B, 1360×768×81, CFG", 2.31, "cogvideox1.5-5b", stock_attention=True),
     "hunyuan": Published("HunyuanVideo 1.5, 1280×720×121, CFG", 7.29, "hunyuanvideo-1.5-t2v-720p", replicated_rows=True),
     "hunyuan-masked": Published(
         "HunyuanVideo 1.5, as above, padding masked", 7.29, "hunyuanvideo-1.5-t2v-720p", replicated_rows=True, masked=True
@@ -94,6 +96,7 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[
 
 
 def _denoising_step(published: Published, devices: list) -> Any:
+    from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
     from tpuvid.checkpoint import ConfigsOnly
     from tpuvid.mesh import MeshConfig
     from tpuvid.plan.dryrun import DryRuntime, dry_generate
@@ -104,6 +107,8 @@ def _denoising_step(published: Published, devices: list) -> Any:
     sharding = import_module(f"{spec.load_denoiser.split('.')[0]}.sharding")
     if published.replicated_rows:
         sharding.TRANSFORMER = tuple(rule for rule in sharding.TRANSFORMER if rule[1] != (None, "tp"))
+    if published.stock_attention:
+        import_module(f"{spec.load_denoiser.split(':')[0]}").SplitTokenAttention = CogVideoXAttnProcessor2_0
     programs = []
     runtime = DryRuntime(
         DTYPES["bfloat16"],
