@@ -149,7 +149,7 @@ def test_every_mask_is_over_keys_alone(pipe, monkeypatch):
         shapes.append((mask.dtype, query.shape[2], mask.shape))
         return attention(query, key, value, mask=mask, scale=scale)
 
-    for module in ("bridge", "kernels.tokens"):
+    for module in ("operators", "kernels.tokens"):
         monkeypatch.setattr(f"tpuvid.{module}.attention", recorded)
     denoiser, decoder = pipe._opened["denoise"], pipe._opened["decode"]
     inputs = denoiser._inputs(conditioning.tensors, (2, 2, 3), SCALES)
