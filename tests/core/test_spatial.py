@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tpuvid.kernels.placement import picture_split
-from tpuvid.kernels.spatial import split_picture
+from tpuvid.kernels.spatial import choose_split
 from tpuvid.operators import conv2d, group_norm, pad
 
 
@@ -18,13 +18,13 @@ from tpuvid.operators import conv2d, group_norm, pad
     ],
 )
 def test_the_side_that_leaves_each_device_the_least(latents, devices, axis, parts, size):
-    split = split_picture(*latents, devices)
+    split = choose_split(*latents, devices)
     assert (split.axis, split.parts, split.size) == (axis, parts, size)
     assert split.size * (split.parts - 1) < split.length <= split.size * split.parts
 
 
 def test_one_device_splits_nothing():
-    assert split_picture(90, 160, 1) is None
+    assert choose_split(90, 160, 1) is None
 
 
 def test_padding_is_torchs_where_nothing_is_split():
@@ -35,9 +35,9 @@ def test_padding_is_torchs_where_nothing_is_split():
 
 
 def test_what_strips_can_not_do_is_refused():
-    with picture_split(split_picture(8, 4, 2)), pytest.raises(ValueError, match="not supported"):
+    with picture_split(choose_split(8, 4, 2)), pytest.raises(ValueError, match="not supported"):
         pad(jnp.zeros((1, 1, 1, 4, 4)), (1, 1), value=1.0)
-    with picture_split(split_picture(8, 4, 2)), pytest.raises(ValueError, match="stride"):
+    with picture_split(choose_split(8, 4, 2)), pytest.raises(ValueError, match="stride"):
         conv2d(jnp.zeros((1, 1, 4, 4)), jnp.zeros((1, 1, 3, 3)), stride=2, padding=1)
     with pytest.raises(ValueError, match="reflect"):
         pad(jnp.zeros((1, 1, 1, 4, 4)), (1, 1), mode="reflect")

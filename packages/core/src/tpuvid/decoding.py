@@ -20,7 +20,7 @@ from torch import nn
 from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.kernels.placement import SpatialSplit, picture_split
-from tpuvid.kernels.spatial import AXIS, split_picture
+from tpuvid.kernels.spatial import AXIS, choose_split
 from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.runtime import Runtime, replicated
 from tpuvid.sampling import check_latents
@@ -95,7 +95,7 @@ class VaeDecoder(ABC):
 
     def _split_for(self, height: int, width: int) -> None:
         """Latents of this size over the devices, or as many of them as there are strips."""
-        self.split = split_picture(height, width, len(self.runtime.devices))
+        self.split = choose_split(height, width, len(self.runtime.devices))
         parts = self.split.parts if self.split else 1
         if parts != self.mesh.size:
             self._place_on(parts)
@@ -111,7 +111,7 @@ class VaeDecoder(ABC):
         """
         programs = self.once if once else self.programs
         run = function if self.split is None else self._in_strips(function, len(args), gives)
-        return programs.get(what, run, self.params, *args, donate=donate)(self.params, *args)
+        return programs.get(what, run, self.params, *args, donate=donate, variant=self.split)(self.params, *args)
 
     def _in_strips(self, function: Callable, args: int, gives: Any) -> Callable:
         def one_strip(*args: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -162,11 +162,16 @@ class Programs:
         self._compiled: dict[tuple, Callable] = {}
         self._doing = "compile"
 
-    def get(self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Callable:
-        """`function` compiled for arguments like `args` (arrays or shape structs); compiling is a phase of its own."""
+    def get(
+        self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = (), variant: Hashable = None
+    ) -> Callable:
+        """`function` compiled for arguments like `args` (arrays or shape structs); compiling is a phase of its own.
+
+        `variant`: what `function` is traced for beside the shapes of `args`.
+        """
         self._runtime.progress.note_also("devices", describe_mesh(self._mesh))
         leaves, structure = jax.tree.flatten(args)
-        key = (what, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
+        key = (what, variant, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
             program = self._from_pack(what, args) if self._runtime.pack else None
             if program is None:

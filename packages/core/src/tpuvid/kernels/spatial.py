@@ -19,7 +19,7 @@ from tpuvid.kernels.placement import SpatialSplit, placement
 AXIS = "sp"
 
 
-def split_picture(height: int, width: int, devices: int) -> SpatialSplit | None:
+def choose_split(height: int, width: int, devices: int) -> SpatialSplit | None:
     """Latents [.., height, width] in strips for up to so many devices, along the side that leaves each the least to do."""
 
     def strips(axis: int, length: int) -> SpatialSplit:

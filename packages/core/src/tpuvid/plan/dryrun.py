@@ -171,9 +171,9 @@ class DryPrograms(Programs):
         if runtime.stage not in runtime.compiled_stages:
             self._doing = "trace"
 
-    def get(self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Callable:
+    def get(self, what: str, function: Callable, *args: Any, **how: Any) -> Callable:
         structs = jax.tree.map(lambda x: x.struct if isinstance(x, AbsentArray) else x, args)
-        return super().get(what, function, *structs, donate=donate)
+        return super().get(what, function, *structs, **how)
 
     def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> DryProgram:
         runtime, start = self._dry, time.perf_counter()
