@@ -9,6 +9,7 @@ from tpuvid.kernels.flash import attention_flash
 from tpuvid.kernels.placement import Placement
 from tpuvid.kernels.reference import attention_reference
 from tpuvid.kernels.splash import attention_splash
+from tpuvid.kernels.window import Band, Window
 from tpuvid.kernels.xla import attention_xla
 from tpuvid.mesh import MeshConfig, make_mesh
 
@@ -127,6 +128,49 @@ def test_flash_where_every_block_takes_the_exact_path(monkeypatch):
     assert error(flash(q, k, v), attention_reference(q, k, v)) < 2e-5
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_smoothed_keys_give_the_same(masked):
+    q, k, v = inputs(300, 900, 64, batch=2, heads=2)
+    k = k + 20 * jnp.arange(64)
+    mask = key_mask(900)[:, None, None] if masked else None
+    k_ = k if mask is None else jnp.where(mask[:, 0, 0, :, None][:, None], k, 1e5)
+    found = flash(q, k_, v, mask=mask, smooth_k=True)
+    assert np.isfinite(found).all() and error(found, attention_reference(q, k, v, mask=mask)) < 1e-3  # scores of thousands
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("keys", ["normal", "with outlier channels", "with a common offset"])
+def test_int8_is_as_exact_as_eight_bits(dim, keys):
+    q, k, v = inputs(300, 1500, dim, batch=1, heads=2, dtype=jnp.bfloat16)
+    match keys:
+        case "with outlier channels":
+            k = k.at[..., :3].mul(20)
+        case "with a common offset":
+            k = k + 10 * jnp.sin(jnp.arange(dim)).astype(k.dtype)
+    expected = softmax_in_float64(q, k, v, dim**-0.5)
+    found = [
+        np.asarray(flash(q, k, v, out_dtype=jnp.float32, int8=True, smooth_k=smooth), np.float64) for smooth in (True, False)
+    ]
+    smoothed, plain = (np.linalg.norm(x - expected) / np.linalg.norm(expected) for x in found)
+    print(f"relative error {smoothed:.1e}, without smoothing {plain:.1e}")
+    assert 2e-3 < smoothed < (0.1 if keys == "with outlier channels" else 0.02)
+    assert keys != "with a common offset" or smoothed < plain / 2
+
+
+def test_int8_with_masked_and_ragged_keys():
+    q, k, v = inputs(75, 301, 64)
+    mask = key_mask(301)[:, None, None]
+    expected = attention_reference(q, k, v, mask=mask)
+    found = flash(q, jnp.where(mask[:, 0, 0, :, None][:, None], k, 1e4), v, mask=mask, int8=True, smooth_k=True)
+    assert error(found, expected) < 0.05 and not found[-1].any(), "the last batch entry has no key"
+
+
+def test_int8_takes_no_window():
+    q, k, v = inputs(40, 40, 64)
+    with pytest.raises(ValueError, match="no windows"):
+        flash(q, k, v, int8=True, band=Band(Window(10, 1), 40))
+
+
 @pytest.mark.parametrize("hidden", [slice(0, 200), slice(100, 900), slice(0, 899)])
 def test_masked_keys_have_no_say_in_flash(hidden):
     """Whatever stands in them: neither in the sums, nor in what scores are measured against."""
@@ -192,7 +236,7 @@ def test_backend_that_cannot_run_here_is_an_error(backend, message):
         pass
 
 
-@pytest.mark.parametrize("backend", ["flash", "splash", "cudnn"])
+@pytest.mark.parametrize("backend", ["flash", "flash-smooth-k", "flash-int8", "splash", "cudnn"])
 def test_a_kernel_that_was_asked_for_leaves_masks_that_it_does_not_take_to_xla(backend):
     """T5's scores have a bias, and it runs with the denoiser's settings."""
     place, query = Placement(attention_backend=backend), jnp.zeros((1, 2, 8, 16))

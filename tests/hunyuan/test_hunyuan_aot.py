@@ -13,6 +13,6 @@ def test_step_compiles_and_fits(size, cache):
     full, cached = found["full"], found["cached"]
     assert found["mesh"] == {"dp": 2, "sp": 4, "tp": 1}
     assert full["gib"] < 31.25, "a v6e chip has 32 GB"
-    assert full["kernels"] >= 3, "the refiner's two blocks and the scanned one run on the Pallas kernel"
+    assert full["attentions"] == 3, "the refiner's two blocks and the scanned one run on the Pallas kernel"
     if cache:
-        assert cached["gib"] < 31.25 and cached["kernels"] == 1 and cached["loops"] < full["loops"], "the last block alone"
+        assert cached["gib"] < 31.25 and cached["attentions"] == 1 and cached["loops"] < full["loops"], "the last block alone"

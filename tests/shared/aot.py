@@ -13,6 +13,8 @@ from tpuvid.plan.topologies import parse_topology
 
 GATHER = re.compile(r"= \w+\[([\d,]+)\]\S* all-gather\(")
 """The shape of what an all-gather gives."""
+ATTENTION = re.compile(r"%optimistic_flash_attention\S* = ")
+"""A call of the Pallas kernel."""
 
 
 def compile_steps(model: str, topology: str = "v6e-8", **settings) -> dict:
@@ -37,7 +39,7 @@ def _compile(job: Mapping[str, Any], report: Report) -> dict:
             {
                 "mesh": dict(program.mesh.shape),
                 "gib": program.footprint.total / 2**30,
-                "kernels": hlo.count("tpu_custom_call"),
+                "attentions": len(ATTENTION.findall(hlo)),
                 "largest gather": max((math.prod(map(int, shape.split(","))) for shape in GATHER.findall(hlo)), default=0),
                 "loops": hlo.count(" while("),
                 "seconds": program.compile_seconds,

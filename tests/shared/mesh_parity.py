@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-MESHES = ("dp=1", "dp=2,tp=4", "sp=3", None, "dp=2,sp=4,fsdp")  # None: dp=2,sp=4; three parts divide neither heads nor tokens
+MESHES = ("dp=1", "dp=2,tp=4", "sp=3", "sp=8", None, "dp=2,sp=4,fsdp")
+"""None: dp=2,sp=4. Three parts divide neither heads nor tokens; eight share four heads."""
 SIZES = ((8, 6), (6, 13), (6, 14))  # latents: eight strips by height; seven by width, of which the last is half empty, or full
-CACHE = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cache_step_interval=3)
+SAVING = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cache_step_interval=3, window_size="frames=0")
 
 
 def on_eight_devices(folder: Path, settings: dict, weight: str) -> dict:
-    """Under "layouts", by layout: the relative errors of embeddings and latents (with DeepCache too), how `weight` is split, and the meshes.
+    """Under "layouts", by layout: the relative errors of embeddings and latents (with DeepCache and a window too), how `weight` is split, and the meshes.
 
     Under "strips", by size: the relative error of frames, and into how many strips they were split.
     """
@@ -34,9 +35,10 @@ def main(folder: str, settings: dict, weight: str) -> dict:
     for mesh in MESHES:
         pipe = tpuvid.load(folder, mesh=mesh)
         conditioning = pipe.encode('a red "cat"', "dog", max_sequence_length=40)
-        latents, cached = (pipe.denoise(conditioning, **settings | changes) for changes in ({}, CACHE))
+        latents, saved = (pipe.denoise(conditioning, **settings | changes) for changes in ({}, SAVING))
         found = [value for name, value in conditioning.tensors.items() if "mask" not in name and value.any()]
-        found += [latents.latents, cached.latents]
+        assert saved.history["denoise"]["window"].startswith("0 × ")
+        found += [latents.latents, saved.latents]
         expected = expected or found
         denoiser, encoder = pipe._opened["denoise"], pipe._opened["encode"]
         results[str(mesh)] = {

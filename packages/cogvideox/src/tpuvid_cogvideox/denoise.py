@@ -116,10 +116,12 @@ class CogVideoXDenoiser:
         )
         generator = make_generator(config.seed)
         noise = make_noise(shape, generator)
-        cache = step_cache(config)
+        patch, patch_t = self.config.patch_size, self.config.patch_size_t or 1
+        grid = frames // patch_t, shape[3] // patch, shape[4] // patch
         latents = self.sampler.sample(
-            self.params, inputs, noise, schedule, scales=scales, generator=generator, cache=cache, on_step=on_step
-        )
+            self.params, inputs, noise, schedule, scales=scales, generator=generator, cache=step_cache(config), on_step=on_step,
+            window=self.sampler.window(config, grid, video_frames=VAE_TIME * patch_t),
+        )  # fmt: skip
         return np.moveaxis(latents[:, additional:], 1, 2)
 
     def _predict(

@@ -19,7 +19,7 @@ COGVIDEOX_1_5_5B = ModelSpec(
         height=768, width=1360, num_frames=81, fps=16, num_inference_steps=50, guidance_scale=6.0, max_sequence_length=226
     ),
     rules=RULES,
-    takes=("use_dynamic_cfg", "cache"),
+    takes=("use_dynamic_cfg", "cache", "window_size"),
     components={"encode": ("tokenizer", "text_encoder"), "denoise": ("transformer", "scheduler"), "decode": ("vae",)},
     load_text_encoder="tpuvid_cogvideox.encode:CogVideoXTextEncoder",
     load_denoiser="tpuvid_cogvideox.denoise:CogVideoXDenoiser",

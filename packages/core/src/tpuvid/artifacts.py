@@ -42,6 +42,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     "max_sequence_length": int, "guidance_scale": float, "flow_shift": float,
     "prompt": str, "negative_prompt": str, "use_dynamic_cfg": boolean,
     "cache": str, "cache_start_step": int, "cache_end_step": int, "cache_step_interval": int,
+    "window_size": str,
 }  # fmt: skip
 
 

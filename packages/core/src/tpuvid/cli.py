@@ -20,7 +20,6 @@ import click
 import tpuvid
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.options import (
-    cache_options,
     config_option,
     echo_table,
     encoder_options,
@@ -36,6 +35,7 @@ from tpuvid.options import (
     runtime_options,
     sampling_options,
     save_frames_option,
+    saving_options,
     split,
     stage_model_option,
     vae_tiling_option,
@@ -180,7 +180,7 @@ def list_models(as_json: bool) -> None:
 @click.option("--prompt-file", "--prompt-path", type=path_type, help="One prompt per line; each gives a video.")
 @prompt_options
 @sampling_options
-@cache_options
+@saving_options
 @lora_options
 @mesh_option
 @loop_options
@@ -301,7 +301,7 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 @stage_model_option
 @click.option("--input-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 1 is.")
 @sampling_options
-@cache_options
+@saving_options
 @lora_options
 @mesh_option
 @loop_options

@@ -5,6 +5,7 @@ A model brings its prediction, a schedule and its inputs; guidance, step caches,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,11 +19,13 @@ from jaxtyping import Float
 
 from tpuvid import sampling
 from tpuvid.bridge import Params, TracedModule
+from tpuvid.kernels import Window, attention_window
 from tpuvid.profiling import StepProfiler
 from tpuvid.runtime import Runtime, batch_sharded, replicated
 from tpuvid.schedule import Schedule, advance
-from tpuvid.stages import StepCallback
+from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.stepcache import StepCache, Uncached, ranges
+from tpuvid.window_size import WindowSize
 
 Predict = Callable[[Params, Array, Array, Any], Array]
 """(params, latents [B, …], timesteps [B], inputs) → the model's output [B, …]; traced. With guidance, B counts both prompts."""
@@ -61,6 +64,7 @@ class Sampler:
         generator: torch.Generator,
         cache: StepCache,
         on_step: StepCallback,
+        window: Window | None = None,
     ) -> Float[np.ndarray, "..."]:
         """The sample after every step of `schedule`; each is waited for, so that progress and timings are true.
 
@@ -71,7 +75,7 @@ class Sampler:
         is_full = cache.full_steps(total)
         state = self.runtime.put(sampling.initial_state(noise, schedule), replicated(self.mesh))
         first = first_moment(schedule, scales, noise.shape)
-        full, cached = self.compile(params, state, inputs, first, cache)
+        full, cached = self.compile(params, state, inputs, first, cache, window)
         if self.runtime.warmup_steps:
             with progress.phase("warm up"):
                 self._warm_up(full, cached, params, state, inputs, first)
@@ -99,36 +103,56 @@ class Sampler:
             progress.note("cache", {"name": cache.name, **steps, "saved_steps": is_full.count(False)})
         return self.runtime.fetch(state[0])
 
+    def window(self, config: GenerationConfig, grid: tuple[int, int, int], *, video_frames: int) -> Window | None:
+        """``config.window_size`` over a `grid` of tokens (frames, height, width), each frame of which is of so many of the video.
+
+        None where there is none, and where it would hide nothing, which is then noted.
+        """
+        if config.window_size is None:
+            return None
+        asked, (frames, height, width) = WindowSize.parse(config.window_size), grid
+        total = frames * height * width
+        if asked.unit == "tokens":
+            window = Window.of_tokens(asked.size, total=total)
+        else:
+            window = Window.of_frames(math.ceil(asked.size / video_frames), tokens_per_frame=height * width, total=total)
+        shown = "all tokens: it hides nothing" if window is None else f"{window.reach} × {window.run} tokens to either side"
+        self.runtime.progress.note("window", shown)
+        return window
+
     def compile(
-        self, params: Params, state: Any, inputs: Any, moment: Moment, cache: StepCache
+        self, params: Params, state: Any, inputs: Any, moment: Moment, cache: StepCache, window: Window | None
     ) -> tuple[Callable, Callable | None]:
         """The programs of full and of cached steps for such arguments (arrays or shape structs); None where nothing is kept."""
         names = (
             ("denoiser", "") if isinstance(cache, Uncached) else (f"full step ({cache.name})", f"cached step ({cache.name})")
         )
-        full = self.programs.get(names[0], self._full(cache), params, state, inputs, moment, donate=(1,))
+        how = {"donate": (1,), "variant": window}
+        full = self.programs.get(names[0], self._full(cache, window), params, state, inputs, moment, **how)
         _, kept = full.out_info
         if not jax.tree.leaves(kept):
             return full, None
         kept = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding), kept)
-        return full, self.programs.get(names[1], self._cached(cache), params, state, kept, inputs, moment, donate=(1,))
+        return full, self.programs.get(names[1], self._cached(cache, window), params, state, kept, inputs, moment, **how)
 
-    def _full(self, cache: StepCache) -> Callable:
+    def _full(self, cache: StepCache, window: Window | None) -> Callable:
         def full_step(
             params, state: Float[Array, "K B ..."], inputs: Any, moment: Moment
         ) -> tuple[Float[Array, "K B ..."], Any]:
             latents, timesteps = self._model_inputs(state, moment)
-            output, kept = cache.full(self.traced, self.predict, params, latents, timesteps, inputs)
+            with attention_window(window):
+                output, kept = cache.full(self.traced, self.predict, params, latents, timesteps, inputs)
             return self._update(state, output, moment), kept
 
         return full_step
 
-    def _cached(self, cache: StepCache) -> Callable:
+    def _cached(self, cache: StepCache, window: Window | None) -> Callable:
         def cached_step(
             params, state: Float[Array, "K B ..."], kept: Any, inputs: Any, moment: Moment
         ) -> Float[Array, "K B ..."]:
             latents, timesteps = self._model_inputs(state, moment)
-            output = cache.cached(self.traced, self.predict, kept, params, latents, timesteps, inputs)
+            with attention_window(window):
+                output = cache.cached(self.traced, self.predict, kept, params, latents, timesteps, inputs)
             return self._update(state, output, moment)
 
         return cached_step

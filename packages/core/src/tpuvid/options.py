@@ -114,11 +114,15 @@ sampling_options = _options(
     ),
     click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
 )
-cache_options = _options(
+saving_options = _options(
     click.option("--cache", type=click.Choice(CACHES), help="Reuse parts of one denoising step in the next ones."),
     click.option("--cache-start-step", type=int, help="First step that may be cached. [default: 11]"),
     click.option("--cache-end-step", type=int, help="From this step on, none is cached. [default: 45]"),
     click.option("--cache-step-interval", type=int, help="Between them, one step in so many is full. [default: 4]"),
+    click.option(
+        "--window-size",
+        help="In self-attention, let a token see so many frames before and after its own (16 or frames=16; tokens=8192).",
+    ),
 )
 mesh_option = click.option(
     "--mesh", callback=_checked_mesh, help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths."
@@ -164,7 +168,11 @@ search_options = _options(
 runtime_options = _options(
     click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Default: bfloat16; float32 on a CPU."),
     click.option(
-        "--attention-backend", type=click.Choice(["auto", "xla", "flash", "splash", "cudnn"]), default="auto", show_default=True
+        "--attention-backend",
+        type=click.Choice(["auto", "xla", "flash", "flash-smooth-k", "flash-int8", "splash", "cudnn"]),
+        default="auto",
+        show_default=True,
+        help="flash-int8 is faster and less exact: see docs/attention.md.",
     ),
 )
 

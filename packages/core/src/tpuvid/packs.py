@@ -51,12 +51,13 @@ CONCERNS = {
     "max_sequence_length": ("encode", "denoise"),
     "guidance": ("denoise",),
     "cache": ("denoise",),
+    "window_size": ("denoise",),
     "mesh": ("denoise",),
     "text_encoder_device": ("encode",),
     "vae_tiling": ("decode",),
 }
 """Fields that only some stages' programs depend on."""
-FLAGS = ("height", "width", "num_frames", "max_sequence_length", "cache", "mesh", "dtype", "attention_backend",
+FLAGS = ("height", "width", "num_frames", "max_sequence_length", "cache", "window_size", "mesh", "dtype", "attention_backend",
          "text_encoder_device")  # fmt: skip
 """Fields that a flag of the same name sets."""
 LIBRARIES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
@@ -345,6 +346,7 @@ def settings_key(spec: ModelSpec, config: GenerationConfig) -> dict[str, Any]:
         "max_sequence_length": config.max_sequence_length,
         "guidance": "on" if config.do_classifier_free_guidance else "off",
         "cache": config.cache or "none",
+        "window_size": config.window_size or "none",
     }
 
 

@@ -47,7 +47,7 @@ def load(
         model: registered id, local diffusers folder, or Hub id.
         dtype: "bfloat16" or "float32", of weights and activations; default bfloat16 on accelerators, float32 on CPU.
         mesh: "dp=2,sp=4", "dp=2,tp=4" or a `MeshConfig`; default by devices, heads and memory.
-        attention_backend: "auto", "xla", "flash" or "splash" (TPU), or "cudnn" (GPU).
+        attention_backend: "auto", "xla", "flash", "flash-smooth-k", "flash-int8" or "splash" (TPU), or "cudnn" (GPU).
         text_encoder_device: "device" (the accelerator, if there is one) or "cpu".
         warmup_steps: how often every denoising program runs before the first step that counts; the result is the same.
         profile: folder for a JAX profile of steady denoising steps, to be opened in XProf or Perfetto.
@@ -195,6 +195,10 @@ class Pipeline:
 
     def resolve(self, config: GenerationConfig) -> GenerationConfig:
         """`config` with what it leaves to the checkpoint filled in; raises `InputError` for what the checkpoint can't take."""
+        if config.window_size is not None and self.runtime.attention_backend == "flash-int8":
+            raise InputError(
+                f"window_size={config.window_size}: attention_backend=flash-int8 has no windows; leave one of them out"
+            )
         return self._open("denoise").resolve(config)
 
     def check_pack(self, config: GenerationConfig, *names: str) -> None:
@@ -202,7 +206,7 @@ class Pipeline:
         config on these devices, and trusted."""
         pack, names = self.runtime.pack, names or tuple(LOADERS)
         known = (names, config.height, config.width, config.num_frames, config.max_sequence_length, config.cache,
-                 config.do_classifier_free_guidance)  # fmt: skip
+                 config.window_size, config.do_classifier_free_guidance)  # fmt: skip
         if pack is None or known in self._fits:
             return
         pack.check(run_key(self.spec, {name: self._open(name) for name in names}, config, self.runtime))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tpuvid.errors import InputError
 from tpuvid.stepcache import fill_cache_settings
+from tpuvid.window_size import WindowSize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,7 @@ OPTIONAL_SETTINGS = {
     "flow_shift": "flow-matching schedule",
     "use_dynamic_cfg": "dynamic guidance",
     "cache": "step cache",
+    "window_size": "attention window",
 }
 MAX_SEED = 2**63 - 1  # torch.Generator.manual_seed takes an int64
 
@@ -56,6 +58,8 @@ class GenerationConfig:
     cache_start_step: int | None = None
     cache_end_step: int | None = None
     cache_step_interval: int | None = None
+    window_size: str | None = None
+    """How far a token of the video sees to either side in self-attention ("frames=16", "tokens=8192"); None: everywhere."""
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -270,6 +274,8 @@ class ModelSpec:
             self.rules.check(height=config.height, width=config.width, num_frames=config.num_frames)
         except InputError as error:
             raise InputError(f"{error} ({self.model_id})") from None
+        if config.window_size is not None:
+            config = replace(config, window_size=str(WindowSize.parse(config.window_size)))
         return fill_cache_settings(config)
 
     def load(self, stage: str, checkpoint: Checkpoint, runtime: Runtime) -> Any:

@@ -128,10 +128,10 @@ class HunyuanDenoiser:
         inputs = self._inputs(tensors, shape[2:], scales)
         generator = make_generator(config.seed)
         noise = make_noise(shape, generator)
-        cache = step_cache(config)
         return self.sampler.sample(
-            self.params, inputs, noise, schedule, scales=scales, generator=generator, cache=cache, on_step=on_step
-        )
+            self.params, inputs, noise, schedule, scales=scales, generator=generator, cache=step_cache(config), on_step=on_step,
+            window=self.sampler.window(config, shape[2:], video_frames=VAE_TIME),
+        )  # fmt: skip
 
     def _predict(
         self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, "B2"], inputs: Inputs

@@ -12,7 +12,7 @@ COMMON = dict(
     pipeline_class="HunyuanVideo15Pipeline",
     parameters="8.3B",
     rules=RULES,
-    takes=("flow_shift", "cache"),
+    takes=("flow_shift", "cache", "window_size"),
     components={
         "encode": ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
         "denoise": ("transformer", "scheduler", "guider"),

@@ -82,10 +82,12 @@ class WanDenoiser:
         text = self.runtime.put(text, batch_sharded(self.mesh, len(text)))
         generator = make_generator(config.seed)
         noise = make_noise((1, *self._latent_shape(config)), generator)
-        cache = step_cache(config)
+        patches = self.traced.module.config.patch_size
+        grid = tuple(size // patch for size, patch in zip(noise.shape[2:], patches))
         return self.sampler.sample(
-            self.params, text, noise, schedule, scales=scales, generator=generator, cache=cache, on_step=on_step
-        )
+            self.params, text, noise, schedule, scales=scales, generator=generator, cache=step_cache(config), on_step=on_step,
+            window=self.sampler.window(config, grid, video_frames=VAE_TIME * patches[0]),
+        )  # fmt: skip
 
     def _predict(
         self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, "B2"], text: Float[Array, "B2 L E"]

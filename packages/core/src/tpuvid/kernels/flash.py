@@ -15,6 +15,15 @@ Wan 2.1 720p, 5 heads, S = 75,600, D = 128; JAX's splash attention 41.6 to 44.4 
   side; the compiler keeps the order of the source.
 
 The scale is applied to scores in float32: rounding a scaled q to bfloat16 would double the error of the result.
+
+Q·K in int8 (`int8`) is an option that gives up exactness: K's channels are scaled by their own ranges, Q takes these over and is
+scaled token by token, which costs nothing in the kernel. Without K's mean over all tokens, which changes no softmax (`smooth_k`),
+K has smaller ranges. Source of both: SageAttention (arXiv:2410.02367).
+
+With a window (`tpuvid.kernels.window`), the grid is the list of visits that hold anything seen. What else a block holds is hidden by
+the matrix units, in the half of their contraction that D = 128 leaves free: K gets a one-hot column for where a key stands,
+and Q, at the columns of what it doesn't see, −2²⁴. Scores that are seen stay what they are to the last bit.
+
 Source: FlashAttention (arXiv:2205.14135, arXiv:2307.08691); the measurements of ideas are in docs/attention.md.
 """
 
@@ -22,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +39,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Num
 
 from tpuvid.kernels.block_sizes import LANES, AttentionShape, Blocks, flash_blocks, round_up
 from tpuvid.kernels.recording import record_attention
+from tpuvid.kernels.window import BLOCKS, Band, Visit, key_columns, query_columns, visits
 
 TILE = 256
 """Queries that are worked on at a time: the width of the matrix unit."""
@@ -57,17 +68,28 @@ def attention_flash(
     value: Float[Array, "B N S D"],
     *,
     kv_mask: Bool[Array, "B S"] | None = None,
+    band: Band | None = None,
     scale: float | None = None,
+    smooth_k: bool = False,
+    int8: bool = False,
     chip: str | None = None,
     blocks: Blocks | None = None,
     out_dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N T D"]:
-    """As `attention_reference` with a mask over keys alone. Inputs must be finite where `kv_mask` keeps them.
+    """As `attention_reference` with a mask over keys, and with `Band.mask`. Inputs must be finite where `kv_mask` keeps them.
 
-    `blocks`: by default those for this shape on `chip`, see `flash_blocks`. `out_dtype`: by default the queries'.
+    `smooth_k` takes K's mean away; `int8` rounds Q and K to 8 bits, and raises `ValueError` with a `band`, whose columns 8 bits
+    can't hold. `blocks`: by default those for this shape on `chip`, see `flash_blocks`. `out_dtype`: by default the queries'.
     `interpret` runs the kernel on a CPU.
     """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if smooth_k:
+        key = _smoothed(key, kv_mask)
+    if band is not None:
+        if int8:
+            raise ValueError("attention in int8 has no windows; leave out one of them")
+        return _windowed(query, key, value, kv_mask, band, scale, blocks or BLOCKS, out_dtype or query.dtype, interpret)
     batch, heads, queries, dim = query.shape
     keys, dtype = key.shape[2], out_dtype or query.dtype
     record_attention(AttentionShape(heads, queries, keys, dim))
@@ -82,13 +104,69 @@ def attention_flash(
         ones = jnp.broadcast_to(jnp.swapaxes(kept, 2, 3), (batch, heads, ONES, padded))
     else:
         ones = jnp.ones((batch, heads, ONES, padded))
-    wide = 64 if dim <= 64 else round_up(dim)
-    query, key, value = (_pad(x, 3, wide) for x in (query, key, value))
+    query, key, value = (_pad(x, 3, _wide(dim)) for x in (query, key, value))
     value = jnp.concatenate([jnp.swapaxes(value, 2, 3), ones.astype(value.dtype)], axis=2)
-    scale = dim**-0.5 if scale is None else scale
     query = _pad(query, 2, min(blocks.q, round_up(queries))) if queries < blocks.q else query
-    out = _call(query, key, value, blocks, queries, scale, dtype, interpret)
+    steps = None
+    if int8:
+        query, key, steps = _quantized(query, key)
+    out = _call(query, key, value, blocks, queries, scale, dtype, interpret, steps=steps)
     return out[:, :, :queries, :dim]
+
+
+def _windowed(query, key, value, kv_mask, band: Band, scale, blocks: Blocks, dtype, interpret) -> Float[Array, "B N T D"]:
+    """`attention_flash` with a band; all is padded to whole blocks, the keys that all see beginning with one."""
+    batch, heads, queries, dim = query.shape
+    block_q, block_kv = min(blocks.q, round_up(queries)), min(blocks.kv, round_up(key.shape[2]))
+    blocks = Blocks(block_q, block_kv, blocks.kv_compute)
+    query = jnp.concatenate([_pad(query, 3, _wide(dim)), _per_head(query_columns(band, queries, query.dtype), query)], axis=3)
+    query = _pad(query, 2, pl.cdiv(queries, block_q) * block_q)
+
+    def whole_blocks(x: Array, axis: int) -> Array:
+        parts = jnp.split(x, [band.places], axis=axis)
+        return jnp.concatenate([_pad(part, axis, pl.cdiv(part.shape[axis], block_kv) * block_kv) for part in parts], axis=axis)
+
+    kept = jnp.ones((batch, key.shape[2]), bool) if kv_mask is None else jnp.broadcast_to(kv_mask, (batch, key.shape[2]))
+    kept = whole_blocks(kept, 1)
+    key, value = (_pad(jnp.where(kept[:, None, :, None], whole_blocks(x, 2), 0), 3, _wide(dim)) for x in (key, value))
+    band = band._replace(places=pl.cdiv(band.places, block_kv) * block_kv)
+    table = visits(band, queries, key.shape[2], blocks)
+    key = jnp.concatenate([key, _per_head(key_columns(band, kept, key.dtype)[:, None], key)], axis=3)
+    ones = jnp.broadcast_to(kept[:, None, None], (batch, heads, ONES, key.shape[2])).astype(value.dtype)
+    value = jnp.concatenate([jnp.swapaxes(value, 2, 3), ones], axis=2)
+    out = _call(query, key, value, blocks, queries, scale, dtype, interpret, table=jnp.asarray(table)[band.part])
+    return out[:, :, :queries, :dim]
+
+
+def _smoothed(key: Float[Array, "B N S D"], kv_mask: Bool[Array, "B S"] | None) -> Float[Array, "B N S D"]:
+    """Without the mean of the keys that count: that adds the same to all scores of a query."""
+    where = None if kv_mask is None else kv_mask[:, None, :, None]
+    mean = jnp.mean(key.astype(jnp.float32), axis=2, keepdims=True, where=where)
+    return (key - jnp.nan_to_num(mean)).astype(key.dtype)
+
+
+def _quantized(
+    query: Float[Array, "B N T D"], key: Float[Array, "B N S D"]
+) -> tuple[Int[Array, "B N T D"], Int[Array, "B N S D"], Float[Array, "B N 1 T"]]:
+    """Both in int8, and by what a query's products are to be multiplied."""
+
+    def rounded(x: Float[Array, "..."], axis: int) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+        step = jnp.maximum(jnp.abs(x).max(axis=axis, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
+        return jnp.round(x / step).astype(jnp.int8), step
+
+    key, steps = rounded(key.astype(jnp.float32), 2)
+    query, step = rounded(query.astype(jnp.float32) * steps, 3)
+    return query, key, jnp.swapaxes(step, 2, 3)
+
+
+def _per_head(columns: Array, like: Float[Array, "B N T D"]) -> Float[Array, "B N T C"]:
+    """[T, C] or [B, 1, T, C] for every head."""
+    return jnp.broadcast_to(columns, (*like.shape[:3], columns.shape[-1]))
+
+
+def _wide(dim: int) -> int:
+    """Channels of a head, padded."""
+    return 64 if dim <= 64 else round_up(dim)
 
 
 def _pad(x: Array, axis: int, size: int) -> Array:
@@ -99,63 +177,105 @@ def _pad(x: Array, axis: int, size: int) -> Array:
 
 
 def _call(
-    query: Float[Array, "B N T D"], key: Float[Array, "B N S D"], value: Float[Array, "B N D1 S"], blocks: Blocks, queries: int,
-    scale: float, dtype: DTypeLike, interpret: bool,
+    query: Num[Array, "B N T C"], key: Num[Array, "B N S C"], value: Float[Array, "B N D1 S"], blocks: Blocks, queries: int,
+    scale: float, dtype: DTypeLike, interpret: bool, table: Int[Array, "4 V"] | None = None,
+    steps: Float[Array, "B N 1 T"] | None = None,
 ) -> Float[Array, "B N T D"]:  # fmt: skip
-    """T at least one block, of which `queries` count; S in whole lanes."""
-    batch, heads, rows, dim = query.shape
+    """T at least one block, of which `queries` count; S in whole lanes. `table`: the visits, where they aren't all there could be.
+
+    `steps`: what products of integers are multiplied by.
+    """
+    batch, heads, rows, width = query.shape
     keys, depth = key.shape[2], value.shape[2]
     block_q, block_kv = min(blocks.q, round_up(rows)), min(blocks.kv, keys)
-    grid = (batch, heads, pl.cdiv(rows, block_q), pl.cdiv(keys, block_kv))
-    kernel = functools.partial(_kernel, keys=keys, queries=queries, compute=blocks.kv_compute, scale=scale * math.log2(math.e))
-    scores = batch * heads * rows * keys
-    cost = pl.CostEstimate(
-        flops=2 * scores * (dim + depth),
-        transcendentals=scores,
-        bytes_accessed=query.dtype.itemsize * (query.size * 2 + (key.size + value.size) * grid[2]),
+    if table is None:
+        grid = (batch, heads, pl.cdiv(rows, block_q), pl.cdiv(keys, block_kv))
+        of_query, of_key = (lambda b, n, i, j: i), (lambda b, n, i, j: j)
+    else:
+        grid = (batch, heads, table.shape[1])
+        of_query, of_key = (lambda b, n, v, table: table[0, v]), (lambda b, n, v, table: table[1, v])
+    kernel = functools.partial(
+        _kernel if steps is None else _int8_kernel,
+        keys=keys,
+        queries=queries,
+        compute=blocks.kv_compute,
+        scale=scale * math.log2(math.e),
     )
+    scores = math.prod(grid) * block_q * block_kv if table is not None else batch * heads * rows * keys
+    cost = pl.CostEstimate(
+        flops=2 * scores * (width + depth),
+        transcendentals=scores,
+        bytes_accessed=query.dtype.itemsize * (query.size * 2 + scores // block_q * (width + depth)),
+    )
+    out_shape = jax.ShapeDtypeStruct((batch, heads, rows, depth - ONES), dtype)
     return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[
-            pl.BlockSpec((None, None, block_q, dim), lambda b, n, i, j: (b, n, i, 0)),
-            pl.BlockSpec((None, None, block_kv, dim), lambda b, n, i, j: (b, n, j, 0)),
-            pl.BlockSpec((None, None, depth, block_kv), lambda b, n, i, j: (b, n, 0, j)),
-        ],
-        out_specs=pl.BlockSpec((None, None, block_q, dim), lambda b, n, i, j: (b, n, i, 0)),
-        out_shape=jax.ShapeDtypeStruct(query.shape, dtype),
-        scratch_shapes=[pltpu.VMEM((2, 8, block_q), jnp.float32), pltpu.VMEM((2, depth, block_q), jnp.float32)],
+        functools.partial(_every_step if table is None else _visit_step, kernel),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=0 if table is None else 1,
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((None, None, block_q, width), lambda b, n, *at: (b, n, of_query(b, n, *at), 0)),
+                pl.BlockSpec((None, None, block_kv, width), lambda b, n, *at: (b, n, of_key(b, n, *at), 0)),
+                pl.BlockSpec((None, None, depth, block_kv), lambda b, n, *at: (b, n, 0, of_key(b, n, *at))),
+                *[pl.BlockSpec((None, None, 1, block_q), lambda b, n, *at: (b, n, 0, of_query(b, n, *at)))]
+                * (steps is not None),
+            ],
+            out_specs=pl.BlockSpec((None, None, block_q, depth - ONES), lambda b, n, *at: (b, n, of_query(b, n, *at), 0)),
+            scratch_shapes=[pltpu.VMEM((2, 8, block_q), jnp.float32), pltpu.VMEM((2, depth, block_q), jnp.float32)],
+        ),
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            dimension_semantics=(*("parallel",) * (len(grid) - 1), "arbitrary"),
             disable_bounds_checks=True,
             vmem_limit_bytes=VMEM_BYTES,
         ),
         cost_estimate=cost,
         interpret=interpret,
         name="optimistic_flash_attention",
-    )(query, key, value)
+    )(*(x for x in (table, query, key, value, steps) if x is not None))
 
 
-def _kernel(q_ref, k_ref, v_ref, o_ref, m_ref, acc_ref, *, keys: int, queries: int, compute: int, scale: float) -> None:
-    """One block of queries [q, D] against one of keys [kv, D] and values [D + 16, kv].
+def _every_step(kernel: Callable, *refs) -> None:
+    """Every block of queries meets every block of keys."""
+    j = pl.program_id(3)
+    kernel(pl.program_id(2), j, j == pl.num_programs(3) - 1, *refs)
 
+
+def _visit_step(kernel: Callable, table, *refs) -> None:
+    visit = Visit(*(table[row, pl.program_id(2)] for row in range(len(Visit._fields))))
+    kernel(visit.query, visit.number, visit.last == 1, *refs)
+
+
+def _int8_kernel(i: Array, j: Array, is_last: Array, q_ref, k_ref, v_ref, steps_ref, *refs, **options) -> None:
+    _kernel(i, j, is_last, q_ref, k_ref, v_ref, *refs, **options, steps_ref=steps_ref)
+
+
+def _kernel(
+    i: Array, j: Array, is_last: Array, q_ref, k_ref, v_ref, o_ref, m_ref, acc_ref, *,
+    keys: int, queries: int, compute: int, scale: float, steps_ref=None,
+) -> None:  # fmt: skip
+    """Block `i` of queries [q, C] against the `j`-th one of keys [kv, C] and values [D + 16, kv] that it meets.
+
+    `steps_ref` [1, q] where Q and K are integers.
     `m_ref` [2, 8, q] and `acc_ref` [2, D + 16, q] hold m and [O; sums] before and after it, in turns: what was before
     stays until it is known that what came after is right.
     """
-    i, j, last = pl.program_id(2), pl.program_id(3), pl.num_programs(3) - 1
-    (block_q, dim), block_kv = q_ref.shape, k_ref.shape[0]
+    block_q, block_kv, dim = q_ref.shape[0], k_ref.shape[0], o_ref.shape[1]
     tile = math.gcd(TILE, block_q)
     tiles = range(0, block_q, tile)
     before, after = lax.rem(j, 2), 1 - lax.rem(j, 2)
     multiply = functools.partial(
         lax.dot_general,
         preferred_element_type=jnp.float32,
-        precision=lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None,
+        precision=lax.Precision.HIGHEST if v_ref.dtype == jnp.float32 else None,
     )
 
     def scores(keys: pl.Slice, queries: pl.Slice) -> Float[Array, "k q"]:
         """In powers of two, which are what the hardware computes."""
-        return multiply(k_ref[keys, :], q_ref[queries, :], NT) * scale
+        if steps_ref is None:
+            return multiply(k_ref[keys, :], q_ref[queries, :], NT) * scale
+        products = lax.dot_general(k_ref[keys, :], q_ref[queries, :], NT, preferred_element_type=jnp.int32)
+        return products.astype(jnp.float32) * (steps_ref[:, queries] * scale)
 
     def values(keys: pl.Slice, p: Float[Array, "k q"]) -> Float[Array, "D1 q"]:
         return multiply(v_ref[:, keys], p.astype(v_ref.dtype), NN)
@@ -224,10 +344,10 @@ def _kernel(q_ref, k_ref, v_ref, o_ref, m_ref, acc_ref, *, keys: int, queries: i
     if rest == block_kv:
         block(block_kv)
     else:
-        pl.when(j != last)(lambda: block(block_kv))
-        pl.when(j == last)(lambda: block(rest))
+        pl.when(jnp.logical_not(is_last))(lambda: block(block_kv))
+        pl.when(is_last)(lambda: block(rest))
 
-    @pl.when(j == last)
+    @pl.when(is_last)
     def _finish():
         total = acc_ref[after, dim : dim + 1, :]
         out = acc_ref[after, :dim, :] * jnp.where(total == 0, 0, 1 / total)  # no key counts: zeros

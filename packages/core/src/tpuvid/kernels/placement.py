@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 import jax
 from jax.sharding import Mesh
 
-ATTENTION_BACKENDS = {"auto": "any platform", "xla": "any platform", "flash": "tpu", "splash": "tpu", "cudnn": "gpu"}
+from tpuvid.kernels.window import Window
+
+ATTENTION_BACKENDS = {"auto": "any platform", "xla": "any platform", "flash": "tpu", "flash-smooth-k": "tpu", "flash-int8": "tpu",
+                      "splash": "tpu", "cudnn": "gpu"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class Placement:
     tokens: TokenSplit | None = None
     spatial: SpatialSplit | None = None
     """Either is set where what is traced runs inside a `shard_map` over all axes of the mesh."""
+    window: Window | None = None
+    """Of the attention among a video's tokens."""
 
     @property
     def is_local(self) -> bool:
@@ -87,6 +92,13 @@ def tokens_split(split: TokenSplit) -> Iterator[None]:
 def picture_split(split: SpatialSplit) -> Iterator[None]:
     """Within it, functions are traced for one strip of the frames."""
     with _set(replace(placement(), spatial=split)):
+        yield
+
+
+@contextmanager
+def attention_window(window: Window | None) -> Iterator[None]:
+    """Within it, a video's tokens see each other through `window`; None: all see all."""
+    with _set(replace(placement(), window=window)):
         yield
 
 

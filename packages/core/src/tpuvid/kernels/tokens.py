@@ -5,19 +5,25 @@ Source: DeepSpeed-Ulysses (arXiv:2309.14509).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from tpuvid.kernels.attention import attention, local_attention
+from tpuvid.kernels.attention import attention
 from tpuvid.kernels.block_sizes import LANES
 from tpuvid.kernels.placement import placement
+from tpuvid.kernels.window import Band
 
 AXIS = "sp"
+VIDEO = "hidden_states"
+"""The stream that windows are about: what diffusers' blocks call the tokens of a video, which stand frame by frame."""
 SUBLANES = 8
 """A part's tokens come in multiples of it, all parts' together of `LANES`: what a TPU's registers hold."""
 
@@ -43,47 +49,96 @@ class Stream(NamedTuple):
 def token_attention(streams: Sequence[Stream], *, scale: float | None = None) -> list[Float[Array, "B N T D"]]:
     """Attention of all tokens to all tokens, those of all parts included; what each stream's queries get.
 
-    Where the heads divide, an all-to-all brings each part all tokens of its share of the heads, and another brings the
-    result back; else keys and values are gathered. Which token stands where doesn't matter to attention, so the
-    streams are joined within each part.
+    Which token stands where doesn't matter to attention, so the streams are joined within each part. Under an
+    `attention_window` it matters for the stream `VIDEO`, whose tokens see each other through the window; all else sees all.
     """
+    split, window = placement().tokens, placement().window
+    exchange = Exchange(1 if split is None else split.parts, streams[0].query.shape[1])
+    apart = [s for s in streams if window is not None and s.name == VIDEO]
+    groups = [group for group in (apart, [s for s in streams if s not in apart]) if group]
+    joined = [exchange.all_tokens(_joined(group)) for group in groups]
+    key, value = (jnp.concatenate([s[field] for s in joined], axis=2) for field in (2, 3))
+    mask = _joined_mask(joined)
+    mask = None if mask is None else mask[:, None, None]
+    found = {}
+    for group, stream in zip(groups, joined):
+        band = Band(window, stream.key.shape[2], *exchange.part_of_queries()) if group is apart else None
+        out = exchange.all_heads(attention(stream.query, key, value, mask=mask, band=band, scale=scale))
+        ends = itertools.accumulate((s.query.shape[2] for s in group), initial=0)
+        found |= {s.name: out[:, :, start:end] for s, (start, end) in zip(group, itertools.pairwise(ends))}
+    return [found[s.name] for s in streams]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How parts that have some tokens for all heads come to have all tokens for some heads, and back.
+
+    Heads are dealt out among as many neighbouring parts as divide them (an all-to-all, Ulysses); where those aren't all
+    parts, each gathers the keys and values that parts elsewhere have for the same heads, and keeps the queries it has.
+    """
+
+    parts: int
+    heads: int
+
+    @property
+    def ways(self) -> int:
+        """Among how many parts the heads are dealt out."""
+        return math.gcd(self.heads, self.parts)
+
+    def part_of_queries(self) -> tuple[int, int | Array]:
+        """In how many parts all queries still are, and which one is here."""
+        parts = self.parts // self.ways
+        return parts, lax.axis_index(AXIS) // self.ways if parts > 1 else 0
+
+    def all_tokens(self, stream: Stream) -> Stream:
+        """Keys, values and mask of all parts."""
+        name, query, key, value, mask = stream
+        query, key, value = self._deal(query), self._gather(self._deal(key)), self._gather(self._deal(value))
+        if mask is not None and self.parts > 1:
+            mask = lax.all_gather(mask, AXIS, axis=1, tiled=True)
+        return Stream(name, query, key, value, mask)
+
+    def all_heads(self, x: Float[Array, "B n T2 D"]) -> Float[Array, "B N T D"]:
+        """What the queries of `all_tokens` got, back where they came from."""
+        if self.ways == 1:
+            return x
+        batch, heads, tokens, dim = x.shape
+        shares = jnp.moveaxis(x.reshape(batch, heads, self.ways, tokens // self.ways, dim), 2, 0)
+        return jnp.moveaxis(self._to_each(shares), 0, 1).reshape(batch, self.heads, tokens // self.ways, dim)
+
+    def _deal(self, x: Float[Array, "B N T D"]) -> Float[Array, "B n T2 D"]:
+        if self.ways == 1:
+            return x
+        batch, heads, tokens, dim = x.shape
+        shares = jnp.moveaxis(x.reshape(batch, self.ways, heads // self.ways, tokens, dim), 1, 0)
+        return jnp.moveaxis(self._to_each(shares), 0, 2).reshape(batch, heads // self.ways, self.ways * tokens, dim)
+
+    def _to_each(self, shares: Float[Array, "ways ..."]) -> Float[Array, "ways ..."]:
+        """A share to each of the parts that deal out heads. It is a leading axis: any other costs copies on both sides."""
+        groups = np.arange(self.parts).reshape(-1, self.ways).tolist()
+        return lax.all_to_all(shares, AXIS, 0, 0, tiled=True, axis_index_groups=groups)
+
+    def _gather(self, x: Float[Array, "B n T D"]) -> Float[Array, "B n S D"]:
+        """Of the parts that have the same heads."""
+        if self.ways == self.parts:
+            return x
+        groups = np.arange(self.parts).reshape(-1, self.ways).T.tolist()
+        return lax.all_gather(x, AXIS, axis=2, tiled=True, axis_index_groups=groups)
+
+
+def _joined(streams: Sequence[Stream]) -> Stream:
+    """One after the other."""
     query, key, value = (jnp.concatenate([s[field] for s in streams], axis=2) for field in (1, 2, 3))
-    masks = [_mask(stream) for stream in streams]
-    mask = None
-    if any(m is not None for m in masks):
-        batch = len(query)
-        all_ones = [jnp.ones((batch, s.key.shape[2]), bool) if m is None else m for s, m in zip(streams, masks)]
-        mask = jnp.concatenate([jnp.broadcast_to(m, (batch, m.shape[1])) for m in all_ones], axis=1)
-    split = placement().tokens
-    if split is None:
-        out = attention(query, key, value, mask=None if mask is None else mask[:, None, None], scale=scale)
-    else:
-        mask = None if mask is None else lax.all_gather(mask, AXIS, axis=1, tiled=True)
-        if query.shape[1] % split.parts == 0:
-            query, key, value = (_all_tokens(x, split.parts) for x in (query, key, value))
-            out = _all_heads(local_attention(query, key, value, mask, scale), split.parts)
-        else:
-            key, value = (lax.all_gather(x, AXIS, axis=2, tiled=True) for x in (key, value))
-            out = local_attention(query, key, value, mask, scale)
-    ends = [0]
-    for stream in streams:
-        ends.append(ends[-1] + stream.query.shape[2])
-    return [out[:, :, start:end] for start, end in zip(ends, ends[1:])]
+    return Stream(streams[0].name, query, key, value, _joined_mask([s._replace(mask=_mask(s)) for s in streams]))
 
 
-def _all_tokens(x: Float[Array, "B N T D"], parts: int) -> Float[Array, "B n T2 D"]:
-    """Of all parts, for a share of the heads. What is exchanged is a leading axis: any other costs copies on both sides."""
-    batch, heads, tokens, dim = x.shape
-    shares = jnp.moveaxis(x.reshape(batch, parts, heads // parts, tokens, dim), 1, 0)
-    found = lax.all_to_all(shares, AXIS, 0, 0, tiled=True)  # [part, B, n, T, D]
-    return jnp.moveaxis(found, 0, 2).reshape(batch, heads // parts, parts * tokens, dim)
-
-
-def _all_heads(x: Float[Array, "B n T2 D"], parts: int) -> Float[Array, "B N T D"]:
-    """The inverse of `_all_tokens`."""
-    batch, heads, tokens, dim = x.shape
-    found = lax.all_to_all(jnp.moveaxis(x.reshape(batch, heads, parts, tokens // parts, dim), 2, 0), AXIS, 0, 0, tiled=True)
-    return jnp.moveaxis(found, 0, 1).reshape(batch, parts * heads, tokens // parts, dim)
+def _joined_mask(streams: Sequence[Stream]) -> Bool[Array, "B T"] | None:
+    """None where all keys count."""
+    if all(s.mask is None for s in streams):
+        return None
+    batch = len(streams[0].key)
+    masks = [jnp.ones((1, s.key.shape[2]), bool) if s.mask is None else s.mask for s in streams]
+    return jnp.concatenate([jnp.broadcast_to(mask, (batch, mask.shape[1])) for mask in masks], axis=1)
 
 
 def _mask(stream: Stream) -> Bool[Array, "B T"] | None:

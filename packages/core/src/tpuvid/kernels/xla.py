@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from tpuvid.kernels.block_sizes import LANES
+from tpuvid.kernels.window import Band
+
 SCORE_BYTES = 64 * 2**20
 """Scores held at a time: large enough to keep the cores busy, small next to any model."""
 
@@ -37,6 +40,44 @@ def attention_xla(
         out = jax.lax.map(lambda q: _attend(q, key, value, mask, scale), split(query))
     else:
         out = jax.lax.map(lambda qm: _attend(qm[0], key, value, qm[1], scale), (split(query), split(mask)))
+    return jnp.moveaxis(out, 0, 2).reshape(batch, heads, chunks * size, dim)[:, :, :length]
+
+
+def attention_xla_windowed(
+    query: Float[Array, "B N T D"],
+    key: Float[Array, "B N S D"],
+    value: Float[Array, "B N S D"],
+    band: Band,
+    *,
+    kv_mask: Bool[Array, "B S"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B N T D"]:
+    """As `attention_reference` with `Band.mask` and a mask over keys; what a few neighbouring queries don't see isn't touched."""
+    batch, heads, length, dim = query.shape
+    (run, reach), places = band.window, band.places
+    kept = jnp.ones((batch, key.shape[2]), bool) if kv_mask is None else jnp.broadcast_to(kv_mask, (batch, key.shape[2]))
+    size = min(length, max(run, LANES))
+    span = min(places, (2 * reach + 1 + math.ceil((size - 1) / run)) * run)
+    chunks = math.ceil(length / size)
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, chunks * size - length), (0, 0)))
+
+    def attend(chunk: Array) -> Array:
+        start = band.part * length + chunk * size
+        first = jnp.clip((start // run - reach) * run, 0, places - span)
+
+        def seen(x: Array, axis: int) -> Array:
+            """Of all keys, the span around the chunk and those that all see."""
+            rest = jax.lax.slice_in_dim(x, places, x.shape[axis], axis=axis)
+            return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, first, span, axis), rest], axis)
+
+        runs = (start + jnp.arange(size)) // run
+        near = jnp.abs(runs[:, None] - (first + jnp.arange(span)) // run) <= reach
+        near = jnp.pad(near, ((0, 0), (0, key.shape[2] - places)), constant_values=True)
+        mask = near[None, None] & seen(kept, 1)[:, None, None]
+        here = jax.lax.dynamic_slice_in_dim(query, chunk * size, size, 2)
+        return attention_xla(here, seen(key, 2), seen(value, 2), mask=mask, scale=scale)
+
+    out = jax.lax.map(attend, jnp.arange(chunks))
     return jnp.moveaxis(out, 0, 2).reshape(batch, heads, chunks * size, dim)[:, :, :length]
 
 

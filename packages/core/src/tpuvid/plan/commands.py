@@ -11,7 +11,6 @@ import click
 
 from tpuvid.errors import InputError
 from tpuvid.options import (
-    cache_options,
     config_option,
     echo_table,
     encoder_options,
@@ -22,6 +21,7 @@ from tpuvid.options import (
     overwrite_option,
     path_type,
     runtime_options,
+    saving_options,
     search_options,
     shape_options,
     size_options,
@@ -40,7 +40,7 @@ from tpuvid.options import (
 @size_options
 @guidance_option
 @length_option
-@cache_options
+@saving_options
 @mesh_option
 @vae_tiling_option
 @overwrite_option
@@ -75,7 +75,7 @@ def compile_command(model: str, topology: str, output: Path, overwrite: bool, **
 @steps_option
 @guidance_option
 @length_option
-@cache_options
+@saving_options
 @mesh_option
 @vae_tiling_option
 @runtime_options

@@ -1,0 +1,30 @@
+"""The setting ``window_size``, as users say it. Imports neither jax nor torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tpuvid.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSize:
+    """How far a token of a video sees to either side, at least."""
+
+    size: int
+    unit: Literal["frames", "tokens"]
+
+    @classmethod
+    def parse(cls, value: Any) -> WindowSize:
+        """From "frames=16", "tokens=8192", or a number of frames; raises `InputError`."""
+        found = re.fullmatch(r"(?:(frames|tokens)=)?(\d+)", str(value).replace(" ", ""))
+        if isinstance(value, bool) or found is None:
+            raise InputError(
+                f"window_size={value!r}: needs a number of frames (16 or frames=16) or of tokens (tokens=8192), whole and ≥ 0"
+            )
+        return cls(int(found[2]), found[1] or "frames")
+
+    def __str__(self) -> str:
+        return f"{self.unit}={self.size}"
