@@ -153,6 +153,8 @@ class Scan(NamedTuple):
     tokens: Mapping[str, int] = {}
     """The arguments (arrays, or trees of them) that hold tokens, and along which axis. Where the mesh splits tokens, each
     device gets its part of these, padded; a block must then let tokens meet in `token_attention` only."""
+    per_block: tuple[str, ...] = ()
+    """The arguments of which each block has its own: what the model passes on has the blocks as its first axis, [depth, B, …]."""
 
 
 class ScannedBlocks(nn.Module):
@@ -163,7 +165,7 @@ class ScannedBlocks(nn.Module):
 
     def __init__(self, blocks: nn.ModuleList, scan: Scan):
         super().__init__()
-        self.carries, self.tokens = scan
+        self.carries, self.tokens, self.per_block = scan
         self.depth = len(blocks)
         self.layer = blocks[0]
         self.tap: Tap | None = None
@@ -194,6 +196,16 @@ class ScannedBlocks(nn.Module):
         out = env.j2t_iso(carry)
         return out if self.carries > 1 else out[0]
 
+    def map(self, function: Callable[[nn.Module], torch.Tensor]) -> torch.Tensor:
+        """[depth, …]: what `function` makes of each block."""
+        env = environment()
+
+        def one(weights: Params) -> jax.Array:
+            with stateless._reparametrize_module(self.layer, env.j2t_iso(weights)):
+                return function(self.layer).jax()
+
+        return env.j2t_iso(jax.lax.map(one, {name: p.jax() for name, p in self.layer.named_parameters()}))
+
     def _start(self, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """What the first block that runs gets: all run on `carry`, or, on what a tap has kept, the last one alone."""
         return carry if self.tap is None or self.tap.value is None else self.tap.value
@@ -213,9 +225,9 @@ class ScannedBlocks(nn.Module):
         lengths = {name: jax.tree.leaves(inputs[name])[0].shape[axis] for name, axis in self.tokens.items()}
 
         def spec(name: str, leaf: jax.Array) -> PartitionSpec:
-            axes = [None] * leaf.ndim
-            if leaf.ndim and len(leaf) == batch:
-                axes[0] = dp
+            axes, first = [None] * leaf.ndim, int(name in self.per_block)
+            if leaf.ndim > first and leaf.shape[first] == batch:
+                axes[first] = dp
             if name in self.tokens:
                 axes[self.tokens[name]] = "sp"
             return PartitionSpec(*axes)
@@ -255,25 +267,28 @@ class ScannedBlocks(nn.Module):
             return self._last_block(carry, shared, stacked), None
         tapped = self.tap is not None
 
-        def step(state, weights):
+        own = {name: shared[name] for name in self.per_block}
+
+        def step(state, weights, own):
             carry, _ = state
-            return self._block(carry, shared, weights), carry if tapped else None
+            return self._block(carry, shared | own, weights), carry if tapped else None
 
         state = (carry, carry if tapped else None)
         if not self._gathers():
-            return jax.lax.scan(lambda state, weights: (step(state, weights), None), state, stacked)[0]
+            return jax.lax.scan(lambda state, block: (step(state, *block), None), state, (stacked, own))[0]
 
         def step_and_gather(both, block):
-            state, weights = both
-            upcoming = self._gather(stacked, jnp.minimum(block + 1, self.depth - 1))  # beside the step, which doesn't need it
-            return (step(state, weights), upcoming), None
+            (state, weights), (number, own) = both, block
+            upcoming = self._gather(stacked, jnp.minimum(number + 1, self.depth - 1))  # beside the step, which doesn't need it
+            return (step(state, weights, own), upcoming), None
 
-        return jax.lax.scan(step_and_gather, (state, self._gather(stacked, 0)), jnp.arange(self.depth))[0][0]
+        return jax.lax.scan(step_and_gather, (state, self._gather(stacked, 0)), (jnp.arange(self.depth), own))[0][0]
 
     def _last_block(self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params) -> tuple[jax.Array, ...]:
         last = self.depth - 1
         weights = self._gather(stacked, last) if self._gathers() else {name: w[last] for name, w in stacked.items()}
-        return self._block(carry, shared, weights)
+        own = {name: jax.tree.map(lambda x: x[last], shared[name]) for name in self.per_block}
+        return self._block(carry, shared | own, weights)
 
     def _block(self, carry: tuple[jax.Array, ...], shared: dict[str, Any], weights: Params) -> tuple[jax.Array, ...]:
         env = environment()

@@ -22,18 +22,17 @@ from tpuvid.checkpoint import Checkpoint
 from tpuvid.kernels.placement import SpatialSplit, picture_split
 from tpuvid.kernels.spatial import AXIS, choose_split
 from tpuvid.mesh import MeshConfig, make_mesh
-from tpuvid.runtime import Runtime, replicated
+from tpuvid.runtime import LEAST_EFFORT, Runtime, replicated
 from tpuvid.sampling import check_latents
 from tpuvid.tiling import Tiling
 from tpuvid.weights import load_parameters, match_parameters
 
 EFFORT = -0.5
 """Of the TPU's compiler. With its own, each of a VAE's convolutions takes it 10 to 15 s; with this one 2.5 s, for 3% more
-predicted cycles in the large ones and 23% in the small (96 channels at 720×1280: 14.0 → 2.6 s, 41.9 → 43.1 ms; 2026-11)."""
+predicted cycles in the large ones and 23% in the small (96 channels at 720×1280: 14.0 → 2.6 s, 41.9 → 43.1 ms; 2026-11).
 
-LEAST_EFFORT = -1.0
-"""For what runs once per video, and for strips of frames, which take little time. Wan's at 720p (predicted, 2026-11): the first
-frame compiled in 22 s instead of 37, 0.10 s instead of 0.07; 32 more on eight chips in 31 s instead of 61, 0.22 s instead of 0.18."""
+`LEAST_EFFORT` is for the first frame and for strips of frames. Wan's at 720p (predicted, 2026-11): the first frame compiled in
+22 s instead of 37, 0.10 s instead of 0.07; 32 more on eight chips in 31 s instead of 61, 0.22 s instead of 0.18."""
 
 LATENTS, FRAMES = "B C n h w", "B n H W 3"
 """What programs of a VAE take and give; memories of convolutions are like latents."""

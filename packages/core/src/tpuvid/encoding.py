@@ -14,11 +14,8 @@ from tpuvid.bridge import TracedModule
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.errors import InputError
 from tpuvid.mesh import Rule, split_sizes
-from tpuvid.runtime import Runtime, replicated
+from tpuvid.runtime import LEAST_EFFORT, Runtime, replicated
 from tpuvid.weights import load_parameters, match_parameters
-
-EFFORT = -1.0
-"""Of the TPU's compiler: a text encoder runs twice a video, for hundredths of a second."""
 
 Embed = Callable[..., Float[Array, "B L E"]]
 """(params, input_ids [B, L], attention_mask [B, L]) → embeddings [B, L, E]; traced."""
@@ -44,7 +41,7 @@ class Encoder:
         self.rules, self.unused = rules, unused
         self.traced = TracedModule(module, scan=scan)
         self.mesh = runtime.encoder_mesh({*heads, *split_sizes(self.traced.parameters(runtime.dtype), rules)})
-        self.programs = runtime.programs(self.mesh, effort=EFFORT)
+        self.programs = runtime.programs(self.mesh, effort=LEAST_EFFORT)
 
     def verify(self) -> None:
         match_parameters(self.traced, self.checkpoint.weights(self.component), ignore=self.unused)

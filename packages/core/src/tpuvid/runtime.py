@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": True}
 """Of the compiler. Wan 2.1 14B 720p on v6e-8: 3.34 → 3.29 s per step, since other work hides half of the all-to-alls (predicted)."""
+LEAST_EFFORT = -1.0
+"""Of a TPU's compiler: for what runs once or twice per video, and takes little time."""
 TEXT_ENCODER_DEVICES = ("device", "cpu")
 REPLICATED = 0.6
 """Of a device's memory, what copies of all weights may take: activations of a video need the rest."""

@@ -29,7 +29,7 @@ from tpuvid_hunyuan.guidance import Guidance
 from tpuvid_hunyuan.sharding import TRANSFORMER
 from tpuvid_hunyuan.transformer import IMAGE_HALF, build_transformer, rotary_tables
 
-BLOCKS = Scan(2, tokens={"hidden_states": 1, "encoder_hidden_states": 1, "attention_mask": 1, "freqs_cis": 0})
+BLOCKS = Scan(2, tokens={"hidden_states": 1, "encoder_hidden_states": 1, "freqs_cis": 0})
 VAE_TIME, VAE_SPACE = 4, 16  # pixels per latent of every HunyuanVideo 1.5 VAE
 
 

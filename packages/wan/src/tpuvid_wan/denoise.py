@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import diffusers
+import jax
 import numpy as np
-from diffusers import WanTransformer3DModel
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
-from tpuvid.bridge import Scan, TracedModule, build
+from tpuvid.bridge import Scan, TracedModule
 from tpuvid.checkpoint import Checkpoint, Weights
 from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
-from tpuvid.runtime import Runtime, batch_sharded, replicated
+from tpuvid.runtime import LEAST_EFFORT, Runtime, batch_sharded, replicated
 from tpuvid.sampling import check_embeds, guidance_scales, make_generator, make_noise, with_negative
 from tpuvid.schedule import Schedule, tabulate
 from tpuvid.stages import GenerationConfig, StepCallback
 from tpuvid.stepcache import step_cache
 from tpuvid.weights import load_parameters, match_parameters
 
-from tpuvid_wan.attention import SplitTokenAttention
 from tpuvid_wan.lora import adapt
 from tpuvid_wan.sharding import TRANSFORMER
+from tpuvid_wan.transformer import build_transformer
 
 SCHEDULERS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 """By class: what its configuration calls the shift."""
-BLOCKS = Scan(1, tokens={"hidden_states": 1, "rotary_emb": 1})
+BLOCKS = Scan(1, tokens={"hidden_states": 1, "rotary_emb": 1}, per_block=("encoder_hidden_states",))
 VAE_TIME, VAE_SPACE = 4, 8  # pixels per latent of every Wan 2.1 VAE
 
 
@@ -47,13 +48,13 @@ class WanDenoiser:
         self.config = checkpoint.config("transformer")
         self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
         self.runtime = runtime
-        module = build(lambda: WanTransformer3DModel.from_config(self.config))
-        module.set_attn_processor(SplitTokenAttention())
+        module = build_transformer(self.config)
         keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
         self.traced = TracedModule(module, scan={"blocks": BLOCKS}, keep_in_fp32=keep)
         self.mesh = runtime.denoiser_mesh(self.traced, module.config.num_attention_heads, TRANSFORMER)
         self.checkpoint = checkpoint
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime)
+        self.once = runtime.programs(self.mesh, effort=LEAST_EFFORT)
 
     def verify(self) -> None:
         match_parameters(self.traced, self._weights())
@@ -79,7 +80,7 @@ class WanDenoiser:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
         scales = guidance_scales(config)
         text = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
-        text = self.runtime.put(text, batch_sharded(self.mesh, len(text)))
+        text = self._prompt(self.runtime.put(text, batch_sharded(self.mesh, len(text))))
         generator = make_generator(config.seed)
         noise = make_noise((1, *self._latent_shape(config)), generator)
         patches = self.traced.module.config.patch_size
@@ -90,10 +91,21 @@ class WanDenoiser:
         )  # fmt: skip
 
     def _predict(
-        self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, "B2"], text: Float[Array, "B2 L E"]
+        self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, "B2"], text: Float[Array, "depth B2 2 N L D"]
     ) -> Float[Array, "B2 C f h w"]:
         """The velocity."""
         return self.traced.function("forward", return_dict=False)(params, latents, timesteps, text)[0]
+
+    def _prompt(self, text: Float[Array, "B2 L E"]) -> Float[Array, "depth B2 2 N L D"]:
+        """Keys and values of the prompt for every block."""
+        batch = batch_sharded(self.mesh, len(text)).spec
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, *(batch or (None,)), None, "tp"))
+
+        def keys_values(params, text):
+            found = self.traced.function("prompt_keys_values")(params, text)
+            return jax.lax.with_sharding_constraint(found, sharding)
+
+        return self.once.get("prompt", keys_values, self.params, text)(self.params, text)
 
     def _latent_shape(self, config: GenerationConfig) -> tuple[int, int, int, int]:
         channels = self.traced.module.config.in_channels

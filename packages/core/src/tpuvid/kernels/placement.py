@@ -22,6 +22,10 @@ class TokenSplit:
     lengths: Mapping[str, int]
     """By the name of a block's argument, its tokens in all, without padding."""
 
+    def padding(self, name: str, count: int) -> int:
+        """Tokens that were added to those of `name` so that each part has `count`."""
+        return self.parts * count - self.lengths[name]
+
 
 @dataclass(frozen=True, slots=True)
 class SpatialSplit:

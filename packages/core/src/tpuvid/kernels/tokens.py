@@ -42,8 +42,8 @@ class Stream(NamedTuple):
     query: Float[Array, "B N T D"]
     key: Float[Array, "B N T D"]
     value: Float[Array, "B N T D"]
-    mask: Bool[Array, "B T"] | None = None
-    """True where a key counts."""
+    mask: Bool[Array, "B S"] | None = None
+    """True where a key counts; of all parts' tokens, and so the same in each."""
 
 
 def token_attention(streams: Sequence[Stream], *, scale: float | None = None) -> list[Float[Array, "B N T D"]]:
@@ -58,7 +58,7 @@ def token_attention(streams: Sequence[Stream], *, scale: float | None = None) ->
     groups = [group for group in (apart, [s for s in streams if s not in apart]) if group]
     joined = [exchange.all_tokens(_joined(group)) for group in groups]
     key, value = (jnp.concatenate([s[field] for s in joined], axis=2) for field in (2, 3))
-    mask = _joined_mask(joined)
+    mask = _mask(groups)
     mask = None if mask is None else mask[:, None, None]
     found = {}
     for group, stream in zip(groups, joined):
@@ -91,12 +91,9 @@ class Exchange:
         return parts, lax.axis_index(AXIS) // self.ways if parts > 1 else 0
 
     def all_tokens(self, stream: Stream) -> Stream:
-        """Keys, values and mask of all parts."""
-        name, query, key, value, mask = stream
-        query, key, value = self._deal(query), self._gather(self._deal(key)), self._gather(self._deal(value))
-        if mask is not None and self.parts > 1:
-            mask = lax.all_gather(mask, AXIS, axis=1, tiled=True)
-        return Stream(name, query, key, value, mask)
+        """Keys and values of all parts."""
+        query, key, value = (self._deal(x) for x in (stream.query, stream.key, stream.value))
+        return Stream(stream.name, query, self._gather(key), self._gather(value))
 
     def all_heads(self, x: Float[Array, "B n T2 D"]) -> Float[Array, "B N T D"]:
         """What the queries of `all_tokens` got, back where they came from."""
@@ -127,25 +124,24 @@ class Exchange:
 
 
 def _joined(streams: Sequence[Stream]) -> Stream:
-    """One after the other."""
+    """One after the other, in each part."""
     query, key, value = (jnp.concatenate([s[field] for s in streams], axis=2) for field in (1, 2, 3))
-    return Stream(streams[0].name, query, key, value, _joined_mask([s._replace(mask=_mask(s)) for s in streams]))
+    return Stream(streams[0].name, query, key, value)
 
 
-def _joined_mask(streams: Sequence[Stream]) -> Bool[Array, "B T"] | None:
-    """None where all keys count."""
-    if all(s.mask is None for s in streams):
+def _mask(groups: Sequence[Sequence[Stream]]) -> Bool[Array, "B S"] | None:
+    """Which keys count, once those of all parts are here: not what pads the last part. None where all do."""
+    split = placement().tokens
+    if all(s.mask is None and (split is None or split.padding(s.name, s.key.shape[2]) == 0) for g in groups for s in g):
         return None
-    batch = len(streams[0].key)
-    masks = [jnp.ones((1, s.key.shape[2]), bool) if s.mask is None else s.mask for s in streams]
-    return jnp.concatenate([jnp.broadcast_to(mask, (batch, mask.shape[1])) for mask in masks], axis=1)
+    parts = 1 if split is None else split.parts
 
+    def by_part(stream: Stream) -> Bool[Array, "B P T"]:
+        count = stream.key.shape[2]
+        length = parts * count if split is None else split.lengths[stream.name]
+        mask = jnp.ones((1, length), bool) if stream.mask is None else stream.mask
+        mask = jnp.pad(mask, ((0, 0), (0, parts * count - length))).reshape(-1, parts, count)
+        return jnp.broadcast_to(mask, (len(stream.key), parts, count))
 
-def _mask(stream: Stream) -> Bool[Array, "B T"] | None:
-    """The stream's own, and without the tokens that only pad its last part."""
-    split, count = placement().tokens, stream.key.shape[2]
-    if split is None or split.lengths[stream.name] == count * split.parts:
-        return stream.mask
-    place = lax.axis_index(AXIS) * count + jnp.arange(count)
-    real = (place < split.lengths[stream.name])[None]
-    return real if stream.mask is None else stream.mask & real
+    joined = [jnp.concatenate([by_part(s) for s in group], axis=2) for group in groups]
+    return jnp.concatenate([mask.reshape(len(mask), -1) for mask in joined], axis=1)
