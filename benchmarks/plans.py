@@ -25,7 +25,7 @@ def default_size(model: str) -> str:
     tiled = not plan.stages["decode"].fits
     if tiled:
         plan = planner(model, OPTIONS | {"vae_tiling": True}).plan("v6e-8", plan.config)
-    config, step = plan.config, plan.stages["denoise"].programs[0]["prediction"]
+    config, step = plan.config, plan.stages["denoise"].busiest["prediction"]
     cells = [
         model,
         f"{config.width}×{config.height}×{config.num_frames}",

@@ -121,7 +121,7 @@ def _denoising_step(published: Published, devices: list) -> Any:
     package, _, folder = spec.configs.partition(":")
     checkpoint = ConfigsOnly(spec.model_id, Path(str(files(package))) / folder, place=runtime.ledger.array)
     dry_generate(spec, checkpoint, spec.configure(prompt="a cat"), runtime)
-    return programs[0].compiled
+    return max(programs, key=lambda program: program.calls).compiled
 
 
 def prediction(name: str, folder: Path) -> Prediction:

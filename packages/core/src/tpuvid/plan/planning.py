@@ -53,6 +53,11 @@ class StagePlan:
         return sum(program["compile_seconds"] for program in self.programs)
 
     @property
+    def busiest(self) -> dict[str, Any]:
+        """The program that runs most often: of "denoise", a step."""
+        return max(self.programs, key=lambda program: program["calls"])
+
+    @property
     def mesh(self) -> dict[str, int]:
         return self.programs[0]["mesh"]
 
