@@ -135,7 +135,7 @@ def test_real_candidates(tmp_path, tpuvid_command, python_env):
     assert json.loads(done[0].stdout) == [row._asdict()]
     # two heads of 2 × 2 × 4000 × 3000 × 64 FLOP take 0.007 ms at the peak of 918 TFLOP/s, half of which D = 64 can't use
     assert 0.014 < row.predicted_ms < 0.3
-    (too_large,) = tune.compile_candidates(V6E, SHAPE._replace(heads=1, queries=8192), [Blocks(8192, 2048, 2048)], 1)
+    (too_large,) = tune.compile_candidates(V6E, AttentionShape(1, 8192, 4096, 512), [Blocks(8192, 1024, 1024)], 1)
     assert too_large.cycles is None and "RESOURCE_EXHAUSTED" in too_large.reason
     assert not list(tmp_path.glob("tpuvid-job-*")), "no dumps are left"
 

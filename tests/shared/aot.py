@@ -31,20 +31,18 @@ def _compile(job: Mapping[str, Any], report: Report) -> dict:
     from tpuvid.checkpoint import resolve_model
     from tpuvid.plan.dryrun import DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
 
-    programs: list[dict] = []
+    programs: dict[str, dict] = {}
 
     def look(program: DryProgram) -> None:
         hlo = program.compiled.as_text()
-        programs.append(
-            {
-                "mesh": dict(program.mesh.shape),
-                "gib": program.footprint.total / 2**30,
-                "attentions": len(ATTENTION.findall(hlo)),
-                "largest gather": max((math.prod(map(int, shape.split(","))) for shape in GATHER.findall(hlo)), default=0),
-                "loops": hlo.count(" while("),
-                "seconds": program.compile_seconds,
-            }
-        )
+        programs[program.name.split(" ")[0]] = {
+            "mesh": dict(program.mesh.shape),
+            "gib": program.footprint.total / 2**30,
+            "attentions": len(ATTENTION.findall(hlo)),
+            "largest gather": max((math.prod(map(int, shape.split(","))) for shape in GATHER.findall(hlo)), default=0),
+            "loops": hlo.count(" while("),
+            "seconds": program.compile_seconds,
+        }
 
     ledger = Ledger()
     runtime = DryRuntime.create(
@@ -57,5 +55,5 @@ def _compile(job: Mapping[str, Any], report: Report) -> dict:
     spec, checkpoint = resolve_model(job["model"])
     config = spec.configure(prompt="a prompt", **job["settings"])
     dry_generate(spec, configs_checkpoint(spec, checkpoint, ledger.array), config, runtime)
-    full, *cached = programs
-    return {"mesh": full["mesh"], "full": full, "cached": cached[0] if cached else None}
+    full = programs.get("full") or programs["denoiser"]
+    return {"mesh": full["mesh"], "full": full, "cached": programs.get("cached")}
