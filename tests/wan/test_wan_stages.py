@@ -155,6 +155,29 @@ def test_the_cache_travels_with_the_stage_files(checkpoint, tmp_path, capsys):
     assert (about["cache"], about["cache_start_step"], about["cache_end_step"]) == ("deepcache", 1, 45)
 
 
+def test_windows_hide_what_is_outside_and_say_what_they_show(checkpoint, tmp_path, capsys):
+    size = ["--height", "32", "--width", "48", "--num-frames", "9", "--steps", "2", "--seed", "5", "--overwrite"]
+    latents = {}
+    assert run(["encode", "--model", str(checkpoint), "--prompt", "a cat", "--output-dir", str(tmp_path)]) == 0
+    for window in ("frames=0", "9", None):  # three frames of tokens, 2×3 each
+        flags = [] if window is None else ["--window-size", window]
+        assert run(["denoise", "--input-dir", str(tmp_path), *size, *flags]) == 0
+        said = capsys.readouterr().out
+        latents[window] = load_file(tmp_path / "stage2_latents.safetensors")["latents"]
+        assert {"frames=0": "window: a token sees 0 × 6 tokens to either side", "9": "all tokens: it hides nothing"}.get(
+            window, ""
+        ) in said
+    assert np.array_equal(latents["9"], latents[None]) and not np.allclose(latents["frames=0"], latents[None], atol=1e-3)
+
+
+def test_windows_and_int8_are_refused_together(checkpoint):
+    pipe = tpuvid.load(str(checkpoint))
+    pipe.runtime = replace(pipe.runtime, attention_backend="flash-int8")
+    with pytest.raises(InputError, match="window_size=frames=8: attention_backend=flash-int8 has no windows"):
+        pipe.generate("a cat", **SMALL, window_size=8)
+    assert not pipe._loaded
+
+
 def test_the_record_says_the_checkpoints_own_shift(checkpoint, pipe):
     own = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())["flow_shift"]
     assert pipe.denoise(pipe.encode("a cat"), **SMALL).config.flow_shift == own

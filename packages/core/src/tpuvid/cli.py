@@ -415,8 +415,10 @@ def doctor(as_json: bool) -> int:
 
 
 def _say_how(latents: Latents) -> None:
-    """Which steps the cache served, and where the profile is."""
+    """What the window showed, which steps the cache served, and where the profile is."""
     about = latents.history["denoise"]
+    if window := about.get("window"):
+        click.echo(f"window: a token sees {window}")
     if cache := about.get("cache"):
         click.echo(f"cache: {cache['name']}: full steps {cache['full']}; cached steps {cache['cached']}")
     if profile := about.get("profile"):

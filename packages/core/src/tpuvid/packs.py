@@ -422,6 +422,7 @@ def _remedy(name: str, theirs: Any) -> str:
         "guidance": {"on": "pass a --guidance-scale above 1", "off": "pass --guidance-scale 1"},
         "vae_tiling": {"on": "pass --vae-tiling", "off": "leave out --vae-tiling"},
         "cache": {"none": "leave out --cache"},
+        "window_size": {"none": "leave out --window-size"},
     }
     switch = switches.get(name, {}).get(str(theirs))
     return f"{switch}, or {AGAIN}" if switch else AGAIN
