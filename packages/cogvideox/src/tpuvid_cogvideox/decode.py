@@ -21,6 +21,8 @@ from tpuvid.decoding import FRAMES, LATENTS, VaeDecoder
 from tpuvid.runtime import Runtime
 from tpuvid.tiling import Side, Tiling
 
+from tpuvid_cogvideox.frames import FRAME_BY_FRAME
+
 ENCODER_HALF = ("encoder.", "quant_conv.")  # the checkpoint's other half
 
 Cache = dict[str, Any]
@@ -36,6 +38,8 @@ class ChunkDecoder(nn.Module):
     def __init__(self, vae: AutoencoderKLCogVideoX):
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+        for module in self.decoder.modules():
+            module.__class__ = FRAME_BY_FRAME.get(type(module), type(module))
 
     def forward(self, z, cache):
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)

@@ -335,6 +335,25 @@ def map_rows(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> t
     return env.j2t_iso(jax.lax.map(lambda row: function(*env.j2t_iso(row)).jax(), rows))
 
 
+def scan_rows(
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]], carry: torch.Tensor, *tensors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Within a traced module, ``carry, out = function(carry, *row)`` for row after row of `tensors`, as a loop of the compiled
+    program: the last `carry` and all `out`, stacked."""
+    env = environment()
+
+    def step(carry: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        return env.t2j_iso(function(*env.j2t_iso((carry, *row))))
+
+    return env.j2t_iso(jax.lax.scan(step, *env.t2j_iso((carry, tensors))))
+
+
+def group_statistics(x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Within a traced module, what `norm` of `x` [B, C, …] takes away and divides by: [B, groups], float32."""
+    env = environment()
+    return env.j2t_iso(operators.group_statistics(env.t2j_iso(x), norm.num_groups, norm.eps))
+
+
 def build(make: Callable[[], nn.Module]) -> nn.Module:
     """The module that `make` gives, in eval mode: parameters on the meta device (no memory), buffers real."""
     from accelerate import init_empty_weights

@@ -80,6 +80,15 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return (out if bias is None else out + bias).astype(input.dtype)
 
 
+def group_statistics(input, num_groups, eps):
+    """Mean, and root of variance and `eps`, of the groups of [B, C, *spatial]: [B, groups] each, in float32."""
+    groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1, *input.shape[2:])
+    axes = tuple(range(2, groups.ndim))
+    mean = spatial_mean(groups, axes)
+    variance = spatial_mean((groups - mean) ** 2, axes)
+    return mean.reshape(mean.shape[:2]), jnp.sqrt(variance + eps).reshape(mean.shape[:2])
+
+
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     """`F.group_norm` of [B, C, *spatial]; float32 within, as `layer_norm`."""
     groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1, *input.shape[2:])
