@@ -348,6 +348,11 @@ def scan_rows(
     return env.j2t_iso(jax.lax.scan(step, *env.t2j_iso((carry, tensors))))
 
 
+def in_strips() -> bool:
+    """Within a traced module, whether frames are in strips over devices."""
+    return placement().spatial is not None
+
+
 def group_statistics(x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
     """Within a traced module, what `norm` of `x` [B, C, …] takes away and divides by: [B, groups], float32."""
     env = environment()
