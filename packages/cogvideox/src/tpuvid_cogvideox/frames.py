@@ -34,7 +34,9 @@ class FrameByFrameDecoder(CogVideoXDecoder3D):
         for name, block in blocks.items():
             hidden, kept[name] = block(hidden, temb, sample, conv_cache=cache.get(name))
         frames, zq = _frames_first(hidden), _frames_first(_repeated(sample, hidden))
-        frames, kept["conv_out"] = _normed_convolution(frames, zq, self.norm_out, self.conv_out, cache.get("conv_out"))
+        frames, kept["conv_out"] = _normed_convolution(
+            frames, zq, (self.norm_out, self.conv_act, self.conv_out), cache.get("conv_out")
+        )
         return frames.movedim(0, 2), kept
 
 
@@ -45,9 +47,9 @@ class FrameByFrameBlock(CogVideoXResnetBlock3D):
         cache, kept = conv_cache or {}, {}
         zq = _frames_first(_repeated(zq, inputs))
         inputs = _frames_first(inputs)
-        hidden, kept["conv1"] = _normed_convolution(inputs, zq, self.norm1, self.conv1, cache.get("conv1"))
-        last = cache.get("conv2")
-        out, kept["conv2"] = _normed_convolution(hidden, zq, self.norm2, self.conv2, last, inputs, self._shortcut)
+        hidden, kept["conv1"] = _normed_convolution(inputs, zq, (self.norm1, self.nonlinearity, self.conv1), cache.get("conv1"))
+        layers = self.norm2, self.nonlinearity, self.conv2
+        out, kept["conv2"] = _normed_convolution(hidden, zq, layers, cache.get("conv2"), inputs, self._shortcut)
         return out.movedim(0, 2), kept
 
     def _shortcut(self, frame: Tensor) -> Tensor:
@@ -73,8 +75,7 @@ FRAME_BY_FRAME = {
 def _normed_convolution(
     frames: Tensor,
     zq: Tensor,
-    norm: CogVideoXSpatialNorm3D,
-    conv: CogVideoXCausalConv3d,
+    layers: tuple[CogVideoXSpatialNorm3D, nn.Module, CogVideoXCausalConv3d],
     last: Tensor | None,
     inputs: Tensor | None = None,
     shortcut: Callable[[Tensor], Tensor] | None = None,
@@ -83,13 +84,14 @@ def _normed_convolution(
 
     To each frame that comes out is added what `shortcut` makes of the one of `inputs`, if there are any.
     """
+    norm, activation, conv = layers
     scale, shift = _scale_and_shift(frames, norm.norm_layer)
     weights = [(c.conv.weight.squeeze(2), c.conv.bias) for c in (norm.conv_y, norm.conv_b)]
 
     def activated(frame: Tensor, z: Tensor) -> Tensor:
         normed = (frame.float() * scale + shift).type_as(frame)
         by, plus = (F.interpolate(F.conv2d(z, *weight), size=tuple(frame.shape[-2:])) for weight in weights)
-        return F.silu(normed * by + plus)
+        return activation(normed * by + plus)
 
     def one_frame(last: Tensor, frame: Tensor, z: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         seen = torch.cat([last, activated(frame, z)], dim=1)
