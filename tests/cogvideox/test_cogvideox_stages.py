@@ -60,7 +60,7 @@ def test_chunks_come_as_in_diffusers(checkpoint, pipe, frames):
     np.testing.assert_allclose(np.concatenate(chunks, axis=1), expected, atol=1e-4)
     decoder = pipe._opened["decode"]
     _, cache = decoder.programs.get("check", decoder._decode, decoder.params, {}, z.numpy())(decoder.params, {}, z.numpy())
-    assert "conv1" in cache["mid_block"]["resnet_0"] and cache["mid_block"]["resnet_0"]["norm1"] == {}
+    assert set(cache["mid_block"]["resnet_0"]) == {"conv1", "conv2"}
 
 
 def test_bfloat16_is_close(checkpoint, pipe):
