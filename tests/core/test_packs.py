@@ -43,7 +43,7 @@ def pack_file(tmp_path_factory) -> Path:
     settings = SIZE | CACHE | {"num_inference_steps": 5}
     made = compile_pack("wan-tiny", "cpu", path, settings=settings, options=OPTIONS)
     assert made.path == path and made.bytes == path.stat().st_size
-    assert [p["stage"] for p in made.programs] == ["encode", "denoise", "denoise", "decode", "decode"]
+    assert [p["stage"] for p in made.programs] == ["encode", *["denoise"] * 3, *["decode"] * 2]
     assert [p.name for p in path.parent.iterdir()] == ["tiny.pack"]
     return path
 
@@ -79,7 +79,7 @@ def test_a_fresh_process_gives_the_same_video_and_compiles_nothing(pack_file, tm
     history = json.loads((tmp_path / "history.json").read_text())
     assert compiled(history) == []
     assert history["encode"]["loaded from pack"] == "text encoder"
-    assert history["denoise"]["loaded from pack"] == "full step (deepcache); cached step (deepcache)"
+    assert history["denoise"]["loaded from pack"] == "prompt; full step (deepcache); cached step (deepcache)"
     assert history["decode"]["loaded from pack"] == "decoder, first frame; decoder, further frames"
     plain = tpuvid.load("wan-tiny").generate("a blue square growing", **config)
     assert compiled(plain.history)
@@ -103,7 +103,7 @@ def test_what_a_pack_lacks_is_compiled_and_said(pack_file, tmp_path, capsys):
     latents = pipe.denoise(pipe.encode(PROMPT), **settings())
     about = latents.history["denoise"]
     assert compiled(latents.history) == ["compile cached step (deepcache)"]
-    assert about["loaded from pack"] == "full step (deepcache)"
+    assert about["loaded from pack"] == "prompt; full step (deepcache)"
     assert about["compiled beside the pack"] == "cached step (deepcache) (not in it for these shapes)"
 
 
@@ -327,7 +327,7 @@ def strip(tensors, metadata):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (flip, "'full step (deepcache)' is damaged"),
+        (flip, "'prompt' is damaged"),
         (drop, "header is damaged"),
         (add, "header is damaged"),
         (forge, "header is damaged"),
