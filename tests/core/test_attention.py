@@ -103,6 +103,8 @@ def adversarial(name):
             k = k.at[:, :, :100].mul(60)
         case "large values":
             v = v * 1e30
+        case "large values of late keys":
+            v, k = v * 1e30, k.at[:, :, 600:].add(8 * q[:, :, :1])
     return q, k, v
 
 
@@ -110,7 +112,7 @@ def adversarial(name):
     "name",
     [
         "a late key far above all others", "higher and higher", "constant keys", "outlier channels", "far below zero",
-        "the first keys far above all others", "large values",
+        "the first keys far above all others", "large values", "large values of late keys",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("masked", [False, True])
@@ -169,6 +171,13 @@ def test_int8_takes_no_window():
     q, k, v = inputs(40, 40, 64)
     with pytest.raises(ValueError, match="no windows"):
         flash(q, k, v, int8=True, band=Band(Window(10, 1), 40))
+
+
+def test_nothing_in_keys_that_are_all_masked_matters():
+    q, k, v = inputs(40, 300, 64)
+    mask = jnp.zeros((2, 1, 1, 300), bool)
+    for how in ({}, {"smooth_k": True}, {"int8": True}):
+        assert not np.asarray(flash(q, k * jnp.nan, v * jnp.nan, mask=mask, **how)).any()
 
 
 @pytest.mark.parametrize("hidden", [slice(0, 200), slice(100, 900), slice(0, 899)])

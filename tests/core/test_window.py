@@ -72,6 +72,29 @@ def test_masked_keys_have_no_say(attend):
     assert expected < 2e-5 and difference(found, q, k_, v_, band, kept) < 2e-5
 
 
+@BACKENDS
+def test_a_query_that_sees_only_masked_keys_gets_zeros(attend):
+    band, rest = BANDS["frames"]
+    q, k, v = inputs(band, rest)
+    kept = jnp.ones((2, 900), bool).at[:, 300:700].set(False)
+    found = attend(q, k, v, band, kv_mask=kept)
+    assert not found[:, :, 400:600].any() and found[:, :, 390].any()
+    assert difference(found, q, k, v, band, kept) < 2e-5
+
+
+def test_plain_scores_never_take_the_exact_path(monkeypatch):
+    """Also where the first block that is visited hides all of itself from some queries."""
+    when = flash.pl.when
+
+    def without_exact(condition):
+        return lambda branch: None if "exact" in branch.__code__.co_freevars else when(condition)(branch)
+
+    monkeypatch.setattr(flash.pl, "when", without_exact)
+    band, rest = BANDS["no other frame"]
+    q, k, v = inputs(band, rest)
+    assert difference(windowed_flash(q, k, v, band), q, k, v, band) < 2e-5
+
+
 @pytest.mark.parametrize("what", ["hidden keys far above", "seen keys far above", "seen keys far below"])
 def test_flash_is_exact_whatever_the_scores(what):
     """Softmax's m must come from keys that a query sees."""
@@ -181,7 +204,13 @@ def test_settings(value, expected):
     assert str(WindowSize.parse(value)) == expected
 
 
-@pytest.mark.parametrize("value", ["", "-1", "3.5", "frames", "pixels=3", "frames=", True, 2.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-5, -0.1])
+def test_flash_refuses_scales_with_which_it_could_not_hide(scale):
+    with pytest.raises(ValueError, match="scale the queries"):
+        attention_flash(*inputs(*BANDS["frames"]), band=BANDS["frames"][0], scale=scale, interpret=True)
+
+
+@pytest.mark.parametrize("value", ["", "-1", "3.5", "９", "tokens=" + "9" * 5000, "frames", "pixels=3", "frames=", True, 2.0])
 def test_settings_that_say_nothing_are_refused(value):
     with pytest.raises(InputError, match="needs a number of frames"):
         WindowSize.parse(value)

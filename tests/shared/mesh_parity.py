@@ -37,7 +37,7 @@ def main(folder: str, settings: dict, weight: str) -> dict:
         conditioning = pipe.encode('a red "cat"', "dog", max_sequence_length=40)
         latents, saved = (pipe.denoise(conditioning, **settings | changes) for changes in ({}, SAVING))
         found = [value for name, value in conditioning.tensors.items() if "mask" not in name and value.any()]
-        assert saved.history["denoise"]["window"].startswith("0 × ")
+        assert saved.history["denoise"]["window"].startswith("0 frames of tokens")
         found += [latents.latents, saved.latents]
         expected = expected or found
         denoiser, encoder = pipe._opened["denoise"], pipe._opened["encode"]

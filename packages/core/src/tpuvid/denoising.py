@@ -5,7 +5,6 @@ A model brings its prediction, a schedule and its inputs; guidance, step caches,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -115,8 +114,14 @@ class Sampler:
         if asked.unit == "tokens":
             window = Window.of_tokens(asked.size, total=total)
         else:
-            window = Window.of_frames(math.ceil(asked.size / video_frames), tokens_per_frame=height * width, total=total)
-        shown = "all tokens: it hides nothing" if window is None else f"{window.reach} × {window.run} tokens to either side"
+            window = Window.of_frames(-(-asked.size // video_frames), tokens_per_frame=height * width, total=total)
+        if window is None:
+            shown = "all tokens: it hides nothing"
+        elif asked.unit == "tokens":
+            shown = f"{window.reach} × {window.run} tokens to either side"
+        else:
+            seen = window.reach * window.run // (height * width)
+            shown = f"{seen} frames of tokens ({seen * video_frames} of the video) to either side"
         self.runtime.progress.note("window", shown)
         return window
 

@@ -195,10 +195,7 @@ class Pipeline:
 
     def resolve(self, config: GenerationConfig) -> GenerationConfig:
         """`config` with what it leaves to the checkpoint filled in; raises `InputError` for what the checkpoint can't take."""
-        if config.window_size is not None and self.runtime.attention_backend == "flash-int8":
-            raise InputError(
-                f"window_size={config.window_size}: attention_backend=flash-int8 has no windows; leave one of them out"
-            )
+        self.runtime.check(config)
         return self._open("denoise").resolve(config)
 
     def check_pack(self, config: GenerationConfig, *names: str) -> None:

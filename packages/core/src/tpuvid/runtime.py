@@ -26,6 +26,7 @@ from tpuvid.progress import Progress
 
 if TYPE_CHECKING:
     from tpuvid.bridge import TracedModule
+    from tpuvid.stages import GenerationConfig
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": True}
@@ -93,6 +94,14 @@ class Runtime:
             runtime = replace(runtime, profile=Path(runtime.profile))
             check_folder(runtime.profile)
         return runtime
+
+    def check(self, config: GenerationConfig) -> None:
+        """Raise `InputError` for settings that can't run with these options."""
+        if config.window_size is not None and self.attention_backend in ("flash-int8", "splash", "cudnn"):
+            raise InputError(
+                f"window_size={config.window_size}: attention_backend={self.attention_backend} has no windows; "
+                "use auto, or leave out the window"
+            )
 
     def denoiser_mesh(self, traced: TracedModule, heads: int, rules: Sequence[Rule]) -> Mesh:
         """The user's layout; else the tokens over the devices, where `traced` can split them, or heads and widths by `rules`.

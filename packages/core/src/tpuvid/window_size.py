@@ -19,10 +19,11 @@ class WindowSize:
     @classmethod
     def parse(cls, value: Any) -> WindowSize:
         """From "frames=16", "tokens=8192", or a number of frames; raises `InputError`."""
-        found = re.fullmatch(r"(?:(frames|tokens)=)?(\d+)", str(value).replace(" ", ""))
+        found = re.fullmatch(r"(?:(frames|tokens)=)?([0-9]{1,9})", str(value).replace(" ", ""))
         if isinstance(value, bool) or found is None:
             raise InputError(
-                f"window_size={value!r}: needs a number of frames (16 or frames=16) or of tokens (tokens=8192), whole and ≥ 0"
+                f"window_size={str(value)[:40]!r}: needs a number of frames (16 or frames=16) or of tokens (tokens=8192), "
+                "whole, from 0 to 999999999"
             )
         return cls(int(found[2]), found[1] or "frames")
 

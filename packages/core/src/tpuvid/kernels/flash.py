@@ -43,7 +43,7 @@ from jaxtyping import Bool, Float, Int, Num
 
 from tpuvid.kernels.block_sizes import LANES, AttentionShape, Blocks, flash_blocks, round_up
 from tpuvid.kernels.recording import record_attention
-from tpuvid.kernels.window import BLOCKS, Band, Visit, key_columns, query_columns, visits
+from tpuvid.kernels.window import BLOCKS, FORBIDDING, Band, Visit, key_columns, query_columns, visits
 
 TILE = 256
 """Queries that are worked on at a time: the width of the matrix unit."""
@@ -55,6 +55,8 @@ LIMIT = 2.0**48
 """Of a row's sum within one block; above it the block is computed exactly."""
 SCORES_AHEAD, VALUES_BEHIND = 2, 1
 """Tiles between the scores of a tile and its 2^x, and between that and its PV."""
+LEAST_SCALE = 1e-4
+"""Of scores with a window: with less, what is hidden isn't far enough below what is seen."""
 VMEM_BYTES = 32 * 2**20
 """What a call may take; 13 MiB is what D = 128 takes, and the rest of the 64 to 128 of a chip is XLA's."""
 
@@ -79,8 +81,8 @@ def attention_flash(
 ) -> Float[Array, "B N T D"]:
     """As `attention_reference` with a mask over keys, and with `Band.mask`. Inputs must be finite where `kv_mask` keeps them.
 
-    `smooth_k` takes K's mean away; `int8` rounds Q and K to 8 bits, and raises `ValueError` with a `band`, whose columns 8 bits
-    can't hold. `blocks`: by default those for this shape on `chip`, see `flash_blocks`. `out_dtype`: by default the queries'.
+    `smooth_k` takes K's mean away; `int8` rounds Q and K to 8 bits. Raises `ValueError` for what a `band` can't be combined with:
+    `int8`, which can't hold its columns, a scale below `LEAST_SCALE`, and larger blocks than a window's own. `blocks`: by default those for this shape on `chip`, see `flash_blocks`. `out_dtype`: by default the queries'.
     `interpret` runs the kernel on a CPU.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -89,6 +91,10 @@ def attention_flash(
     if band is not None:
         if int8:
             raise ValueError("attention in int8 has no windows; leave out one of them")
+        if scale < LEAST_SCALE:
+            raise ValueError(f"scale={scale} with a window: hides only with {LEAST_SCALE} or more; scale the queries")
+        if blocks is not None and (blocks.q > BLOCKS.q or blocks.kv > BLOCKS.kv):
+            raise ValueError(f"blocks={tuple(blocks)} with a window: needs {tuple(BLOCKS)} or smaller ones")
         return _windowed(query, key, value, kv_mask, band, scale, blocks or BLOCKS, out_dtype or query.dtype, interpret)
     batch, heads, queries, dim = query.shape
     keys, dtype = key.shape[2], out_dtype or query.dtype
@@ -99,6 +105,7 @@ def attention_flash(
         kept = jnp.ones((batch, keys), bool) if kv_mask is None else jnp.broadcast_to(kv_mask, (batch, keys))
         kept = jnp.pad(kept, ((0, 0), (0, padded - keys)))[:, None, :, None]
         first = jnp.take_along_axis(key, jnp.argmax(kept, axis=2)[..., None], axis=2)
+        first = jnp.where(kept.any(axis=2, keepdims=True), first, 0)
         key = jnp.where(kept, _pad(key, 2, padded), first)
         value = jnp.where(kept, _pad(value, 2, padded), 0)
         ones = jnp.broadcast_to(jnp.swapaxes(kept, 2, 3), (batch, heads, ONES, padded))
@@ -110,13 +117,14 @@ def attention_flash(
     steps = None
     if int8:
         query, key, steps = _quantized(query, key)
-    out = _call(query, key, value, blocks, queries, scale, dtype, interpret, steps=steps)
+    out = _call(query, key, value, blocks, queries, scale, dtype, interpret, rows=steps)
     return out[:, :, :queries, :dim]
 
 
 def _windowed(query, key, value, kv_mask, band: Band, scale, blocks: Blocks, dtype, interpret) -> Float[Array, "B N T D"]:
     """`attention_flash` with a band; all is padded to whole blocks, the keys that all see beginning with one."""
     batch, heads, queries, dim = query.shape
+    least = _own_scores(query, key, kv_mask, band) * scale * math.log2(math.e)
     block_q, block_kv = min(blocks.q, round_up(queries)), min(blocks.kv, round_up(key.shape[2]))
     blocks = Blocks(block_q, block_kv, blocks.kv_compute)
     query = jnp.concatenate([_pad(query, 3, _wide(dim)), _per_head(query_columns(band, queries, query.dtype), query)], axis=3)
@@ -134,8 +142,21 @@ def _windowed(query, key, value, kv_mask, band: Band, scale, blocks: Blocks, dty
     key = jnp.concatenate([key, _per_head(key_columns(band, kept, key.dtype)[:, None], key)], axis=3)
     ones = jnp.broadcast_to(kept[:, None, None], (batch, heads, ONES, key.shape[2])).astype(value.dtype)
     value = jnp.concatenate([jnp.swapaxes(value, 2, 3), ones], axis=2)
-    out = _call(query, key, value, blocks, queries, scale, dtype, interpret, table=jnp.asarray(table)[band.part])
+    least = _pad(least, 3, query.shape[2])
+    out = _call(query, key, value, blocks, queries, scale, dtype, interpret, table=jnp.asarray(table)[band.part], rows=least)
     return out[:, :, :queries, :dim]
+
+
+def _own_scores(query: Array, key: Array, kv_mask: Array | None, band: Band) -> Float[Array, "B N 1 T"]:
+    """q·k of each query with the key in its own place, which it sees whatever else is hidden: it starts its m. Where that key
+    is masked, `FORBIDDING`: the first key that is seen then takes the exact path."""
+    start = band.part * query.shape[2]
+    own = lax.dynamic_slice_in_dim(key, start, query.shape[2], 2)
+    scores = jnp.sum(query.astype(jnp.float32) * own.astype(jnp.float32), axis=3)
+    if kv_mask is not None:
+        kept = lax.dynamic_slice_in_dim(jnp.broadcast_to(kv_mask, (len(key), key.shape[2])), start, query.shape[2], 1)
+        scores = jnp.where(kept[:, None], scores, FORBIDDING)
+    return scores[:, :, None]
 
 
 def _smoothed(key: Float[Array, "B N S D"], kv_mask: Bool[Array, "B S"] | None) -> Float[Array, "B N S D"]:
@@ -179,35 +200,35 @@ def _pad(x: Array, axis: int, size: int) -> Array:
 def _call(
     query: Num[Array, "B N T C"], key: Num[Array, "B N S C"], value: Float[Array, "B N D1 S"], blocks: Blocks, queries: int,
     scale: float, dtype: DTypeLike, interpret: bool, table: Int[Array, "4 V"] | None = None,
-    steps: Float[Array, "B N 1 T"] | None = None,
+    rows: Float[Array, "B N 1 T"] | None = None,
 ) -> Float[Array, "B N T D"]:  # fmt: skip
     """T at least one block, of which `queries` count; S in whole lanes. `table`: the visits, where they aren't all there could be.
 
-    `steps`: what products of integers are multiplied by.
+    `rows`: with a table, where a query's m starts at least; of integers, what a query's products are multiplied by.
     """
-    batch, heads, rows, width = query.shape
+    batch, heads, length, width = query.shape
     keys, depth = key.shape[2], value.shape[2]
-    block_q, block_kv = min(blocks.q, round_up(rows)), min(blocks.kv, keys)
+    block_q, block_kv = min(blocks.q, round_up(length)), min(blocks.kv, keys)
     if table is None:
-        grid = (batch, heads, pl.cdiv(rows, block_q), pl.cdiv(keys, block_kv))
+        grid = (batch, heads, pl.cdiv(length, block_q), pl.cdiv(keys, block_kv))
         of_query, of_key = (lambda b, n, i, j: i), (lambda b, n, i, j: j)
     else:
         grid = (batch, heads, table.shape[1])
         of_query, of_key = (lambda b, n, v, table: table[0, v]), (lambda b, n, v, table: table[1, v])
     kernel = functools.partial(
-        _kernel if steps is None else _int8_kernel,
+        _kernel if rows is None else _with_int8 if table is None else _with_window,
         keys=keys,
         queries=queries,
         compute=blocks.kv_compute,
         scale=scale * math.log2(math.e),
     )
-    scores = math.prod(grid) * block_q * block_kv if table is not None else batch * heads * rows * keys
+    scores = math.prod(grid) * block_q * block_kv if table is not None else batch * heads * length * keys
     cost = pl.CostEstimate(
         flops=2 * scores * (width + depth),
         transcendentals=scores,
         bytes_accessed=query.dtype.itemsize * (query.size * 2 + scores // block_q * (width + depth)),
     )
-    out_shape = jax.ShapeDtypeStruct((batch, heads, rows, depth - ONES), dtype)
+    out_shape = jax.ShapeDtypeStruct((batch, heads, length, depth - ONES), dtype)
     return pl.pallas_call(
         functools.partial(_every_step if table is None else _visit_step, kernel),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -218,7 +239,7 @@ def _call(
                 pl.BlockSpec((None, None, block_kv, width), lambda b, n, *at: (b, n, of_key(b, n, *at), 0)),
                 pl.BlockSpec((None, None, depth, block_kv), lambda b, n, *at: (b, n, 0, of_key(b, n, *at))),
                 *[pl.BlockSpec((None, None, 1, block_q), lambda b, n, *at: (b, n, 0, of_query(b, n, *at)))]
-                * (steps is not None),
+                * (rows is not None),
             ],
             out_specs=pl.BlockSpec((None, None, block_q, depth - ONES), lambda b, n, *at: (b, n, of_query(b, n, *at), 0)),
             scratch_shapes=[pltpu.VMEM((2, 8, block_q), jnp.float32), pltpu.VMEM((2, depth, block_q), jnp.float32)],
@@ -232,7 +253,7 @@ def _call(
         cost_estimate=cost,
         interpret=interpret,
         name="optimistic_flash_attention",
-    )(*(x for x in (table, query, key, value, steps) if x is not None))
+    )(*(x for x in (table, query, key, value, rows) if x is not None))
 
 
 def _every_step(kernel: Callable, *refs) -> None:
@@ -246,17 +267,21 @@ def _visit_step(kernel: Callable, table, *refs) -> None:
     kernel(visit.query, visit.number, visit.last == 1, *refs)
 
 
-def _int8_kernel(i: Array, j: Array, is_last: Array, q_ref, k_ref, v_ref, steps_ref, *refs, **options) -> None:
+def _with_int8(i: Array, j: Array, is_last: Array, q_ref, k_ref, v_ref, steps_ref, *refs, **options) -> None:
     _kernel(i, j, is_last, q_ref, k_ref, v_ref, *refs, **options, steps_ref=steps_ref)
+
+
+def _with_window(i: Array, j: Array, is_last: Array, q_ref, k_ref, v_ref, least_ref, *refs, **options) -> None:
+    _kernel(i, j, is_last, q_ref, k_ref, v_ref, *refs, **options, least_ref=least_ref)
 
 
 def _kernel(
     i: Array, j: Array, is_last: Array, q_ref, k_ref, v_ref, o_ref, m_ref, acc_ref, *,
-    keys: int, queries: int, compute: int, scale: float, steps_ref=None,
+    keys: int, queries: int, compute: int, scale: float, steps_ref=None, least_ref=None,
 ) -> None:  # fmt: skip
     """Block `i` of queries [q, C] against the `j`-th one of keys [kv, C] and values [D + 16, kv] that it meets.
 
-    `steps_ref` [1, q] where Q and K are integers.
+    `steps_ref` [1, q] where Q and K are integers, `least_ref` [1, q] where some keys are hidden.
     `m_ref` [2, 8, q] and `acc_ref` [2, D + 16, q] hold m and [O; sums] before and after it, in turns: what was before
     stays until it is known that what came after is right.
     """
@@ -288,6 +313,7 @@ def _kernel(
         acc_ref[0] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
         for t in tiles:
             top = scores(pl.ds(0, CHUNK), pl.ds(t, tile)).max(axis=0, keepdims=True)
+            top = top if least_ref is None else jnp.maximum(top, least_ref[:, pl.ds(t, tile)])
             m_ref[0, :, pl.ds(t, tile)] = jnp.broadcast_to(top, (8, tile))
 
     def block(length: int) -> None:
@@ -317,7 +343,7 @@ def _kernel(
         m_ref[after, :, columns] = m_ref[before, :, columns] + up
         acc_ref[after, :, columns] = acc * jnp.exp2(-up)
         real = i * block_q + t + lax.broadcasted_iota(jnp.int32, (1, tile), 1) < queries
-        return real & ~(total < LIMIT)  # NaN included
+        return real & ~((total < LIMIT) & (jnp.abs(acc).max(axis=0, keepdims=True) < jnp.inf))  # NaN included
 
     def exact(length: int) -> None:
         """As `block`, by the block's own maximum."""
@@ -350,5 +376,8 @@ def _kernel(
     @pl.when(is_last)
     def _finish():
         total = acc_ref[after, dim : dim + 1, :]
-        out = acc_ref[after, :dim, :] * jnp.where(total == 0, 0, 1 / total)  # no key counts: zeros
+        none = total == 0  # no key counts: zeros
+        if least_ref is not None:  # no key that counts is seen
+            none |= m_ref[after, 0:1, :] < FORBIDDING * scale / 2
+        out = acc_ref[after, :dim, :] * jnp.where(none, 0, 1 / total)
         o_ref[...] = out.T.astype(o_ref.dtype)

@@ -6,7 +6,6 @@ most `reach` away from its own. Source: sliding-window attention (arXiv:2004.051
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -47,14 +46,14 @@ class Window(NamedTuple):
     @classmethod
     def _coarse_enough(cls, tokens: int, step: int, total: int) -> Window | None:
         """The shortest run, in whole steps, in which the kernel can tell hidden from seen."""
-        windows = (cls(run, math.ceil(tokens / run)) for run in range(step, total + step, step))
+        windows = (cls(run, -(-tokens // run)) for run in range(step, total + step, step))
         found = next(w for w in windows if w._is_told_apart(total))
-        return found if found.reach < math.ceil(total / found.run) - 1 else None
+        return found if found.reach < -(-total // found.run) - 1 else None
 
     def _is_told_apart(self, total: int) -> bool:
         """Runs are numbered modulo `HIDDEN`: within the blocks that a query meets, no hidden one may have a seen one's number."""
-        runs = math.ceil(total / self.run)
-        met = 2 * self.reach + math.ceil(BLOCKS.q / self.run) + math.ceil(BLOCKS.kv / self.run) + 2
+        runs = -(-total // self.run)
+        met = 2 * self.reach + -(-BLOCKS.q // self.run) + -(-BLOCKS.kv // self.run) + 2
         return runs <= HIDDEN or met <= HIDDEN
 
     def seen(self, place: int | np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:

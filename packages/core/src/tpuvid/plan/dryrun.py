@@ -258,6 +258,7 @@ def dry_generate(
 
     Returns what is known of each stage that ran; programs go to ``runtime.on_program``.
     """
+    runtime.check(config)
     loaded, value = {}, None
     order = list(STAGES)
     last = max((order.index(stage) for stage in runtime.compiled_stages), default=order.index(until))
