@@ -145,9 +145,9 @@ def test_every_mask_is_over_keys_alone(pipe, monkeypatch):
     pipe.decode(latents)
     shapes = []
 
-    def recorded(query, key, value, *, mask=None, scale=None):
+    def recorded(query, key, value, *, mask=None, **how):
         shapes.append((mask.dtype, query.shape[2], mask.shape))
-        return attention(query, key, value, mask=mask, scale=scale)
+        return attention(query, key, value, mask=mask, **how)
 
     for module in ("operators", "kernels.tokens"):
         monkeypatch.setattr(f"tpuvid.{module}.attention", recorded)
