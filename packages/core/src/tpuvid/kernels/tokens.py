@@ -55,7 +55,8 @@ def token_attention(streams: Sequence[Stream], *, scale: float | None = None) ->
     split, window = placement().tokens, placement().window
     exchange = Exchange(1 if split is None else split.parts, streams[0].query.shape[1])
     apart = [s for s in streams if window is not None and s.name == VIDEO]
-    groups = [group for group in (apart, [s for s in streams if s not in apart]) if group]
+    others = [s for s in streams if window is None or s.name != VIDEO]
+    groups = [group for group in (apart, others) if group]
     joined = [exchange.all_tokens(_joined(group)) for group in groups]
     key, value = (jnp.concatenate([s[field] for s in joined], axis=2) for field in (2, 3))
     mask = _mask(groups)
