@@ -34,6 +34,8 @@ class Call(NamedTuple):
     frames: int
     """Of tokens."""
     tokens_per_frame: int
+    video_frames: int
+    """Of the video, in a frame of tokens."""
     text: int
     dim: int
     bound_ms: float
@@ -41,9 +43,9 @@ class Call(NamedTuple):
 
 
 CALLS = (
-    Call("Wan 2.1 14B 720p×81", 5, 21, 3600, 0, 128, 23.9),
-    Call("HunyuanVideo 1.5 720p×121", 2, 31, 3600, 256, 128, 21.0),
-    Call("CogVideoX1.5 1360×768×81", 6, 11, 4080, 226, 64, 8.5),
+    Call("Wan 2.1 14B 720p×81", 5, 21, 3600, 4, 0, 128, 23.9),
+    Call("HunyuanVideo 1.5 720p×121", 2, 31, 3600, 4, 256, 128, 21.0),
+    Call("CogVideoX1.5 1360×768×81", 6, 11, 4080, 8, 226, 64, 8.5),
 )
 WINDOW = 8
 """Frames of the video to either side."""
@@ -77,8 +79,7 @@ def count(job: Mapping[str, Any], report: Report) -> float:
 
     call = Call(*job["call"])
     video = call.frames * call.tokens_per_frame
-    frames = WINDOW // (8 if "CogVideoX" in call.what else 4)
-    band = Band(Window.of_frames(frames, tokens_per_frame=call.tokens_per_frame, total=video), video)
+    band = Band(Window.of_frames(WINDOW // call.video_frames, tokens_per_frame=call.tokens_per_frame, total=video), video)
     chip = SingleDeviceSharding(TOPOLOGY.jax_devices()[0])
     lengths = video + ("window" not in job["kernel"]) * call.text, video + call.text
     if job["kernel"] == PUBLISHED:  # it takes padding for keys, so that nothing need be masked

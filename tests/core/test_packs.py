@@ -79,7 +79,7 @@ def test_a_fresh_process_gives_the_same_video_and_compiles_nothing(pack_file, tm
     history = json.loads((tmp_path / "history.json").read_text())
     assert compiled(history) == []
     assert history["encode"]["loaded from pack"] == "text encoder"
-    assert history["denoise"]["loaded from pack"] == "prompt; full step (deepcache); cached step (deepcache)"
+    assert history["denoise"]["loaded from pack"] == "prompt's keys and values; full step (deepcache); cached step (deepcache)"
     assert history["decode"]["loaded from pack"] == "decoder, first frame; decoder, further frames"
     plain = tpuvid.load("wan-tiny").generate("a blue square growing", **config)
     assert compiled(plain.history)
@@ -103,7 +103,7 @@ def test_what_a_pack_lacks_is_compiled_and_said(pack_file, tmp_path, capsys):
     latents = pipe.denoise(pipe.encode(PROMPT), **settings())
     about = latents.history["denoise"]
     assert compiled(latents.history) == ["compile cached step (deepcache)"]
-    assert about["loaded from pack"] == "prompt; full step (deepcache)"
+    assert about["loaded from pack"] == "prompt's keys and values; full step (deepcache)"
     assert about["compiled beside the pack"] == "cached step (deepcache) (not in it for these shapes)"
 
 
@@ -327,7 +327,7 @@ def strip(tensors, metadata):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (flip, "'prompt' is damaged"),
+        (flip, 'keys and values" is damaged'),
         (drop, "header is damaged"),
         (add, "header is damaged"),
         (forge, "header is damaged"),

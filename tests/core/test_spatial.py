@@ -43,7 +43,7 @@ def test_what_strips_can_not_do_is_refused():
         pad(jnp.zeros((1, 1, 1, 4, 4)), (1, 1), mode="reflect")
 
 
-def testgroup_norm_is_torchs_in_float32():
+def test_group_norm_is_torchs_in_float32():
     x = np.random.default_rng(0).standard_normal((2, 6, 3, 4, 5), np.float32)
     weight, bias = np.arange(6, dtype=np.float32), np.ones(6, np.float32)
     found = jax.jit(group_norm, static_argnums=1)(x, 3, weight, bias)

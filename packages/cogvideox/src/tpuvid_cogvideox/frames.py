@@ -114,10 +114,10 @@ def _frames_first(x: Tensor) -> Tensor:
 
 def _scale_and_shift(frames: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """What `norm` multiplies a channel by, and then adds to it: [B, C, 1, 1], float32."""
-    mean, deviation = (
+    mean, factor = (
         x.repeat_interleave(norm.num_channels // norm.num_groups, dim=1) for x in group_statistics(frames.movedim(0, 2), norm)
     )
-    scale = norm.weight.float() / deviation
+    scale = norm.weight.float() * factor
     return tuple(x[:, :, None, None] for x in (scale, norm.bias.float() - mean * scale))
 
 

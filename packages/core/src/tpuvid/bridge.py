@@ -354,7 +354,7 @@ def in_strips() -> bool:
 
 
 def group_statistics(x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Within a traced module, what `norm` of `x` [B, C, …] takes away and divides by: [B, groups], float32."""
+    """Within a traced module, what `norm` takes away from `x` [B, C, …] and multiplies it by: [B, groups], float32."""
     env = environment()
     return env.j2t_iso(operators.group_statistics(env.t2j_iso(x), norm.num_groups, norm.eps))
 

@@ -80,24 +80,32 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return (out if bias is None else out + bias).astype(input.dtype)
 
 
-def group_statistics(input, num_groups, eps):
-    """Mean, and root of variance and `eps`, of the groups of [B, C, *spatial]: [B, groups] each, in float32."""
-    groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1, *input.shape[2:])
-    axes = tuple(range(2, groups.ndim))
-    mean = spatial_mean(groups, axes)
-    variance = spatial_mean((groups - mean) ** 2, axes)
-    return mean.reshape(mean.shape[:2]), jnp.sqrt(variance + eps).reshape(mean.shape[:2])
-
-
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     """`F.group_norm` of [B, C, *spatial]; float32 within, as `layer_norm`."""
-    groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1, *input.shape[2:])
-    out = _normalized(groups, tuple(range(2, groups.ndim)), eps, spatial_mean).reshape(input.shape)
+    groups, axes = _groups(input, num_groups)
+    out = _normalized(groups, axes, eps, spatial_mean).reshape(input.shape)
     per_channel = (-1, *(1,) * (input.ndim - 2))
     out = out if weight is None else out * weight.reshape(per_channel)
     return (out if bias is None else out + bias.reshape(per_channel)).astype(input.dtype)
 
 
+def group_statistics(input, num_groups, eps):
+    """What `group_norm` takes away from each group of [B, C, *spatial], and multiplies it by: [B, groups] each, float32."""
+    return tuple(x.reshape(x.shape[:2]) for x in _statistics(*_groups(input, num_groups), eps, spatial_mean))
+
+
+def _groups(input, num_groups: int) -> tuple[jax.Array, tuple[int, ...]]:
+    """[B, groups, …] in float32, and the axes of one group."""
+    groups = input.astype(jnp.float32).reshape(input.shape[0], num_groups, -1, *input.shape[2:])
+    return groups, tuple(range(2, groups.ndim))
+
+
 def _normalized(x, axes: tuple[int, ...], eps: float, mean: Callable = partial(jnp.mean, keepdims=True)):
-    centred = x - mean(x, axes)
-    return centred * jax.lax.rsqrt(mean(centred**2, axes) + eps)
+    centre, factor = _statistics(x, axes, eps, mean)
+    return (x - centre) * factor
+
+
+def _statistics(x, axes: tuple[int, ...], eps: float, mean: Callable) -> tuple[jax.Array, jax.Array]:
+    """The mean, and one over the root of variance and `eps`."""
+    centre = mean(x, axes)
+    return centre, jax.lax.rsqrt(mean((x - centre) ** 2, axes) + eps)

@@ -19,6 +19,7 @@ from tpuvid.cache_folder import cache_folder
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.kernels import placed_on
 from tpuvid.kernels.block_sizes import block_rows
+from tpuvid.kernels.placement import WINDOWED_BACKENDS
 from tpuvid.mesh import MeshConfig, Rule, default_mesh_config, make_mesh, split_sizes
 from tpuvid.packs import Pack, signature
 from tpuvid.plan.topologies import CHIPS
@@ -97,7 +98,7 @@ class Runtime:
 
     def check(self, config: GenerationConfig) -> None:
         """Raise `InputError` for settings that can't run with these options."""
-        if config.window_size is not None and self.attention_backend in ("flash-int8", "splash", "cudnn"):
+        if config.window_size is not None and self.attention_backend not in WINDOWED_BACKENDS:
             raise InputError(
                 f"window_size={config.window_size}: attention_backend={self.attention_backend} has no windows; "
                 "use auto, or leave out the window"

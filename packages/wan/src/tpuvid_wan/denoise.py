@@ -105,7 +105,7 @@ class WanDenoiser:
             found = self.traced.function("prompt_keys_values")(params, text)
             return jax.lax.with_sharding_constraint(found, sharding)
 
-        return self.once.get("prompt", keys_values, self.params, text)(self.params, text)
+        return self.once.get("prompt's keys and values", keys_values, self.params, text)(self.params, text)
 
     def _latent_shape(self, config: GenerationConfig) -> tuple[int, int, int, int]:
         channels = self.traced.module.config.in_channels

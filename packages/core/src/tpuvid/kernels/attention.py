@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from tpuvid.kernels.block_sizes import device_chip
 from tpuvid.kernels.flash import attention_flash
-from tpuvid.kernels.placement import Placement, placement
+from tpuvid.kernels.placement import WINDOWED_BACKENDS, Placement, placement
 from tpuvid.kernels.splash import attention_splash
 from tpuvid.kernels.window import Band
 from tpuvid.kernels.xla import attention_xla, attention_xla_windowed
@@ -29,7 +29,7 @@ def attention(
 
     The kernels take masks over keys ([B, 1, 1, S], boolean); any other mask goes to XLA, which never builds T×S scores, also
     where a kernel was asked for: a text encoder has such masks, and runs with the denoiser's settings. With a `band`, masks
-    are over keys alone, and our own kernel runs, or XLA.
+    are over keys alone, and our own kernel runs, or XLA; raises `ValueError` for other backends.
     """
     place = placement()
     backend = _choose(place, query, mask, band)
@@ -77,8 +77,12 @@ def _choose(place: Placement, query: Array, mask: Array | None, band: Band | Non
     if mask is not None and not _is_key_mask(mask):
         return "xla"
     if band is not None:
-        own = {"auto": "flash", "flash": "flash", "flash-smooth-k": "flash-smooth-k"}
-        return own.get(place.attention_backend, "xla") if place.platform == "tpu" else "xla"
+        if place.attention_backend not in WINDOWED_BACKENDS:
+            raise ValueError(
+                f"attention backend {place.attention_backend!r} has no windows; use {', '.join(WINDOWED_BACKENDS)}"
+            )
+        if place.platform != "tpu":
+            return "xla"
     if place.attention_backend != "auto":
         return place.attention_backend
     match place.platform:

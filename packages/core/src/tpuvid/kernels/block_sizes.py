@@ -59,7 +59,7 @@ LANES = 128
 TABLE = Path(__file__).with_name("block_sizes.json")
 VARIABLE = "TPUVID_BLOCK_SIZES"
 LONG = Blocks(q=2048, kv=4096, kv_compute=1024)
-"""Where no row is of the shape. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 26.1 ms per call (2026-11)."""
+"""Where no row is of the shape. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 26.2 ms per call (2026-11)."""
 
 
 def flash_blocks(queries: int, keys: int, dim: int, *, heads: int | None = None, chip: str | None = None) -> Blocks:

@@ -12,6 +12,8 @@ from tpuvid.kernels.window import Window
 
 ATTENTION_BACKENDS = {"auto": "any platform", "xla": "any platform", "flash": "tpu", "flash-smooth-k": "tpu", "flash-int8": "tpu",
                       "splash": "tpu", "cudnn": "gpu"}  # fmt: skip
+WINDOWED_BACKENDS = ("auto", "xla", "flash", "flash-smooth-k")
+"""Of them, those that can hide what is outside an attention window."""
 
 
 @dataclass(frozen=True, slots=True)
