@@ -17,12 +17,13 @@ from jax import Array
 from jaxtyping import Float
 from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.checkpoint import Checkpoint
+from tpuvid.control import Loop
 from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
 from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import check_embeds, guidance_scales, make_generator, make_noise, with_negative
+from tpuvid.sampling import check_embeds, guidance_scales, make_generators, make_noise, with_negative
 from tpuvid.schedule import Schedule, tabulate
-from tpuvid.stages import GenerationConfig, StepCallback
+from tpuvid.stages import GenerationConfig
 from tpuvid.stepcache import step_cache
 from tpuvid.weights import load_parameters, match_parameters
 
@@ -103,26 +104,26 @@ class CogVideoXDenoiser:
         check_embeds(tensors, self.config.text_embed_dim)
 
     def denoise(
-        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback
-    ) -> Float[np.ndarray, "1 C f h w"]:
+        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop
+    ) -> Float[np.ndarray, "B C f h w"]:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps)
         scales = dynamic_scales(config, schedule) if config.use_dynamic_cfg else guidance_scales(config)
         text = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
         frames, additional = self._latent_frames(config)
-        shape = (1, frames, self.config.in_channels, config.height // VAE_SPACE, config.width // VAE_SPACE)
+        shape = (frames, self.config.in_channels, config.height // VAE_SPACE, config.width // VAE_SPACE)
         inputs = Inputs(
             text=self.runtime.put(text, batch_sharded(self.mesh, len(text))),
-            rotary=self.runtime.put(rotary_tables(self.config, frames, *shape[3:]), replicated(self.mesh)),
+            rotary=self.runtime.put(rotary_tables(self.config, frames, *shape[2:]), replicated(self.mesh)),
         )
-        generator = make_generator(config.seed)
-        noise = make_noise(shape, generator)
+        generators = make_generators(loop.seeds)
+        noise = make_noise(shape, generators)
         patch, patch_t = self.config.patch_size, self.config.patch_size_t or 1
-        grid = frames // patch_t, shape[3] // patch, shape[4] // patch
-        latents = self.sampler.sample(
-            self.params, inputs, noise, schedule, scales=scales, generator=generator, cache=step_cache(config), on_step=on_step,
+        grid = frames // patch_t, shape[2] // patch, shape[3] // patch
+        return self.sampler.sample(
+            self.params, inputs, noise, schedule, scales=scales, generators=generators, cache=step_cache(config), loop=loop,
             window=self.sampler.window(config, grid, video_frames=VAE_TIME * patch_t),
+            to_latents=lambda sample: np.moveaxis(sample[:, additional:], 1, 2),
         )  # fmt: skip
-        return np.moveaxis(latents[:, additional:], 1, 2)
 
     def _predict(
         self, params, latents: Float[Array, "B2 f C h w"], timesteps: Float[Array, "B2"], inputs: Inputs

@@ -36,6 +36,7 @@ class DPMSteps:
 
     def __init__(self, scheduler: CogVideoXDPMScheduler):
         self._scheduler = scheduler
+        self.config, self.alphas_cumprod = scheduler.config, scheduler.alphas_cumprod
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         self._scheduler.set_timesteps(num_inference_steps)

@@ -5,16 +5,19 @@
     stage3_frames.safetensors       key "frames"   [B, F, H, W, C] in [0, 1]   (--save-frames)
     generation_config.json          the settings so far
 
-Files of earlier tools are read too: bfloat16 payloads stored as float32 or natively (metadata key ``dtype_info``),
-``frames`` or ``video_length`` for ``num_frames``, and missing keys.
+Each carries a ``format_version`` and a ``checksum`` of its tensors and metadata. Files of earlier tools have neither and are
+read too: bfloat16 payloads stored as float32 or natively (metadata key ``dtype_info``), ``frames`` or ``video_length`` for
+``num_frames``, and missing keys.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +27,14 @@ import numpy as np
 
 from tpuvid.checkpoint import readable_safetensors
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.stages import Conditioning, History, Latents
+from tpuvid.stages import Conditioning, GenerationConfig, History, Latents
 
 EMBEDDINGS = "stage1_embeddings.safetensors"
 LATENTS = "stage2_latents.safetensors"
 FRAMES = "stage3_frames.safetensors"
 CONFIG = "generation_config.json"
+FORMAT_VERSION = 2
+"""1: without ``format_version`` and ``checksum``, as tpuvid 0.1 and earlier tools write."""
 
 
 def boolean(text: str | bool) -> bool:
@@ -135,11 +140,60 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     """Write a stage file. bfloat16 is stored natively; metadata values become strings, as safetensors wants."""
     from safetensors.numpy import save
 
-    dtypes = {name: f"torch.{value.dtype.name}" for name, value in tensors.items()}
-    strings = {key: str(value) for key, value in metadata.items() if value is not None}
-    payload = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, strings | {"dtype_info": json.dumps(dtypes)})
+    strings = _strings(metadata, {name: value.dtype for name, value in tensors.items()})
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    payload = save(tensors, strings | {"checksum": _checksum(strings, tensors_digest(tensors))})
     with atomic_path(path, overwrite=overwrite) as temporary:
         temporary.write_bytes(payload)
+
+
+def _strings(metadata: Mapping[str, Any], dtypes: Mapping[str, np.dtype]) -> dict[str, str]:
+    """What stands in a stage file's header, but for the checksum."""
+    info = json.dumps({name: f"torch.{dtype.name}" for name, dtype in dtypes.items()})
+    own = {"dtype_info": info, "format_version": str(FORMAT_VERSION)}
+    return {key: str(value) for key, value in metadata.items() if value is not None} | own
+
+
+def _checksum(metadata: Mapping[str, str], tensors: str) -> str:
+    """SHA-256 of all that a stage file says: its metadata but for the checksum itself, and the digest of its tensors."""
+    return digest_of([{key: value for key, value in metadata.items() if key != "checksum"}, tensors])
+
+
+def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(_bytes(value))
+        digest.update(_canonical([name, value.dtype.name, value.shape]))
+    return digest.hexdigest()
+
+
+def _bytes(value: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of JSON-ready data, whatever the order of its keys."""
+    return hashlib.sha256(_canonical(value)).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _check_content(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bool:
+    """Raise `InputError` for a damaged file and for one of a later format; whether the file says enough to be sure."""
+    version = metadata.get("format_version")
+    if version is None and "checksum" not in metadata:
+        return False
+    if (version or "").isdecimal() and int(version) > FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {version} is newer than {FORMAT_VERSION}, which this tpuvid reads; upgrade it"
+        )
+    if version != str(FORMAT_VERSION) or metadata.get("checksum") != _checksum(metadata, tensors_digest(tensors)):
+        raise InputError(f"{path}: is damaged (its checksum is another); make or fetch it again")
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +202,9 @@ class StageFile:
 
     path: Path
     tensors: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str]
+    checked: bool
+    """Whether a checksum says that nothing has changed since the file was made."""
     settings: Mapping[str, Any]
     model_id: str | None
     fingerprint: str | None
@@ -155,18 +212,21 @@ class StageFile:
 
 
 def read_stage_file(path: Path) -> StageFile:
-    """Read a stage file of this or an earlier tool; raises `InputError` if it is missing, truncated or foreign."""
+    """Read a stage file of this or an earlier tool; raises `InputError` if it is missing, truncated, damaged or foreign."""
     from safetensors import safe_open
 
     path = Path(path)
     with readable_safetensors(path), safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    checked = _check_content(path, tensors, metadata)
     stored = _parse_object(path, "dtype_info", metadata)
     tensors = {name: _restore_dtype(value, stored.get(name)) for name, value in tensors.items()}
     return StageFile(
         path=path,
         tensors=tensors,
+        metadata=metadata,
+        checked=checked,
         settings=parse_settings(metadata, path),
         model_id=metadata.get("model_id"),
         fingerprint=metadata.get("fingerprint"),
@@ -286,10 +346,56 @@ def load_latents(path: Path) -> tuple[np.ndarray, StageFile]:
     return latents, file
 
 
+def read_latents(path: Path, config: GenerationConfig) -> Latents:
+    """The latents of a stage file that `config` is known to have made; raises `InputError` where it is not whole."""
+    latents, file = load_latents(path)
+    if not file.checked:
+        raise InputError(f"{path}: has no checksum")
+    return Latents(
+        model_id=file.model_id or "", latents=latents, config=config, history=file.history, fingerprint=file.fingerprint
+    )
+
+
 def save_frames(folder: Path, frames: np.ndarray, settings: Mapping[str, Any], *, overwrite: bool) -> Path:
     path = folder / FRAMES
-    write_tensors(path, {"frames": frames}, settings, overwrite=overwrite)
+    with atomic_path(path, overwrite=overwrite) as temporary, FramesWriter(temporary, settings) as writer:
+        writer.write(frames)
     return path
+
+
+class FramesWriter:
+    """A frames file at `path`, written chunk by chunk: none is held. Its header is filled in at the end."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]):
+        self.path, self.shape, self._digest = path, (0, 0, 0, 0, 0), hashlib.sha256()
+        self._metadata = _strings(metadata, {"frames": np.dtype(np.float32)})
+
+    def __enter__(self) -> FramesWriter:
+        self._room = len(self._header([2**40] * 5, "0" * 64)) // 8 * 8 + 8
+        self._file = self.path.open("wb")
+        self._file.write(bytes(8 + self._room))
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """The next ones: [1, n, H, W, C], float32 in [0, 1]."""
+        batch, count, *size = frames.shape
+        self.shape = batch, self.shape[1] + count, *size
+        data = _bytes(frames.astype(np.float32, copy=False))
+        self._digest.update(data)
+        self._file.write(data)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._digest.update(_canonical(["frames", "float32", self.shape]))
+                header = self._header(self.shape, _checksum(self._metadata, self._digest.hexdigest()))
+                self._file.seek(0)
+                self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+
+    def _header(self, shape: Sequence[int], checksum: str) -> bytes:
+        """As safetensors has it: the place of each tensor, and metadata."""
+        tensor = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, 4 * math.prod(shape)]}
+        return json.dumps({"__metadata__": self._metadata | {"checksum": checksum}, "frames": tensor}).encode()
 
 
 def _names(file: StageFile) -> str:

@@ -65,6 +65,13 @@ class Checkpoint:
         """Where the weights are, for people and for the record."""
         return self.repo_id or str(self.folder)
 
+    def revision(self, component: str) -> str | None:
+        """The commit that a Hub repository's component was fetched at; None for a folder."""
+        if self.repo_id is None:
+            return None
+        snapshot = self.component(component).parent
+        return snapshot.name if snapshot.parent.name == "snapshots" else None
+
     def fingerprint(self) -> str | None:
         """Tells one local checkpoint from another that has the same shapes, wherever the folder lies.
 
@@ -74,6 +81,10 @@ class Checkpoint:
             return None
         stats = ((path, path.stat()) for path in sorted(self.folder.glob("*/*")) if path.suffix in FINGERPRINTED)
         return _fingerprint(self.folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+    def lora_record(self) -> list[dict[str, Any]]:
+        """The LoRAs, with a hash of each file."""
+        return [{"path": str(lora.path), "scale": lora.scale, "sha256": lora.sha256()} for lora in self.loras]
 
     def require(self, components: tuple[str, ...]) -> None:
         """Raise `InputError` unless each component is there, with its config (and weights, where it has any)."""

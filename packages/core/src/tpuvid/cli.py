@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import tpuvid
-from tpuvid.errors import InputError, TpuvidError
+from tpuvid.control import EXIT_INTERRUPTED
+from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.options import (
     config_option,
+    control_options,
     echo_table,
     encoder_options,
     fps_option,
     loop_options,
     lora_options,
+    many_options,
     mesh_option,
+    metadata_options,
     model_option,
     overwrite_option,
     pack_options,
@@ -42,16 +43,12 @@ from tpuvid.options import (
 )
 from tpuvid.plan.commands import COMMANDS
 from tpuvid.registry import registry
-from tpuvid.stages import GenerationConfig
 
 if TYPE_CHECKING:
     from tpuvid.checkpoint import Checkpoint
     from tpuvid.pipeline import Pipeline
-    from tpuvid.stages import Conditioning, Latents, ModelSpec, Video
+    from tpuvid.stages import ModelSpec
 
-EXIT_SOME_FAILED = 3
-EXIT_INTERRUPTED = 130
-DEBUG_VARIABLE = "TPUVID_DEBUG"
 STAGE_FOLDER = "stage_outputs"
 
 
@@ -79,19 +76,12 @@ def run(argv: list[str] | None = None) -> int:
     except Exception as error:  # the last resort: a bug or a backend's failure, without a traceback for the user
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        return _fail(_unexpected(error), 1)
+        return _fail(unexpected(error), 1)
 
 
 def _fail(message: str, code: int) -> int:
     click.echo(f"tpuvid: error: {' '.join(message.splitlines())}", err=True)
     return code
-
-
-def _unexpected(error: Exception) -> str:
-    first = (str(error).splitlines() or [""])[0]
-    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
-        return f"out of memory ({first}); use fewer frames, a smaller size, --dtype bfloat16 or more devices"
-    return f"{type(error).__name__}: {first} (unexpected; {DEBUG_VARIABLE}=1 shows the traceback)"
 
 
 @click.group(
@@ -100,52 +90,6 @@ def _unexpected(error: Exception) -> str:
 @click.version_option(tpuvid.__version__, prog_name="tpuvid")
 def cli() -> None:
     """Text-to-video inference on Google TPUs (and on GPUs and CPUs)."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The files that one video is written to."""
-
-    video: Path
-    overwrite: bool
-    save_frames: bool
-
-    @property
-    def files(self) -> dict[str, Path]:
-        from tpuvid.artifacts import FRAMES
-
-        files = {
-            "video": self.video,
-            "contact sheet": self.video.with_suffix(".png"),
-            "settings": self.video.with_suffix(".json"),
-        }
-        return files | ({"frames": self.video.with_name(FRAMES)} if self.save_frames else {})
-
-    def check(self) -> None:
-        from tpuvid.artifacts import check_output
-
-        if self.video.suffix != ".mp4":
-            raise InputError(f"{self.video}: videos are written as .mp4; give a name that ends so")
-        for path in self.files.values():
-            check_output(path, overwrite=self.overwrite)
-
-    def write(self, video: Video) -> None:
-        from tpuvid.artifacts import save_frames, write_json
-        from tpuvid.video import save_contact_sheet
-
-        about = {"model_id": video.model_id, **video.config.to_dict()}
-        video.save(self.video, overwrite=self.overwrite)
-        save_contact_sheet(video.frames[0], self.files["contact sheet"], overwrite=self.overwrite)
-        if self.save_frames:
-            save_frames(self.video.parent, video.frames, about, overwrite=self.overwrite)
-        write_json(self.files["settings"], about | {"history": video.history}, overwrite=self.overwrite)
-        for name, path in self.files.items():
-            click.echo(f"{name}: {path}")
-        made = video.frames.shape[1]
-        if made != video.config.num_frames:
-            click.echo(
-                f"frames: {made}; {video.config.num_frames} were asked for, and this VAE makes {made} of as many latents"
-            )
 
 
 @cli.command("list-models")
@@ -177,96 +121,54 @@ def list_models(as_json: bool) -> None:
 @config_option
 @model_option
 @click.option("--prompt", help="What the video shows.")
-@click.option("--prompt-file", "--prompt-path", type=path_type, help="One prompt per line; each gives a video.")
+@click.option(
+    "--prompts",
+    "--prompt-file",
+    "--prompt-path",
+    type=click.Path(allow_dash=True),
+    help="A text file (a prompt per line), CSV or JSONL (prompt and settings of its own); - is stdin.",
+)
+@many_options
 @prompt_options
 @sampling_options
 @saving_options
 @lora_options
 @mesh_option
+@control_options
 @loop_options
 @fps_option
 @click.option(
     "--output", "-o", type=path_type, help="The mp4. Default: a name in --output-dir that says prompt, seed and time."
 )
-@click.option("--output-dir", type=path_type, help="Folder for a named file. [default: outputs]")
+@click.option("--output-dir", type=path_type, help="Folder for named files. [default: outputs]")
 @save_frames_option
+@metadata_options
 @vae_tiling_option
 @pack_options
 @overwrite_option
 @encoder_options
 @runtime_options
-def generate(model: str, prompt: str | None, prompt_file: Path | None, output: Path | None, output_dir: Path | None,
-             save_frames: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
-    """Prompt → mp4, in one go."""
-    from tpuvid.checkpoint import resolve_model
-    from tpuvid.packs import settings_key
+def generate(model: str, prompt: str | None, prompts: str | None, num_videos: int, batch_size: int, sweep: tuple[str, ...],
+             more_sweep: tuple[str, ...], checkpoint_every: int | None, resume: bool, preview_every: int | None,
+             output: Path | None, output_dir: Path | None, save_frames: bool, no_metadata: bool, no_prompt_in_metadata: bool,
+             overwrite: bool, **given: Any) -> int:  # fmt: skip
+    """Prompt → mp4, in one go; or many prompts, or a sweep over settings."""
+    from tpuvid.generating import Keeping, plan_generation
 
-    prompts = _prompts(prompt, prompt_file)
-    if output and output_dir:
-        raise InputError(f"give either --output={output} or --output-dir={output_dir}")
-    if output and len(prompts) > 1:
-        raise InputError(f"--output names one file, {prompt_file} holds {len(prompts)} prompts; use --output-dir")
-    if save_frames and len(prompts) > 1:
-        raise InputError(
-            f"--save-frames writes one stage3_frames.safetensors, {prompt_file} holds {len(prompts)} prompts; run them one by one"
-        )
-    spec, checkpoint = resolve_model(model)
+    if more_sweep and not sweep:
+        raise click.UsageError(f"Got unexpected extra argument ({' '.join(more_sweep)})", click.get_current_context())
     settings, options = split(given)
     options |= _read_pack(options)
-    configs = [spec.configure(prompt=p, **settings).with_drawn_seed() for p in prompts]
-    names = [_file_name(config, i if len(prompts) > 1 else None) for i, config in enumerate(configs)]
-    outputs = [Outputs(output or (output_dir or Path("outputs")) / name, overwrite, save_frames) for name in names]
-    for out in outputs:
-        out.check()
-    if pack := options.get("pack"):
-        for config in configs:
-            pack.check(settings_key(spec, config))
-        pack.require_trust()
-    for stage in spec.components.values():
-        checkpoint.require(stage)  # after all that is free to check: this may fetch
-    pipe = _load(model, options)
-    pipe.verify()
-    configs = [pipe.resolve(config) for config in configs]
-    for config in configs:
-        pipe.check_pack(config)
-    failures = _generate_all(pipe, configs, outputs)
-    for config, error in failures:
-        click.echo(f"tpuvid: error: {config.prompt!r}: {error}", err=True)
-    return EXIT_SOME_FAILED if failures else 0
-
-
-def _generate_all(
-    pipe: Pipeline, configs: list[GenerationConfig], outputs: list[Outputs]
-) -> list[tuple[GenerationConfig, str]]:
-    """Every prompt through each stage before the next stage loads; what fails doesn't stop the others."""
-    done: list[Any] = list(configs)
-    failures = []
-
-    def each(work: Callable[[int, Any], Any]) -> None:
-        for i, value in enumerate(done):
-            if value is None:
-                continue
-            try:
-                done[i] = work(i, value)
-            except Exception as error:  # whatever stops one video is that video's
-                if len(done) == 1:
-                    raise
-                done[i] = None
-                failures.append((configs[i], str(error) if isinstance(error, TpuvidError) else _unexpected(error)))
-
-    def save(i: int, latents: Latents) -> None:
-        video = pipe.decode(latents)
-        outputs[i].write(video)
-        click.echo(f"seed: {configs[i].seed}")
-        _say_how(latents)
-        _say_pack(video)
-
-    each(lambda i, config: pipe.encode_config(config))
-    pipe.free()
-    each(lambda i, conditioning: pipe.denoise_config(conditioning, configs[i]))
-    pipe.free()
-    each(save)
-    return failures
+    keeping = Keeping(
+        output=output, output_dir=output_dir, overwrite=overwrite, save_frames=save_frames,
+        metadata=not no_metadata, prompt_in_metadata=not no_prompt_in_metadata,
+    )  # fmt: skip
+    generation = plan_generation(
+        model, prompt=prompt, prompts=prompts, num_videos=num_videos, sweep=sweep + more_sweep, settings=settings,
+        options=options, keeping=keeping, batch_size=batch_size, checkpoint_every=checkpoint_every, resume=resume,
+        preview_every=preview_every,
+    )  # fmt: skip
+    return generation.run(lambda: _load(model, options))
 
 
 @cli.command()
@@ -281,19 +183,22 @@ def _generate_all(
 @runtime_options
 def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
     """Stage 1: prompt → stage1_embeddings.safetensors."""
-    from tpuvid.artifacts import EMBEDDINGS, check_config, check_output, save_conditioning
+    from tpuvid.artifacts import CONFIG, EMBEDDINGS, check_config, check_output, save_conditioning
     from tpuvid.checkpoint import resolve_model
+    from tpuvid.generating import say_how
+    from tpuvid.locks import locked
 
     spec, checkpoint = resolve_model(model)
     settings, options = split(given)
     options |= _read_pack(options)
     spec.configure(**settings)
-    check_output(output_dir / EMBEDDINGS, overwrite=overwrite)
-    check_config(output_dir, overwrite=overwrite)
-    checkpoint.require(spec.components["encode"])
-    conditioning = _load(model, options).encode(**settings)
-    click.echo(f"embeddings: {save_conditioning(output_dir, conditioning, overwrite=overwrite)}")
-    _say_pack(conditioning)
+    with locked(output_dir / CONFIG):
+        check_output(output_dir / EMBEDDINGS, overwrite=overwrite)
+        check_config(output_dir, overwrite=overwrite)
+        checkpoint.require(spec.components["encode"])
+        conditioning = _load(model, options).encode(**settings)
+        click.echo(f"embeddings: {save_conditioning(output_dir, conditioning, overwrite=overwrite)}")
+    say_how(conditioning.history)
 
 
 @cli.command()
@@ -304,16 +209,22 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 @saving_options
 @lora_options
 @mesh_option
+@control_options
 @loop_options
 @fps_option
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @pack_options
 @overwrite_option
 @runtime_options
-def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwrite: bool, **given: Any) -> None:
+def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpoint_every: int | None, resume: bool,
+            preview_every: int | None, overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Stage 2: stage1_embeddings.safetensors → stage2_latents.safetensors."""
-    from tpuvid.artifacts import EMBEDDINGS, LATENTS, check_config, check_output, load_conditioning, save_latents
+    from tpuvid.artifacts import CONFIG, EMBEDDINGS, LATENTS, check_config, check_output, load_conditioning, save_latents
     from tpuvid.checkpoint import check_origin
+    from tpuvid.control import Cancelled, Control
+    from tpuvid.generating import say_how
+    from tpuvid.locks import WORK_FOLDER, locked
+    from tpuvid.stopping import exit_code, stoppable
 
     output_dir = output_dir or input_dir
     conditioning = load_conditioning(input_dir / EMBEDDINGS)
@@ -321,15 +232,28 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
     settings, options = split(given)
     options |= _read_pack(options)
     spec.configure(**settings)
-    check_output(output_dir / LATENTS, overwrite=overwrite)
-    check_config(output_dir, overwrite=overwrite)
-    check_origin("embeddings", conditioning, spec, checkpoint)
-    checkpoint.require(spec.components["denoise"])
-    latents = _load(model, options).denoise(conditioning, **settings)
-    click.echo(f"latents: {save_latents(output_dir, latents, overwrite=overwrite)}")
+    with locked(output_dir / CONFIG):
+        check_output(output_dir / LATENTS, overwrite=overwrite)
+        check_config(output_dir, overwrite=overwrite)
+        check_origin("embeddings", conditioning, spec, checkpoint)
+        checkpoint.require(spec.components["denoise"])
+        with stoppable() as cancel:
+            preview = output_dir / "stage2_preview.png"
+            control = Control(
+                cancel=cancel, checkpoint_dir=output_dir / WORK_FOLDER, checkpoint_every=checkpoint_every, resume=resume,
+                preview=preview if preview_every else None, preview_every=preview_every or 1,
+                on_result=lambda found: [save_latents(output_dir, latents, overwrite=overwrite) for latents in found],
+            )  # fmt: skip
+            try:
+                latents = _load(model, options).denoise(conditioning, control=control, **settings)
+            except Cancelled as error:
+                seed = f"--seed {error.seed} " if settings.get("seed") == -1 else ""
+                click.echo(f"tpuvid: {error}; the same command with {seed}--resume goes on", err=True)
+                return exit_code(cancel, error)
+    click.echo(f"latents: {output_dir / LATENTS}")
     click.echo(f"seed: {latents.config.seed}")
-    _say_how(latents)
-    _say_pack(latents, "denoise")
+    say_how(latents.history, "denoise")
+    return 0
 
 
 @cli.command()
@@ -339,20 +263,23 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, overwri
 @fps_option
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @save_frames_option
+@metadata_options
 @vae_tiling_option
 @pack_options
 @overwrite_option
 @runtime_options
-def decode(
-    model: str | None, input_dir: Path, output_dir: Path | None, save_frames: bool, overwrite: bool, **given: Any
-) -> None:
+def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_frames: bool, no_metadata: bool,
+           no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> None:  # fmt: skip
     """Stage 3: stage2_latents.safetensors → output_video.mp4."""
     from tpuvid.artifacts import CONFIG, LATENTS, load_latents, read_config
     from tpuvid.checkpoint import check_origin
+    from tpuvid.generating import say_how, say_written
+    from tpuvid.locks import locked
+    from tpuvid.outputs import Outputs
     from tpuvid.stages import Latents, check_sampling
 
     array, file = load_latents(input_dir / LATENTS)
-    beside = read_config(input_dir / CONFIG)
+    beside = {} if file.checked else read_config(input_dir / CONFIG)  # a file with a checksum says all itself
     beside_model = beside.pop("model_id", None)
     if len(array) != 1:
         raise InputError(f"{file.path}: holds {len(array)} videos; decode takes one, split the file")
@@ -361,8 +288,10 @@ def decode(
     options |= _read_pack(options)
     config = spec.defaults.override(**(beside | dict(file.settings) | given_settings))
     check_sampling(config)
-    outputs = Outputs((output_dir or input_dir) / "output_video.mp4", overwrite, save_frames)
-    outputs.check()
+    outputs = Outputs(
+        video=(output_dir or input_dir) / "output_video.mp4", overwrite=overwrite, save_frames=save_frames,
+        metadata=not no_metadata, prompt_in_metadata=not no_prompt_in_metadata,
+    )  # fmt: skip
     latents = Latents(
         model_id=file.model_id or beside_model or "",
         latents=array,
@@ -370,11 +299,13 @@ def decode(
         history=file.history,
         fingerprint=file.fingerprint,
     )
-    check_origin("latents", latents, spec, checkpoint)
-    checkpoint.require(spec.components["decode"])
-    video = _load(model, options).decode(latents)
-    outputs.write(video)
-    _say_pack(video, "decode")
+    with locked(outputs.video):
+        outputs.check()
+        check_origin("latents", latents, spec, checkpoint)
+        checkpoint.require(spec.components["decode"])
+        written = outputs.write(_load(model, options), latents)
+    say_written(outputs, written)
+    say_how(written.record["history"], "decode")
 
 
 @cli.command("inspect")
@@ -414,25 +345,6 @@ def doctor(as_json: bool) -> int:
     return 1 if report["problems"] else 0
 
 
-def _say_how(latents: Latents) -> None:
-    """What the window showed, which steps the cache served, and where the profile is."""
-    about = latents.history["denoise"]
-    if window := about.get("window"):
-        click.echo(f"window: a token sees {window}")
-    if cache := about.get("cache"):
-        click.echo(f"cache: {cache['name']}: full steps {cache['full']}; cached steps {cache['cached']}")
-    if profile := about.get("profile"):
-        click.echo(f"profile: {profile} (*.xplane.pb for XProf, perfetto_trace.json.gz for Perfetto)")
-
-
-def _say_pack(result: Conditioning | Latents | Video, *stages: str) -> None:
-    """What came out of the pack in these stages (by default all so far), and what had to be compiled nevertheless."""
-    history = [result.history[stage] for stage in stages or result.history]
-    for note in ("loaded from pack", "compiled beside the pack"):
-        if programs := [about[note] for about in history if note in about]:
-            click.echo(f"{note}: {'; '.join(programs)}")
-
-
 def _read_pack(options: Mapping[str, Any]) -> dict[str, Any]:
     """--pack, found to be whole before anything heavy is imported."""
     from tpuvid.packs import read_pack
@@ -464,27 +376,6 @@ def _stage_model(given: str | None, file: Path, recorded: str | None) -> tuple[s
         return recorded, *resolve_model(recorded)
     except TpuvidError as error:
         raise InputError(f"{file}: was made by {recorded}, which can't be had here ({error}); pass --model") from None
-
-
-def _prompts(prompt: str | None, file: Path | None) -> list[str]:
-    if (prompt is None) == (file is None):
-        raise InputError("give either --prompt or --prompt-file")
-    if prompt is not None:
-        return [prompt]
-    try:
-        prompts = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: can't be read ({error}); needs a text file with one prompt per line") from None
-    if not prompts:
-        raise InputError(f"{file}: holds no prompt; needs one per line")
-    return prompts
-
-
-def _file_name(config: GenerationConfig, index: int | None) -> str:
-    """Prompt, seed and time: "a-red-circle_42_20261120-154500.mp4"."""
-    slug = re.sub(r"[^a-z0-9]+", "-", config.prompt.lower()).strip("-")[:60].rstrip("-") or "video"
-    number = "" if index is None else f"_{index + 1:03d}"
-    return f"{slug}_{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}{number}.mp4"
 
 
 for command in COMMANDS:

@@ -247,6 +247,12 @@ def _mp4(path: Path) -> Iterator[np.ndarray]:
         raise InputError(f"{path}: can't be read ({reason}); it is truncated or no mp4: make or fetch it again") from None
 
 
+def middle_frame(path: Path) -> np.ndarray:
+    """The frame in the middle of an mp4: [H, W, 3], uint8. Raises `InputError` for what is no mp4."""
+    count = sum(1 for _ in _mp4(path))
+    return next(frame for i, frame in enumerate(_mp4(path)) if i == count // 2)
+
+
 def render(found: Comparison) -> str:
     """`compare`'s result for people."""
     lines = [f"A: {found.a} (the reference)", f"B: {found.b}", f"{found.kind} {list(found.shape)}"]

@@ -5,7 +5,7 @@ A model brings its prediction, a schedule and its inputs; guidance, step caches,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,13 @@ from jaxtyping import Float
 
 from tpuvid import sampling
 from tpuvid.bridge import Params, TracedModule
+from tpuvid.control import Loop, LoopState, StepDone
+from tpuvid.errors import InputError
 from tpuvid.kernels import Window, attention_window
 from tpuvid.profiling import StepProfiler
 from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.schedule import Schedule, advance
-from tpuvid.stages import GenerationConfig, StepCallback
+from tpuvid.schedule import Schedule, advance, estimate
+from tpuvid.stages import GenerationConfig
 from tpuvid.stepcache import StepCache, Uncached, ranges
 from tpuvid.window_size import WindowSize
 
@@ -60,29 +62,34 @@ class Sampler:
         schedule: Schedule,
         *,
         scales: Float[np.ndarray, "steps"] | None,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
         cache: StepCache,
-        on_step: StepCallback,
+        loop: Loop,
         window: Window | None = None,
+        to_latents: Callable[[np.ndarray], np.ndarray] = lambda sample: sample,
     ) -> Float[np.ndarray, "..."]:
-        """The sample after every step of `schedule`; each is waited for, so that progress and timings are true.
+        """The latents after every step of `schedule`; each step is waited for, so that progress and timings are true.
 
-        `inputs` are on the devices; where `scales` (of guidance, by step) are given, the negative prompt's follow the
-        prompt's in each batch. An exception in `on_step` stops the run.
+        `inputs` are on the devices; where `scales` (of guidance, by step) are given, the negative prompts' follow the
+        prompts' in each batch. `to_latents` makes [B, C, f, h, w] of a sample.
         """
         total, progress = len(schedule.timesteps), self.runtime.progress
         is_full = cache.full_steps(total)
-        state = self.runtime.put(sampling.initial_state(noise, schedule), replicated(self.mesh))
+        begun, state = self._begin(noise, schedule, generators, is_full, loop.start)
         first = first_moment(schedule, scales, noise.shape)
         full, cached = self.compile(params, state, inputs, first, cache, window)
         if self.runtime.warmup_steps:
             with progress.phase("warm up"):
                 self._warm_up(full, cached, params, state, inputs, first)
 
-        kept = None
-        moments = _moments(schedule, scales, noise.shape, generator)
-        with progress.steps("denoise", total) as report, StepProfiler(self.runtime.profile, is_full, progress) as profiler:
-            for step, moment in enumerate(moments):
+        kept = resumable = None
+        steps = progress.steps("denoise", total, begun)
+        with steps as report, StepProfiler(self.runtime.profile, is_full, progress) as profiler, loop.running():
+            for step in range(begun, total):
+                if loop.after_step and cached and is_full[step]:
+                    resumable = self._state(step, jnp.copy(state), generators)
+                moment = _moment(schedule, scales, noise.shape, generators, step)
+                before = jnp.copy(state) if loop.estimates_after(step + 1) else None
                 with profiler.step(step):
                     if is_full[step]:
                         kept = None  # makes room for what this step keeps
@@ -91,16 +98,66 @@ class Sampler:
                         state = cached(params, state, kept, inputs, moment)
                     jax.block_until_ready(state)
                 report(step + 1)
-                on_step(step + 1, total)
+                if loop.after_step:
+                    if step + 1 == total or is_full[step + 1]:
+                        resumable = self._state(step + 1, state, generators)
+                    seen = self._estimate(schedule, step, before, moment, state, to_latents)
+                    loop.after_step(StepDone(step + 1, total, state=resumable, estimate=seen))
         if profiler.written:
             progress.note("profile", str(profiler.written))
+        if begun:
+            progress.note("resumed", f"after step {begun}")
         if cached:
             steps = {
                 what: ranges(i for i in range(total) if is_full[i] is flag)
                 for what, flag in (("full", True), ("cached", False))
             }
             progress.note("cache", {"name": cache.name, **steps, "saved_steps": is_full.count(False)})
-        return self.runtime.fetch(state[0])
+        return to_latents(self.runtime.fetch(state[0]))
+
+    def _begin(
+        self,
+        noise: Float[np.ndarray, "..."],
+        schedule: Schedule,
+        generators: Sequence[torch.Generator],
+        is_full: Sequence[bool],
+        start: LoopState | None,
+    ) -> tuple[int, Array]:
+        """The first step to compute, and the state before it. Raises `InputError` for a `start` of another run."""
+        initial = sampling.initial_state(noise, schedule)
+        if start is None:
+            return 0, self.runtime.put(initial, replicated(self.mesh))
+        fits = start.state.shape == initial.shape and start.state.dtype == initial.dtype and np.isfinite(start.state).all()
+        if not (fits and 0 < start.step < len(is_full) and is_full[start.step]):
+            raise InputError(f"the checkpoint after step {start.step} is not of this run; start without it")
+        try:
+            sampling.restore_generators(generators, start.generators)
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint after step {start.step} holds no random state ({error}); start without it"
+            ) from None
+        return start.step, self.runtime.put(start.state, replicated(self.mesh))
+
+    def _state(self, step: int, state: Array, generators: Sequence[torch.Generator]) -> Callable[[], LoopState]:
+        """What a run goes on from before `step`; fetched when it is asked for."""
+        drawn = sampling.generator_states(generators)
+        return lambda: LoopState(step, self.runtime.fetch(state), drawn)
+
+    def _estimate(
+        self,
+        schedule: Schedule,
+        step: int,
+        before: Array | None,
+        moment: Moment,
+        after: Array,
+        to_latents: Callable[[np.ndarray], np.ndarray],
+    ) -> Callable[[], np.ndarray]:
+        def found() -> np.ndarray:
+            known = np.asarray(self.runtime.fetch(before)).copy()
+            known[1 : 1 + len(moment.drawn)] = moment.drawn
+            return to_latents(estimate(schedule, step, known, self.runtime.fetch(after)))
+
+        return found
 
     def window(self, config: GenerationConfig, grid: tuple[int, int, int], *, video_frames: int) -> Window | None:
         """``config.window_size`` over a `grid` of tokens (frames, height, width), each frame of which is of so many of the video.
@@ -193,13 +250,11 @@ def first_moment(schedule: Schedule, scales: np.ndarray | None, shape: tuple[int
     return Moment(schedule.timesteps[0], schedule.weights[0], None if scales is None else scales[0], drawn)
 
 
-def _moments(
-    schedule: Schedule, scales: np.ndarray | None, shape: tuple[int, ...], generator: torch.Generator
-) -> Iterator[Moment]:
-    """Step by step; what each draws is drawn when its turn comes."""
-    quiet = first_moment(schedule, scales, shape)
-    for step, (timestep, weights) in enumerate(zip(schedule.timesteps, schedule.weights)):
-        drawn = quiet.drawn.copy()
-        for slot in range(schedule.draws[step] if schedule.draws else 0):
-            drawn[slot] = sampling.make_noise(shape, generator)
-        yield Moment(timestep, weights, None if scales is None else scales[step], drawn)
+def _moment(
+    schedule: Schedule, scales: np.ndarray | None, shape: tuple[int, ...], generators: Sequence[torch.Generator], step: int
+) -> Moment:
+    """Of `step`; what it draws is drawn now. `shape` is the batch's."""
+    drawn = first_moment(schedule, scales, shape).drawn
+    for slot in range(schedule.draws[step] if schedule.draws else 0):
+        drawn[slot] = sampling.make_noise(shape[1:], generators)
+    return Moment(schedule.timesteps[step], schedule.weights[step], None if scales is None else scales[step], drawn)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from tpuvid.record import installed_version
 from tpuvid.registry import registry
 
 TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")  # of older and of newer TPU machines
@@ -20,7 +20,7 @@ PACKAGES = (
 
 def examine() -> dict[str, Any]:
     """Versions, devices, plugins and problems, as JSON-ready data."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: installed_version(name) for name in PACKAGES}
     problems = [f"{name} is not installed" for name in ("jax", "torch", "torchax", "av") if not versions[name]]
     problems += [f"plugin {p.name} ({p.package}) does not load: {p.error}" for p in registry().broken]
     if not registry().models:
@@ -67,13 +67,6 @@ def _diffusers_problems(versions: dict[str, str | None]) -> list[str]:
             "diffusers and diffusers-tpu are both installed and overwrite each other's files; uninstall both, then reinstall one"
         ]
     return []
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _devices() -> tuple[list[str], str | None]:

@@ -5,9 +5,11 @@ W' = W + scale · up · down (arXiv:2106.09685), computed in float32, shard by s
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,27 @@ class Lora:
             raise InputError(f"lora_scale={self.scale}: needs a finite number")
         with readable_safetensors(self.path), safe_open(self.path, framework="numpy"):
             pass
+
+    def sha256(self) -> str:
+        """Of the file."""
+        stat = self.path.stat()
+        return _file_sha256(self.path, stat.st_size, stat.st_mtime_ns)
+
+
+def read_loras(path: str | Path | None, scale: float) -> tuple[Lora, ...]:
+    """The LoRA that `tpuvid.load` is given, checked; raises `InputError`."""
+    if path is None:
+        return ()
+    lora = Lora(Path(path), scale)
+    lora.check()
+    return (lora,)
+
+
+@lru_cache(maxsize=8)
+def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """Of a file with its size and time of change, by which it is known again without reading."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

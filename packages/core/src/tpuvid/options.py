@@ -48,7 +48,8 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
         if isinstance(value, (dict, list)) or (isinstance(value, bool) and not known[flag].is_flag):
             raise InputError(f"{path}: {key}={value!r}: needs one {known[flag].type.name}, as on the command line")
         if flag in own and value is not None:
-            defaults[own[flag].name] = value if isinstance(value, bool) else str(value)
+            text = value if isinstance(value, bool) else str(value)
+            defaults[own[flag].name] = text.split() if own[flag].multiple else text
     context.default_map = defaults
 
 
@@ -135,6 +136,29 @@ encoder_options = _options(
         help="Where text encoders run: on the accelerator, which they leave before denoising, or on the CPU.",
     ),
 )  # fmt: skip
+control_options = _options(
+    click.option(
+        "--checkpoint-every", type=click.IntRange(1), help="Keep the state of denoising every so many steps, for --resume."
+    ),
+    click.option("--resume", is_flag=True, help="Go on where the same command was stopped or killed."),
+    click.option(
+        "--preview", "preview_every", type=click.IntRange(1),
+        help="Every so many steps, show what the video is going to be in an animated PNG.",
+    ),
+)  # fmt: skip
+many_options = _options(
+    click.option("--num-videos", type=click.IntRange(1, 10_000), default=1, show_default=True,
+                 help="Of each prompt, with seeds that follow one another."),
+    click.option("--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
+                 help="Videos of one size that a denoising step computes together."),
+    click.option("--sweep", multiple=True, metavar="SETTING=VALUES [SETTING=VALUES]...",
+                 help="Every combination of values: --sweep seed=0..7 guidance_scale=4,5,6"),
+    click.argument("more_sweep", metavar="", nargs=-1),
+)  # fmt: skip
+metadata_options = _options(
+    click.option("--no-metadata", is_flag=True, help="Neither a record of how it was made in the mp4, nor a .json beside it."),
+    click.option("--no-prompt-in-metadata", is_flag=True, help="The record, and the file's name, say nothing of the prompts."),
+)
 loop_options = _options(
     click.option("--warmup-steps", type=click.IntRange(0), default=0, show_default=True, help="Runs before the first step."),
     click.option("--profile", type=path_type, callback=_usable_folder, help="Folder for a JAX profile of denoising steps."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 
 import tpuvid
+from tpuvid.artifacts import tensors_digest
 from tpuvid.checkpoint import Checkpoint, check_origin, resolve_model
+from tpuvid.control import Control
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.lora import Lora
+from tpuvid.following import Follower
+from tpuvid.lora import read_loras
 from tpuvid.mesh import MeshConfig
 from tpuvid.packs import Pack, read_pack, run_key
 from tpuvid.progress import Progress
+from tpuvid.resume import Checkpoints
 from tpuvid.runtime import Runtime, enable_compilation_cache
-from tpuvid.stages import Conditioning, GenerationConfig, Latents, ModelSpec, StepCallback, Video
+from tpuvid.stages import Conditioning, GenerationConfig, History, Latents, ModelSpec, StepCallback, Video, check_finite
 
 LOADERS = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
 
@@ -64,10 +68,7 @@ def load(
         InputError: unknown model, incomplete checkpoint, damaged pack, or options that this machine can't run.
     """
     spec, checkpoint = resolve_model(model)
-    if lora_path is not None:
-        lora = Lora(Path(lora_path), lora_scale)
-        lora.check()
-        checkpoint = replace(checkpoint, loras=(lora,))
+    checkpoint = replace(checkpoint, loras=read_loras(lora_path, lora_scale))
     if isinstance(pack, str | Path):
         pack = read_pack(pack, trusted=trust_pack)
     enable_compilation_cache()
@@ -95,16 +96,19 @@ class Pipeline:
         self._loaded: set[str] = set()
         self._fits: set[tuple] = set()
 
-    def generate(self, prompt: str, *, on_step: StepCallback | None = None, **settings: Any) -> Video:
+    def generate(
+        self, prompt: str, *, on_step: StepCallback | None = None, control: Control | None = None, **settings: Any
+    ) -> Video:
         """A video of `prompt`. `settings` are the fields of `GenerationConfig`; what is not given is the model's default.
 
-        Raises `InputError` for settings that break the model's rules, before anything is loaded.
+        `control` cancels the run, keeps checkpoints and shows previews. Raises `InputError` for settings that break the
+        model's rules, before anything is loaded, and `Cancelled`.
         """
         config = self.spec.configure(prompt=prompt, **settings).with_drawn_seed()
         self.verify()
         config = self.resolve(config)
         self.check_pack(config)
-        return self.decode(self.denoise_config(self.encode_config(config), config, on_step=on_step))
+        return self.decode(self.denoise_config(self.encode_config(config), config, on_step=on_step, control=control))
 
     def encode(self, prompt: str, negative_prompt: str = "", *, max_sequence_length: int | None = None) -> Conditioning:
         """Stage 1: embed the prompt and the negative prompt."""
@@ -117,61 +121,125 @@ class Pipeline:
         negative = config.do_classifier_free_guidance if negative is None else negative
         with self._stage("encode") as encoder:
             tensors = encoder.encode(config, negative=negative)
-        _check_finite("embeddings", *tensors.values())
+        check_finite("embeddings", *tensors.values())
         return Conditioning(
             model_id=self.spec.model_id,
             prompt=config.prompt,
             negative_prompt=config.negative_prompt,
             max_sequence_length=config.max_sequence_length,
             tensors=tensors,
-            history={"encode": self._record()},
+            history={"encode": self._record("encode")},
             fingerprint=self.checkpoint.fingerprint(),
         )
 
-    def denoise(self, conditioning: Conditioning, *, on_step: StepCallback | None = None, **settings: Any) -> Latents:
-        """Stage 2: noise → latents. `settings` as in `generate`; raises `InputError` for another model's conditioning."""
-        length = conditioning.max_sequence_length or conditioning.tensors["prompt_embeds"].shape[1]
-        settings |= {
-            "prompt": conditioning.prompt,
-            "negative_prompt": conditioning.negative_prompt,
-            "max_sequence_length": length,
-        }
-        return self.denoise_config(conditioning, self.spec.configure(**settings).with_drawn_seed(), on_step=on_step)
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        *,
+        on_step: StepCallback | None = None,
+        control: Control | None = None,
+        **settings: Any,
+    ) -> Latents:
+        """Stage 2: noise → latents. Arguments as of `generate`; raises `InputError` for another model's conditioning."""
+        config = self.spec.configure(**settings, **_asked_of(conditioning)).with_drawn_seed()
+        return self.denoise_config(conditioning, config, on_step=on_step, control=control)
 
     def denoise_config(
-        self, conditioning: Conditioning, config: GenerationConfig, *, on_step: StepCallback | None = None
+        self,
+        conditioning: Conditioning,
+        config: GenerationConfig,
+        *,
+        on_step: StepCallback | None = None,
+        control: Control | None = None,
     ) -> Latents:
         """Stage 2 for a checked config."""
-        check_origin("embeddings", conditioning, self.spec, self.checkpoint)
-        config = self.resolve(config)
-        if config.do_classifier_free_guidance and "negative_prompt_embeds" not in conditioning.tensors:
-            raise InputError(
-                f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "
-                "encode again, or pass guidance_scale=1.0"
-            )
+        (latents,) = self.denoise_batch([conditioning], [config], on_step=on_step, control=control)
+        latents.check()
+        return latents
+
+    def denoise_batch(
+        self,
+        conditionings: Sequence[Conditioning],
+        configs: Sequence[GenerationConfig],
+        *,
+        on_step: StepCallback | None = None,
+        control: Control | None = None,
+    ) -> list[Latents]:
+        """Stage 2 of several videos at once, whose checked configs differ in nothing but prompts and seeds (`batch_key`).
+
+        Weights are read from memory once for all of them, and a mesh's dp splits them. Which videos share a batch may change
+        the last bits of each. Raises `InputError` as `denoise` does; that latents are finite is left to `Latents.check`.
+        """
+        configs = [self.resolve(config) for config in configs]
+        config = configs[0]
+        if len({batch_key(config) for config in configs}) != 1:
+            raise InputError("the videos of a batch differ in more than prompts and seeds; denoise them apart")
+        for conditioning in conditionings:
+            check_origin("embeddings", conditioning, self.spec, self.checkpoint)
+            if config.do_classifier_free_guidance and "negative_prompt_embeds" not in conditioning.tensors:
+                raise InputError(
+                    f"guidance_scale={config.guidance_scale} needs negative_prompt_embeds, which these embeddings lack; "
+                    "encode again, or pass guidance_scale=1.0"
+                )
         self.check_pack(config, "denoise")
         if self.runtime.text_encoder_shares_memory:
             self._forget("encode")
-        with self._stage("denoise", lambda denoiser: denoiser.check(conditioning.tensors)) as denoiser:
-            latents = denoiser.denoise(conditioning.tensors, config, on_step or (lambda done, total: None))
-        _check_finite("latents", latents)
-        return Latents(
-            model_id=self.spec.model_id,
-            latents=latents,
-            config=config,
-            history={**conditioning.history, "denoise": self._record()},
-            fingerprint=self.checkpoint.fingerprint(),
-        )
+        with self._stage("denoise", lambda denoiser: [denoiser.check(c.tensors) for c in conditionings]) as denoiser:
+            tensors = _side_by_side([conditioning.tensors for conditioning in conditionings])
+            follower = self._follower(control or Control(), on_step, configs, tensors)
+            latents = denoiser.denoise(tensors, config, follower.loop(tuple(c.seed for c in configs)))
+        record = self._record("denoise") | ({"batch_size": len(configs)} if len(configs) > 1 else {})
+        results = [
+            Latents(
+                model_id=self.spec.model_id,
+                latents=latents[i : i + 1],
+                config=configs[i],
+                history={**conditioning.history, "denoise": record},
+                fingerprint=self.checkpoint.fingerprint(),
+            )
+            for i, conditioning in enumerate(conditionings)
+        ]
+        follower.finish(results)
+        return results
+
+    def _follower(
+        self,
+        control: Control,
+        on_step: StepCallback | None,
+        configs: Sequence[GenerationConfig],
+        tensors: Mapping[str, np.ndarray],
+    ) -> Follower:
+        """Carries out `control`; what a checkpoint is good for is this very run."""
+        run = {
+            "model_id": self.spec.model_id,
+            "fingerprint": self.checkpoint.fingerprint(),
+            "loras": self.checkpoint.lora_record(),
+            "dtype": self.runtime.dtype.name,
+            "settings": [config.to_dict() | {"fps": None} for config in configs],
+            "conditioning": tensors_digest(tensors),
+        }
+        checkpoints = Checkpoints(control.checkpoint_dir, run) if control.checkpoint_dir else None
+        preview = None
+        if control.preview:
+            from tpuvid.preview import Preview
+
+            with self.runtime.progress.phase("fit preview"):
+                preview = Preview.fit(self.checkpoint, self._open("decode"), configs[0].fps, control.preview)
+        return Follower(control, configs[0].num_inference_steps, on_step, checkpoints, preview)
 
     def decode(self, latents: Latents) -> Video:
         """Stage 3: latents → frames."""
         frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
-        _, num_frames, height, width, _ = frames.shape  # what a foreign file says of them may be missing or wrong
+        config, history = self.decoded(latents, frames.shape)
+        return Video(model_id=self.spec.model_id, frames=frames, config=config, history=history)
+
+    def decoded(self, latents: Latents, shape: tuple[int, ...]) -> tuple[GenerationConfig, History]:
+        """Settings and history of the video that `decode_chunks` has made of `latents`: frames of `shape` [B, F, H, W, C]."""
+        _, num_frames, height, width, _ = shape  # what a foreign file says of them may be missing or wrong
         if (latents.config.num_frames - 1) // self.spec.rules.frame_step + 1 == latents.latents.shape[2]:
             num_frames = latents.config.num_frames  # as asked, also where a VAE makes a few more of as many latent frames
         config = latents.config.override(num_frames=num_frames, height=height, width=width)
-        history = {**latents.history, "decode": self._record() | {"vae_tiling": self.runtime.vae_tiling}}
-        return Video(model_id=self.spec.model_id, frames=frames, config=config, history=history)
+        return config, {**latents.history, "decode": self._record("decode") | {"vae_tiling": self.runtime.vae_tiling}}
 
     def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:
         """Stage 3, as chunks of frames [B, n, H, W, C] in [0, 1] that come while the next ones are computed."""
@@ -183,7 +251,7 @@ class Pipeline:
         self.check_pack(latents.config, "decode")
         with self._stage("decode", lambda decoder: decoder.check(latents.latents)) as decoder:
             for frames in decoder.decode(latents.latents):
-                _check_finite("frames", frames)
+                check_finite("frames", frames)
                 yield frames
 
     def verify(self) -> None:
@@ -210,15 +278,21 @@ class Pipeline:
         pack.require_trust()
         self._fits.add(known)
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self, stage: str) -> dict[str, Any]:
         """What a stage keeps with its result about how it ran, JSON-ready."""
+        revision = self.checkpoint.revision(self.spec.components[stage][0])
         return {
             "checkpoint": self.checkpoint.source,
-            "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in self.checkpoint.loras],
+            **({"revision": revision} if revision else {}),
+            "loras": self.checkpoint.lora_record(),
             "dtype": self.runtime.dtype.name,
             "tpuvid_version": tpuvid.__version__,
             **self.runtime.progress.take(),
         }
+
+    def revision(self) -> str | None:
+        """The commit of a Hub repository whose diffusion model runs; None for a folder."""
+        return self.checkpoint.revision(self.spec.components["denoise"][0])
 
     def free(self) -> None:
         """Forget every stage's weights and compiled programs; they load again when needed."""
@@ -268,7 +342,22 @@ class Pipeline:
             gc.collect()  # a stage that refers to itself would keep its weights until Python looks for such cycles
 
 
-def _check_finite(what: str, *values: np.ndarray) -> None:
-    for value in values:
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise TpuvidError(f"the {what} hold NaN or infinity; check the weights (and LoRA), or try --dtype float32")
+def batch_key(config: GenerationConfig) -> GenerationConfig:
+    """Alike for videos that may be denoised in one batch."""
+    return replace(config, prompt="", negative_prompt="", seed=0)
+
+
+def _asked_of(conditioning: Conditioning) -> dict[str, Any]:
+    """The settings that the embeddings have decided."""
+    length = conditioning.max_sequence_length or conditioning.tensors["prompt_embeds"].shape[1]
+    return {
+        "prompt": conditioning.prompt,
+        "negative_prompt": conditioning.negative_prompt,
+        "max_sequence_length": length,
+    }
+
+
+def _side_by_side(tensors: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Conditioning of several prompts as that of a batch; what only some have (of a negative prompt) plays no part."""
+    names = [name for name in tensors[0] if all(name in other for other in tensors)]
+    return {name: np.concatenate([each[name] for each in tensors]) for name in names}

@@ -21,6 +21,9 @@ class Progress:
         """Something to keep with the stage's result, JSON-ready."""
         self.notes[name] = value
 
+    def say(self, text: str) -> None:
+        """Where the work has got to, for whoever watches."""
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A part of the work with no known length: "load denoiser", "compile denoiser". A phase within it counts by itself."""
@@ -47,15 +50,15 @@ class Progress:
         return taken
 
     @contextmanager
-    def steps(self, name: str, total: int) -> Iterator[StepReport]:
-        """A part of the work in `total` steps; call the result after each."""
+    def steps(self, name: str, total: int, done: int = 0) -> Iterator[StepReport]:
+        """A part of the work in `total` steps, some of which may be `done`; call the result after each."""
         with self.phase(name):
-            yield StepReport(total)
+            yield StepReport(total, done)
 
 
 class StepReport:
-    def __init__(self, total: int):
-        self.total, self.done = total, 0
+    def __init__(self, total: int, done: int = 0):
+        self.total, self.done = total, done
 
     def __call__(self, done: int) -> None:
         self.done = done
@@ -82,11 +85,15 @@ class ConsoleProgress(Progress):
         self._show(f"\r{name}: {self.seconds[name] - before:.1f} s\033[K\n")
 
     @contextmanager
-    def steps(self, name: str, total: int) -> Iterator[StepReport]:
+    def steps(self, name: str, total: int, done: int = 0) -> Iterator[StepReport]:
         from tqdm import tqdm
 
-        with Progress.phase(self, name), tqdm(total=total, desc=name, unit="step", disable=not self._visible) as bar:
-            yield _Bar(total, bar)
+        bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=not self._visible)
+        with Progress.phase(self, name), bar:
+            yield _Bar(total, done, bar)
+
+    def say(self, text: str) -> None:
+        self._show(f"{text}\n")
 
     def _show(self, text: str) -> None:
         if self._visible:
@@ -95,8 +102,8 @@ class ConsoleProgress(Progress):
 
 
 class _Bar(StepReport):
-    def __init__(self, total: int, bar):
-        super().__init__(total)
+    def __init__(self, total: int, done: int, bar):
+        super().__init__(total, done)
         self.bar = bar
 
     def __call__(self, done: int) -> None:

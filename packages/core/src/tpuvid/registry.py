@@ -77,6 +77,10 @@ class Registry:
         own = [spec for plugin, spec in family if spec.load_denoiser.split(".")[0] == plugin.module.split(".")[0]]
         return (own or [spec for _, spec in family])[0]
 
+    def package_of(self, model_id: str) -> str | None:
+        """The distribution that registers `model_id`."""
+        return next((p.package for p in self.plugins if any(s.model_id == model_id for s in p.models)), None)
+
     def _hint(self) -> str:
         names = ", ".join(plugin.package for plugin in self.broken)
         return f" (not loaded: {names}; see tpuvid doctor)" if names else ""

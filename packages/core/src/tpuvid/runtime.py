@@ -96,6 +96,16 @@ class Runtime:
             check_folder(runtime.profile)
         return runtime
 
+    def asked(self) -> dict[str, Any]:
+        """The options that decide what is computed, as `tpuvid.load` takes them, JSON-ready."""
+        return {
+            "dtype": self.dtype.name,
+            "attention_backend": self.attention_backend,
+            "mesh": None if self.mesh_config is None else str(self.mesh_config),
+            "text_encoder_device": self.text_encoder_device,
+            "vae_tiling": self.vae_tiling,
+        }
+
     def check(self, config: GenerationConfig) -> None:
         """Raise `InputError` for settings that can't run with these options."""
         if config.window_size is not None and self.attention_backend not in WINDOWED_BACKENDS:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import Array
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 
 from tpuvid.errors import InputError
 from tpuvid.schedule import Schedule
@@ -43,14 +43,28 @@ def check_latents(latents: np.ndarray, channels: int) -> None:
         )
 
 
-def make_generator(seed: int) -> torch.Generator:
-    """A CPU generator, so that a seed gives the noise that diffusers draws for it, whatever the device."""
-    return torch.Generator("cpu").manual_seed(seed)
+def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """CPU generators, one per video, so that a seed gives the noise that diffusers draws for it, whatever the device."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def make_noise(shape: tuple[int, ...], generator: torch.Generator) -> Float[np.ndarray, "..."]:
-    """The next standard normal noise of `generator`, float32."""
-    return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
+def make_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Float[np.ndarray, "B ..."]:
+    """The next standard normal noise of each generator, float32, along a batch; `shape` is one video's."""
+    noise = [torch.randn((1, *shape), generator=generator, dtype=torch.float32) for generator in generators]
+    return torch.cat(noise).numpy()
+
+
+def generator_states(generators: Sequence[torch.Generator]) -> UInt8[np.ndarray, "B n"]:
+    return torch.stack([generator.get_state() for generator in generators]).numpy()
+
+
+def restore_generators(generators: Sequence[torch.Generator], states: UInt8[np.ndarray, "B n"]) -> None:
+    """Raises `ValueError` for states that are none of as many generators."""
+    try:
+        for generator, state in zip(generators, torch.from_numpy(states.copy()), strict=True):
+            generator.set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def initial_state(noise: Float[np.ndarray, "..."], schedule: Schedule) -> Float[np.ndarray, "K ..."]:

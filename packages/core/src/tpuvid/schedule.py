@@ -26,6 +26,8 @@ class Schedule:
     """Rows: next sample, then K−1 memories. Columns: sample, memories, model output."""
     draws: tuple[int, ...] = ()
     """Of a stochastic scheduler: how many normal tensors each step draws; the host puts them into the first memories."""
+    denoised: Float[np.ndarray, "steps 2"] | None = None
+    """Weights of sample and model output in what the model takes the denoised sample for; None: not known."""
 
     @property
     def memories(self) -> int:
@@ -48,6 +50,7 @@ def tabulate(scheduler: Any, num_inference_steps: int) -> Schedule:
     size = slots + 2  # sample, memories, model output
     generator = torch.Generator().manual_seed(0)
     rows = []
+    denoised = [_denoised(scheduler, step) for step in range(num_inference_steps)]
     for timestep in scheduler.timesteps:
         # one batch entry per basis vector, and random mixtures of all of them, small and large, that show whether the step is linear
         mixtures = torch.randn(2, size, generator=generator, dtype=torch.float64) * torch.tensor([[1.0], [1000.0]])
@@ -64,7 +67,38 @@ def tabulate(scheduler: Any, num_inference_steps: int) -> Schedule:
         if not torch.allclose(mixtures @ matrix.T, mixed, rtol=1e-4, atol=1e-5 * mixtures.abs().max().item()):
             raise ValueError(f"{type(scheduler).__name__} is not linear with this configuration; it is not supported")
         rows.append(matrix.numpy())
-    return Schedule(scheduler.timesteps.double().numpy().astype(np.float32), np.stack(rows).astype(np.float32))
+    return Schedule(
+        scheduler.timesteps.double().numpy().astype(np.float32),
+        np.stack(rows).astype(np.float32),
+        denoised=None if None in denoised else np.array(denoised, np.float32),
+    )
+
+
+def estimate(
+    schedule: Schedule, step: int, before: Float[np.ndarray, "K ..."], after: Float[np.ndarray, "K ..."]
+) -> Float[np.ndarray, "..."]:
+    """The denoised sample as the model saw it at `step`, from the state before it (draws included) and after it.
+
+    A step is linear, so the model's output follows from the two. The sample itself where that can't be had.
+    """
+    weights = schedule.weights[step, 0]
+    if schedule.denoised is None or step + 1 == len(schedule.timesteps) or abs(weights[-1]) < 1e-6:
+        return after[0]
+    output = (after[0] - np.tensordot(weights[:-1], before, axes=1)) / weights[-1]
+    of_sample, of_output = schedule.denoised[step]
+    return of_sample * before[0] + of_output * output
+
+
+def _denoised(scheduler: Any, step: int) -> tuple[float, float] | None:
+    """Of the sample and the model's output, by what the model predicts; flow matching: x₀ = x − σ v (arXiv:2210.02747)."""
+    kind = getattr(scheduler, "config", {}).get("prediction_type", "flow_prediction")
+    sigmas = getattr(scheduler, "sigmas", None)
+    if kind == "flow_prediction" and sigmas is not None:
+        return 1.0, -float(sigmas[step])
+    if kind == "v_prediction" and sigmas is None:  # arXiv:2202.00512
+        alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
+        return alpha**0.5, -((1 - alpha) ** 0.5)
+    return None
 
 
 def _memory_places(scheduler: Any) -> list[tuple[Any, Any]]:

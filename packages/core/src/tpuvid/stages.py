@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tpuvid.errors import InputError
+from tpuvid.errors import InputError, TpuvidError
 from tpuvid.stepcache import fill_cache_settings
 from tpuvid.window_size import WindowSize
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tpuvid.checkpoint import Checkpoint
+    from tpuvid.control import Loop
     from tpuvid.runtime import Runtime
 
 API_VERSION = 1
@@ -172,6 +173,10 @@ class Latents:
     fingerprint: str | None = None
     """Of a local checkpoint: see `Checkpoint.fingerprint`."""
 
+    def check(self) -> None:
+        """Raise `TpuvidError` unless every value is finite."""
+        check_finite("latents", self.latents)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
@@ -187,6 +192,15 @@ class Video:
         from tpuvid.video import save_mp4
 
         return save_mp4(self.frames[0], path, fps=self.config.fps, overwrite=overwrite)
+
+
+def check_finite(what: str, *values: np.ndarray) -> None:
+    """Raise `TpuvidError` for results that hold NaN or infinity."""
+    import numpy as np
+
+    for value in values:
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise TpuvidError(f"the {what} hold NaN or infinity; check the weights (and LoRA), or try --dtype float32")
 
 
 StepCallback = Callable[[int, int], None]
@@ -213,10 +227,13 @@ class Denoiser(Stage, Protocol):
         """`config` with what it leaves to the checkpoint (flow shift, guidance) filled in, so that the record says what ran."""
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Raise `InputError` if these conditioning tensors do not fit this model."""
+        """Raise `InputError` if these conditioning tensors, of one prompt, do not fit this model."""
 
-    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback) -> np.ndarray:
-        """Noise of ``config.seed`` → latents [1, C, f, h, w], float32."""
+    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop) -> np.ndarray:
+        """Noise of ``loop.seeds`` → latents [B, C, f, h, w], float32.
+
+        `tensors` are of B prompts, [B, …] each; of `config` all holds for each of them but prompts and seed.
+        """
 
 
 class Decoder(Stage, Protocol):

@@ -1,8 +1,14 @@
-"""Frames → an mp4 that plays in a browser, and a contact sheet to look at."""
+"""Frames → an mp4 that plays in a browser, and a contact sheet to look at. Both take frames as they come."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +17,13 @@ from tpuvid.errors import InputError, TpuvidError
 
 # x264's macroblock tree gives other files for the same frames: 14 different ones in 150 runs, with mbtree=0 one (PyAV 18.1)
 X264 = {"crf": "16", "x264-params": "mbtree=0"}
+FASTSTART = {"movflags": "+faststart"}
+METADATA = "comment"
+"""The tag that holds the record as JSON: players and ``ffprobe`` show it."""
 
 SHEET_FRAMES = 12
 SHEET_TILE = 192  # pixels: small clips are enlarged to about this, so that a person can see them
+SHEET_GAP = 4
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
@@ -21,53 +31,163 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return (np.clip(frames, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def save_mp4(frames: np.ndarray, path: str | Path, *, fps: int, overwrite: bool = False) -> Path:
+def save_mp4(
+    frames: np.ndarray, path: str | Path, *, fps: int, overwrite: bool = False, metadata: Mapping[str, Any] | None = None
+) -> Path:
     """Write frames [F, H, W, 3] in [0, 1] as H.264 (yuv420p, index first). Raises `InputError` if `path` exists or is no .mp4.
 
-    The same frames give the same file, byte for byte. Sides must be even, as 4:2:0 chroma wants; every supported model's are.
+    The same frames and metadata give the same file, byte for byte. Sides must be even, as 4:2:0 chroma wants; every supported
+    model's are.
     """
-    import av
-
     path = Path(path)
-    if path.suffix != ".mp4":
-        raise InputError(f"{path}: videos are written as .mp4; give a name that ends so")
+    check_mp4_name(path)
     with atomic_path(path, overwrite=overwrite) as temporary:
-        try:
-            with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-                stream = container.add_stream("libx264", rate=fps, options=X264)
-                stream.height, stream.width = frames.shape[1:3]
-                stream.pix_fmt = "yuv420p"
-                for frame in frames:
-                    for packet in stream.encode(av.VideoFrame.from_ndarray(to_uint8(frame), format="rgb24")):
-                        container.mux(packet)
-                for packet in stream.encode():
-                    container.mux(packet)
-        except av.error.FFmpegError as error:
-            if isinstance(error, OSError):
-                raise  # the disk's fault: atomic_path says so
-            raise TpuvidError(f"{path}: the video encoder failed ({error})") from error
+        with Mp4Writer(temporary, fps=fps) as writer:
+            writer.write(frames)
+        if metadata is not None:
+            set_metadata(temporary, metadata)
     return path
 
 
-def save_contact_sheet(frames: np.ndarray, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write up to 12 frames of [F, H, W, 3], evenly spaced from first to last, as one PNG."""
-    from PIL import Image
+def check_mp4_name(path: Path) -> None:
+    if path.suffix != ".mp4":
+        raise InputError(f"{path}: videos are written as .mp4; give a name that ends so")
 
-    path = Path(path)
-    chosen = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round().astype(int)
-    columns = min(6, len(chosen))
-    rows = -(-len(chosen) // columns)
-    height, width = frames.shape[1:3]
-    zoom = SHEET_TILE / max(height, width)
-    zoom = max(1, round(zoom)) if zoom >= 1 else zoom
-    tile = (max(1, round(width * zoom)), max(1, round(height * zoom)))
-    gap = 4
-    sheet = Image.new("RGB", (columns * (tile[0] + gap) + gap, rows * (tile[1] + gap) + gap), "white")
-    for place, index in enumerate(chosen):
-        resample = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.LANCZOS
-        picture = Image.fromarray(to_uint8(frames[index])).resize(tile, resample)
-        row, column = divmod(place, columns)
-        sheet.paste(picture, (gap + column * (tile[0] + gap), gap + row * (tile[1] + gap)))
+
+class Mp4Writer:
+    """An mp4 at `path`, encoded frame by frame: none is held."""
+
+    def __init__(self, path: Path, *, fps: int):
+        self.path, self.fps = path, fps
+        self.frames = 0
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all pixels so far, as uint8 [F, H, W, 3]."""
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> Mp4Writer:
+        import av
+
+        with _encoder_errors(self.path):
+            self._container = av.open(str(self.path), "w", format="mp4", options=FASTSTART)
+            self._stream = self._container.add_stream("libx264", rate=self.fps, options=X264)
+            self._stream.pix_fmt = "yuv420p"
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """The next ones: [n, H, W, 3] in [0, 1]."""
+        import av
+
+        if not self.frames:
+            self._stream.height, self._stream.width = frames.shape[1:3]
+        with _encoder_errors(self.path):
+            for frame in map(to_uint8, frames):
+                self._digest.update(np.ascontiguousarray(frame))
+                self.frames += 1
+                for packet in self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                    self._container.mux(packet)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with _encoder_errors(self.path):
+            try:
+                if kind is None:
+                    for packet in self._stream.encode():
+                        self._container.mux(packet)
+            finally:
+                self._container.close()
+
+
+@contextmanager
+def _encoder_errors(path: Path) -> Iterator[None]:
+    import av
+
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise  # the disk's fault: atomic_path says so
+        raise TpuvidError(f"{path}: the video encoder failed ({error})") from error
+
+
+def set_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Put JSON-ready `metadata` into the mp4 at `path`, whose pictures stay as they are."""
+    import av
+
+    tagged = path.with_name(f"{path.stem}-tagged{path.suffix}")
+    try:
+        with _encoder_errors(path), av.open(str(path)) as source, av.open(
+            str(tagged), "w", format="mp4", options=FASTSTART
+        ) as target:  # fmt: skip
+            stream = target.add_stream_from_template(source.streams.video[0])
+            target.metadata[METADATA] = json.dumps(metadata, ensure_ascii=False)
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        tagged.replace(path)
+    finally:
+        tagged.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """What `set_metadata` put into an mp4; None where there is nothing of the kind. Raises `InputError` for what is no mp4."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            text = container.metadata.get(METADATA, "")
+    except (av.error.FFmpegError, OSError) as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: can't be read ({reason}); it is truncated or no mp4: make or fetch it again") from None
+    except UnicodeDecodeError:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class ContactSheet:
+    """Up to 12 frames, evenly spaced from first to last, as one PNG. Of each frame no more is kept than is shown."""
+
+    def __init__(self) -> None:
+        self._small: list[np.ndarray] = []
+        self._tile = (0, 0)
+
+    def add(self, frames: np.ndarray) -> None:
+        """The next ones: [n, H, W, 3] in [0, 1]."""
+        from PIL import Image
+
+        height, width = frames.shape[1:3]
+        zoom = SHEET_TILE / max(height, width)
+        zoom = max(1, round(zoom)) if zoom >= 1 else zoom
+        self._tile = max(1, round(width * zoom)), max(1, round(height * zoom))
+        for frame in map(to_uint8, frames):
+            small = frame if zoom >= 1 else np.asarray(Image.fromarray(frame).resize(self._tile, Image.Resampling.LANCZOS))
+            self._small.append(small)
+
+    def save(self, path: Path) -> None:
+        from PIL import Image
+
+        chosen = np.linspace(0, len(self._small) - 1, min(SHEET_FRAMES, len(self._small))).round().astype(int)
+        columns = min(6, len(chosen))
+        rows = math.ceil(len(chosen) / columns)
+        gap, (width, height) = SHEET_GAP, self._tile
+        sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+        for place, index in enumerate(chosen):
+            picture = Image.fromarray(self._small[index]).resize(self._tile, Image.Resampling.NEAREST)
+            row, column = divmod(place, columns)
+            sheet.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
+        sheet.save(path, format="PNG")
+
+
+def save_contact_sheet(frames: np.ndarray, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the `ContactSheet` of frames [F, H, W, 3] in [0, 1]."""
+    path, sheet = Path(path), ContactSheet()
+    sheet.add(frames)
     with atomic_path(path, overwrite=overwrite) as temporary:
-        sheet.save(temporary, format="PNG")
+        sheet.save(temporary)
     return path

@@ -16,12 +16,13 @@ from jax import Array
 from jaxtyping import Float, Int
 from tpuvid.bridge import Scan, TracedModule
 from tpuvid.checkpoint import Checkpoint
+from tpuvid.control import Loop
 from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
 from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import check_finite_embeds, make_generator, make_noise, with_negative
+from tpuvid.sampling import check_finite_embeds, make_generators, make_noise, with_negative
 from tpuvid.schedule import Schedule, tabulate
-from tpuvid.stages import GenerationConfig, StepCallback
+from tpuvid.stages import GenerationConfig
 from tpuvid.stepcache import step_cache
 from tpuvid.weights import load_parameters, match_parameters
 
@@ -120,17 +121,17 @@ class HunyuanDenoiser:
         check_streams(tensors, self.config.text_embed_dim, self.config.text_embed_2_dim)
 
     def denoise(
-        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback
-    ) -> Float[np.ndarray, "1 C f h w"]:
+        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop
+    ) -> Float[np.ndarray, "B C f h w"]:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
         scales = self.guidance.scales(config)
         shape = self._latent_shape(config)
-        inputs = self._inputs(tensors, shape[2:], scales)
-        generator = make_generator(config.seed)
-        noise = make_noise(shape, generator)
+        inputs = self._inputs(tensors, shape[1:], scales)
+        generators = make_generators(loop.seeds)
+        noise = make_noise(shape, generators)
         return self.sampler.sample(
-            self.params, inputs, noise, schedule, scales=scales, generator=generator, cache=step_cache(config), on_step=on_step,
-            window=self.sampler.window(config, shape[2:], video_frames=VAE_TIME),
+            self.params, inputs, noise, schedule, scales=scales, generators=generators, cache=step_cache(config), loop=loop,
+            window=self.sampler.window(config, shape[1:], video_frames=VAE_TIME),
         )  # fmt: skip
 
     def _predict(
@@ -141,9 +142,9 @@ class HunyuanDenoiser:
         latents = jnp.concatenate([latents, no_image], axis=1)
         return self.traced.function("forward")(params, latents, timesteps, *inputs)
 
-    def _latent_shape(self, config: GenerationConfig) -> tuple[int, int, int, int, int]:
+    def _latent_shape(self, config: GenerationConfig) -> tuple[int, int, int, int]:
         frames = (config.num_frames - 1) // VAE_TIME + 1
-        return 1, self.config.out_channels, frames, config.height // VAE_SPACE, config.width // VAE_SPACE
+        return self.config.out_channels, frames, config.height // VAE_SPACE, config.width // VAE_SPACE
 
     def _inputs(
         self, tensors: Mapping[str, np.ndarray], grid: tuple[int, int, int], scales: Float[np.ndarray, "steps"] | None

@@ -12,12 +12,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 from tpuvid.bridge import Scan, TracedModule
 from tpuvid.checkpoint import Checkpoint, Weights
+from tpuvid.control import Loop
 from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
 from tpuvid.runtime import LEAST_EFFORT, Runtime, batch_sharded, replicated
-from tpuvid.sampling import check_embeds, guidance_scales, make_generator, make_noise, with_negative
+from tpuvid.sampling import check_embeds, guidance_scales, make_generators, make_noise, with_negative
 from tpuvid.schedule import Schedule, tabulate
-from tpuvid.stages import GenerationConfig, StepCallback
+from tpuvid.stages import GenerationConfig
 from tpuvid.stepcache import step_cache
 from tpuvid.weights import load_parameters, match_parameters
 
@@ -75,18 +76,18 @@ class WanDenoiser:
         check_embeds(tensors, self.traced.module.config.text_dim)
 
     def denoise(
-        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, on_step: StepCallback
-    ) -> Float[np.ndarray, "1 C f h w"]:
+        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop
+    ) -> Float[np.ndarray, "B C f h w"]:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
         scales = guidance_scales(config)
         text = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
         text = self._prompt(self.runtime.put(text, batch_sharded(self.mesh, len(text))))
-        generator = make_generator(config.seed)
-        noise = make_noise((1, *self._latent_shape(config)), generator)
+        generators = make_generators(loop.seeds)
+        noise = make_noise(self._latent_shape(config), generators)
         patches = self.traced.module.config.patch_size
         grid = tuple(size // patch for size, patch in zip(noise.shape[2:], patches))
         return self.sampler.sample(
-            self.params, text, noise, schedule, scales=scales, generator=generator, cache=step_cache(config), on_step=on_step,
+            self.params, text, noise, schedule, scales=scales, generators=generators, cache=step_cache(config), loop=loop,
             window=self.sampler.window(config, grid, video_frames=VAE_TIME * patches[0]),
         )  # fmt: skip
 

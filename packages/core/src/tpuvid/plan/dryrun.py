@@ -271,7 +271,7 @@ def dry_generate(
             case "encode":
                 value = stage.encode(config, negative=config.do_classifier_free_guidance)
             case "denoise":
-                value = stage.denoise(value, stage.resolve(config), lambda done, total: None)
+                value = stage.denoise(value, stage.resolve(config), Loop(seeds=(config.seed,)))
             case "decode":
                 for _ in stage.decode(value):
                     pass

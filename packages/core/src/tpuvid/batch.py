@@ -1,0 +1,145 @@
+"""Videos through the three stages together: all prompts encoded, then all denoised, then all decoded, each stage loaded once.
+
+What a stage leaves is a file before the next begins, so that neither a failure nor a kill loses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tpuvid.control import Cancelled, Control
+from tpuvid.errors import InputError
+from tpuvid.outputs import Outputs, Written
+from tpuvid.pipeline import Pipeline, batch_key
+from tpuvid.stages import Conditioning, GenerationConfig, Latents
+from tpuvid.work import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One video. `on_ready` is given the mp4 just before it gets its name, `on_done` what was written."""
+
+    config: GenerationConfig
+    """Resolved: see `Pipeline.resolve`."""
+    outputs: Outputs
+    on_ready: Callable[[Path], None] = lambda mp4: None
+    on_done: Callable[[Written], None] = lambda written: None
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Jobs over one pipeline."""
+
+    pipe: Pipeline
+    work: Work
+    jobs: Sequence[Job]
+    batch_size: int = 1
+    """Videos that one denoising step computes, where they differ only in prompts and seeds."""
+    resume: bool = False
+    """Take what `work` has of them."""
+    control: Control = field(default_factory=Control)
+    failed: dict[int, Exception] = field(default_factory=dict)
+    """By number of the job."""
+
+    def run(self) -> dict[int, Exception]:
+        """What failed, by number of the job; where there is one job alone, its failure is raised."""
+        missing = [i for i, job in enumerate(self.jobs) if not (self.resume and self.work.load_latents(job.config))]
+        self._encode(missing)
+        self.pipe.free()
+        groups = list(self._groups(missing))
+        for place, group in enumerate(groups):
+            self.pipe.runtime.progress.say(f"denoising {place + 1} of {len(groups)}")
+            self._denoise(group)
+        self.pipe.free()
+        for i in range(len(self.jobs)):
+            self.pipe.runtime.progress.say(f"decoding {i + 1} of {len(self.jobs)}")
+            self._try([i], self._decode)
+        return self.failed
+
+    def _try(self, numbers: Sequence[int], work: Callable[[Sequence[int]], None]) -> None:
+        """`work` of the jobs that have not failed yet; what stops it is theirs alone."""
+        numbers = [i for i in numbers if i not in self.failed]
+        if not numbers:
+            return
+        try:
+            work(numbers)
+        except Cancelled:
+            raise
+        except Exception as error:
+            if len(self.jobs) == 1:
+                raise
+            self.failed |= dict.fromkeys(numbers, error)
+
+    def _encode(self, numbers: Sequence[int]) -> None:
+        """Every prompt once, whatever the number of its videos."""
+        same: dict[Path, list[int]] = {}
+        for i in numbers:
+            same.setdefault(self.work.embeddings(self.jobs[i].config), []).append(i)
+        for place, alike in enumerate(same.values()):
+            self.pipe.runtime.progress.say(f"encoding {place + 1} of {len(same)}")
+            self._try(alike, self._encode_one)
+
+    def _encode_one(self, alike: Sequence[int]) -> None:
+        config = self.jobs[alike[0]].config
+        if not (self.resume and self.work.load_embeddings(config)):
+            self.work.save_embeddings(config, self.pipe.encode_config(config))
+
+    def _groups(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Jobs that one run of the loop can make, by shapes first: so that a program is compiled, and then used to the end."""
+        same: dict[GenerationConfig, list[int]] = {}
+        for i in numbers:
+            same.setdefault(batch_key(self.jobs[i].config), []).append(i)
+        for alike in same.values():
+            for start in range(0, len(alike), self.batch_size):
+                yield alike[start : start + self.batch_size]
+
+    def _denoise(self, group: Sequence[int]) -> None:
+        """In one batch; where that fails, one by one."""
+        group = [i for i in group if i not in self.failed]
+        if len(group) < 2:
+            self._try(group, self._denoise_together)
+            return
+        try:
+            self._denoise_together(group)
+        except Cancelled:
+            raise
+        except Exception as error:
+            self.pipe.runtime.progress.say(f"a batch of {len(group)} failed ({error}); its videos are made one by one")
+            for i in group:
+                self._try([i], self._denoise_together)
+
+    def _denoise_together(self, group: Sequence[int]) -> None:
+        configs = [self.jobs[i].config for i in group]
+        control = replace(self.control, on_result=lambda found: self._keep(group, found))
+        self.pipe.denoise_batch([self._conditioning(config) for config in configs], configs, control=control)
+
+    def _conditioning(self, config: GenerationConfig) -> Conditioning:
+        found = self.work.load_embeddings(config)
+        if found is None:
+            raise InputError(f"{self.work.embeddings(config)}: the embeddings are gone; run the command again")
+        return found
+
+    def _keep(self, group: Sequence[int], found: Sequence[Latents]) -> None:
+        for i, latents in zip(group, found):
+
+            def keep(_: Sequence[int], config: GenerationConfig = self.jobs[i].config, latents: Latents = latents) -> None:
+                latents.check()
+                self.work.save_latents(config, latents)
+
+            self._try([i], keep)
+
+    def _decode(self, numbers: Sequence[int]) -> None:
+        job = self.jobs[numbers[0]]
+        latents = self.work.load_latents(job.config)
+        if latents is None:
+            raise InputError(f"{self.work.latents(job.config)}: the latents are gone; run the command again")
+        written = job.outputs.write(self.pipe, latents, on_ready=job.on_ready)
+        job.on_done(written)
+        self.work.drop(self.work.latents(job.config))
+
+    def tidy(self) -> None:
+        """Remove embeddings that no job needs any more; where nothing was denoised, they are no work worth keeping."""
+        kept = {self.work.embeddings(job.config) for job in self.jobs if self.work.kept(job.config)}
+        self.work.drop(*{self.work.embeddings(job.config) for job in self.jobs} - kept)

@@ -1,0 +1,369 @@
+"""``tpuvid generate``: from what was asked for, over what is there already, to videos.
+
+Imports neither jax nor torch before the request has been found to be right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tpuvid.artifacts import check_output, digest_of
+from tpuvid.checkpoint import Checkpoint, resolve_model
+from tpuvid.control import Cancelled, CancelToken, Control
+from tpuvid.errors import InputError, TpuvidError, unexpected
+from tpuvid.items import Item, parse_sweep, read_prompts, several, slug, swept
+from tpuvid.locks import locked
+from tpuvid.lora import read_loras
+from tpuvid.outputs import Outputs, Written
+from tpuvid.packs import settings_key
+from tpuvid.stages import GenerationConfig, History, ModelSpec
+from tpuvid.stopping import exit_code, stoppable
+from tpuvid.sweep import INDEX_PAGE, SHEET, Cell, write_pages
+from tpuvid.work import BATCH, Manifest, Work, file_sha256
+
+if TYPE_CHECKING:
+    from tpuvid.batch import Batch, Job
+    from tpuvid.pipeline import Pipeline
+
+EXIT_SOME_FAILED = 3
+OUTPUTS = Path("outputs")
+PREVIEW = "preview.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """How results are written."""
+
+    output: Path | None = None
+    output_dir: Path | None = None
+    overwrite: bool = False
+    save_frames: bool = False
+    metadata: bool = True
+    prompt_in_metadata: bool = True
+
+    @property
+    def folder(self) -> Path:
+        return self.output.parent if self.output else self.output_dir or OUTPUTS
+
+    def outputs(self, name: str, *, overwrite: bool = False) -> Outputs:
+        return Outputs(
+            video=self.output or self.folder / name,
+            overwrite=self.overwrite or overwrite,
+            save_frames=self.save_frames,
+            metadata=self.metadata,
+            prompt_in_metadata=self.prompt_in_metadata,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One video as it was asked for."""
+
+    item: Item
+    config: GenerationConfig
+    key: str
+    """Of everything that the video depends on."""
+    outputs: Outputs
+
+    @property
+    def name(self) -> str:
+        return self.outputs.video.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A request of ``tpuvid generate``, found to be right."""
+
+    model: str
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    options: Mapping[str, Any]
+    keeping: Keeping
+    items: Sequence[Item]
+    settings: Mapping[str, Any]
+    """For items that give none of their own."""
+    many: bool
+    """Names are the same each time, and what is done is kept track of."""
+    batch_size: int = 1
+    resume: bool = False
+    checkpoint_every: int | None = None
+    preview_every: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.keeping.folder
+
+    @property
+    def is_sweep(self) -> bool:
+        return any(item.swept for item in self.items)
+
+    def origin(self) -> dict[str, Any]:
+        """What all its videos have in common."""
+        loras = read_loras(self.options["lora_path"], self.options["lora_scale"])
+        asked = {name: self.options[name] for name in ("dtype", "attention_backend", "text_encoder_device", "vae_tiling")}
+        return {
+            "model_id": self.spec.model_id,
+            "checkpoint": self.checkpoint.source if self.checkpoint.folder is None else None,
+            "fingerprint": self.checkpoint.fingerprint(),
+            "loras": replace(self.checkpoint, loras=loras).lora_record(),
+            **asked,
+        }
+
+    def wanted(self, manifest: Manifest | None) -> list[Wanted]:
+        """Every video, with its name; raises `InputError` for one that can't be made or written."""
+        origin = self.origin()
+        configs = [self._config(item, i, manifest) for i, item in enumerate(self.items)]
+        keys = [digest_of([origin, config.to_dict()])[:16] for config in configs]
+        names = self._names(configs, keys)
+        found = []
+        for item, config, key, name in zip(self.items, configs, keys, names):
+            begun = manifest is not None and manifest.was_begun(name, key)
+            found.append(Wanted(item=item, config=config, key=key, outputs=self.keeping.outputs(name, overwrite=begun)))
+        return found
+
+    def _config(self, item: Item, number: int, manifest: Manifest | None) -> GenerationConfig:
+        try:
+            config = self.spec.configure(**{**self.settings, **item.settings})
+            if pack := self.options.get("pack"):
+                pack.check(settings_key(self.spec, config))
+        except InputError as error:
+            item.raise_as(error)
+        drawn = config.with_drawn_seed()
+        if drawn is not config and manifest is not None:
+            seed = manifest.seed([self.spec.model_id, config.to_dict(), number], lambda: drawn.seed)
+            drawn = replace(config, seed=seed)
+        return drawn
+
+    def _names(self, configs: Sequence[GenerationConfig], keys: Sequence[str]) -> list[str]:
+        first: dict[str, Item] = {}
+        for item, key in zip(self.items, keys):
+            if key in first:
+                raise InputError(
+                    f"{item.where or 'sweep'}: has the prompt, the seed and all settings of {first[key].where or 'another one'}, "
+                    "and would be the same video; change the seed, or leave it out"
+                )
+            first[key] = item
+        if not self.many:
+            return [f"{self._stem(configs[0])}_{time.strftime('%Y%m%d-%H%M%S')}.mp4"]
+        names = [item.output or self._stem(config, item.swept) for item, config in zip(self.items, configs)]
+        names = [name if name.endswith(".mp4") else f"{name}.mp4" for name in names]
+        for item, name in zip(self.items, names):
+            if item.output and names.count(name) > 1:
+                raise InputError(f"{item.where}: output={item.output!r}: is the name of two videos; give each its own")
+        shared = {name for name in names if names.count(name) > 1}
+        return [f"{name[:-4]}_{key[:6]}.mp4" if name in shared else name for name, key in zip(names, keys)]
+
+    def _stem(self, config: GenerationConfig, values: Mapping[str, Any] = {}) -> str:
+        """Prompt, seed and what was swept: "a-red-circle_42_guidance-scale-4.0"."""
+        words = [slug(config.prompt) if self.keeping.prompt_in_metadata else "video", str(config.seed)]
+        words += [f"{name}-{value}" for name, value in values.items() if name != "seed"]
+        return "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word.replace("_", "-")) for word in words)
+
+    def run(self, load: Callable[[], Pipeline]) -> int:
+        """Make what is missing; returns the exit code."""
+        with ExitStack() as held:
+            manifest = None
+            if self.many:
+                held.enter_context(locked(self.folder / BATCH))
+                manifest = Manifest(self.folder)
+                self._check_pages(manifest)
+            wanted = self.wanted(manifest)
+            missing = [w for w in wanted if not (manifest and manifest.is_done(w.name, w.key))]
+            for want in missing:
+                try:
+                    want.outputs.check()
+                except InputError as error:
+                    want.item.raise_as(error)
+            if not self.many:
+                held.enter_context(locked(wanted[0].outputs.video))
+            if manifest:
+                manifest.save()  # drawn seeds, before any work is done with them
+            failed = self._make(missing, manifest, load) if missing else {}
+            if isinstance(failed, int):
+                return failed
+            return self._finish(wanted, missing, failed, manifest)
+
+    def _check_pages(self, manifest: Manifest) -> None:
+        if self.is_sweep and not manifest.pages:
+            for name in (INDEX_PAGE, SHEET):
+                check_output(self.folder / name, overwrite=self.keeping.overwrite)
+            manifest.pages = True
+
+    def _make(self, missing: Sequence[Wanted], manifest: Manifest | None, load: Callable[[], Pipeline]) -> dict[str, str] | int:
+        """What failed, by name of the video; or the exit code of a run that was stopped."""
+        from tpuvid.batch import Batch
+
+        for stage in self.spec.components.values():
+            self.checkpoint.require(stage)  # after all that is free to check: this may fetch
+        if pack := self.options.get("pack"):
+            pack.require_trust()
+        batch = None
+        try:
+            with stoppable() as cancel, ExitStack() as held:
+                try:
+                    pipe = load()
+                    pipe.verify()
+                    configs = [pipe.resolve(want.config) for want in missing]
+                    for config in configs:
+                        pipe.check_pack(config)
+                    work = Work(self.folder, self.origin() | {"revision": pipe.revision(), "dtype": pipe.runtime.dtype.name})
+                    if not self.many:
+                        held.enter_context(locked(work.latents(configs[0])))
+                    jobs = [self._job(want, config, manifest) for want, config in zip(missing, configs)]
+                    batch = Batch(
+                        pipe=pipe, work=work, jobs=jobs, batch_size=self.batch_size, resume=self.resume or self.many,
+                        control=self._control(cancel, work, missing),
+                    )  # fmt: skip
+                    failed = batch.run()
+                finally:
+                    if batch:
+                        batch.tidy()
+        except (KeyboardInterrupt, Cancelled) as error:
+            self._say_stopped(error, batch, missing)
+            return exit_code(cancel, error)
+        except TpuvidError as error:
+            if batch and not self.many and work.kept(configs[0]):
+                raise type(error)(f"{error} ({self._how_to_go_on(missing)})") from error
+            raise
+        return {missing[i].name: _reason(error) for i, error in failed.items()}
+
+    def _control(self, cancel: CancelToken, work: Work, missing: Sequence[Wanted]) -> Control:
+        video = missing[0].outputs.video
+        return Control(
+            cancel=cancel,
+            checkpoint_dir=work.folder,
+            checkpoint_every=self.checkpoint_every,
+            resume=self.resume or self.many,
+            preview=None if self.preview_every is None else (self.folder / PREVIEW if self.many else preview_path(video)),
+            preview_every=self.preview_every or 1,
+        )
+
+    def _job(self, want: Wanted, config: GenerationConfig, manifest: Manifest | None) -> Job:
+        from tpuvid.batch import Job
+
+        def on_ready(mp4: Path) -> None:
+            if manifest:
+                manifest.note(want.name, want.key, state="done", seed=config.seed, sha256=file_sha256(mp4))
+
+        def on_done(written: Written) -> None:
+            if self.many:
+                click.echo(f"video: {want.outputs.video} (seed {config.seed})")
+                return
+            say_written(want.outputs, written)
+            click.echo(f"seed: {config.seed}")
+            say_how(written.record["history"])
+
+        return Job(config=config, outputs=want.outputs, on_ready=on_ready, on_done=on_done)
+
+    def _finish(
+        self, wanted: Sequence[Wanted], missing: Sequence[Wanted], failed: Mapping[str, str], manifest: Manifest | None
+    ) -> int:
+        """The summary of many, the pages of a sweep, and the exit code."""
+        if manifest is None:
+            preview_path(wanted[0].outputs.video).unlink(missing_ok=True)
+            return 0
+        (self.folder / PREVIEW).unlink(missing_ok=True)
+        for want in missing:
+            if error := failed.get(want.name):
+                manifest.note(want.name, want.key, state="failed", seed=want.config.seed, error=error)
+                where = f"{want.item.where}: " if want.item.where else ""
+                click.echo(f"tpuvid: error: {where}{want.config.prompt!r}: {error}", err=True)
+        if self.is_sweep:
+            cells = [
+                Cell(want.config.prompt, want.item.swept, None if want.name in failed else want.outputs.video)
+                for want in wanted
+            ]
+            for name, path in write_pages(self.folder, cells).items():
+                click.echo(f"{name}: {path}")
+        there = len(wanted) - len(missing)
+        click.echo(f"videos: {len(missing) - len(failed)} made, {there} there already, {len(failed)} failed; in {self.folder}")
+        if failed:
+            click.echo("the same command tries again what failed, and only that", err=True)
+        return EXIT_SOME_FAILED if failed else 0
+
+    def _say_stopped(self, error: BaseException, batch: Batch | None, missing: Sequence[Wanted]) -> None:
+        kept = batch and (self.many or batch.work.kept(batch.jobs[0].config))
+        at = f"stopped after step {error.done} of {error.total}" if isinstance(error, Cancelled) else "interrupted"
+        click.echo(f"tpuvid: {at}; {self._how_to_go_on(missing) if kept else 'nothing is kept'}", err=True)
+
+    def _how_to_go_on(self, missing: Sequence[Wanted]) -> str:
+        """What goes on where this run ended."""
+        if self.many:
+            return "what is done is kept; the same command goes on"
+        drawn = {**self.settings, **self.items[0].settings}.get("seed") == -1
+        return f"what is done is kept; the same command with {f'--seed {missing[0].config.seed} ' if drawn else ''}--resume goes on"
+
+
+def plan_generation(
+    model: str,
+    *,
+    prompt: str | None,
+    prompts: str | None,
+    num_videos: int,
+    sweep: Sequence[str],
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+    keeping: Keeping,
+    **how: Any,
+) -> Generation:
+    """The request that flags make; raises `InputError` for those that don't go together. `how`: fields of `Generation`."""
+    if (prompt is None) == (prompts is None):
+        raise InputError("give either --prompt or --prompts")
+    if keeping.output and keeping.output_dir:
+        raise InputError(f"give either --output={keeping.output} or --output-dir={keeping.output_dir}")
+    axes = parse_sweep(sweep)
+    spec, checkpoint = resolve_model(model)
+    items = [Item({"prompt": prompt})] if prompts is None else read_prompts(prompts)
+    items = swept(several(items, num_videos, settings.get("seed", spec.defaults.seed)), axes)
+    many = prompts is not None or len(items) > 1
+    if many and keeping.output:
+        raise InputError(f"--output={keeping.output}: names one file, and {len(items)} videos are asked for; use --output-dir")
+    if many and keeping.save_frames:
+        raise InputError(
+            f"--save-frames writes one stage3_frames.safetensors, and {len(items)} videos are asked for; make them one by one"
+        )
+    if axes and not keeping.output_dir:
+        keeping = replace(keeping, output_dir=OUTPUTS / f"{slug(items[0].settings['prompt'])}_sweep")
+    return Generation(
+        model=model, spec=spec, checkpoint=checkpoint, options=options, keeping=keeping, items=items, settings=settings,
+        many=many, **how,
+    )  # fmt: skip
+
+
+def preview_path(video: Path) -> Path:
+    return video.with_name(f"{video.stem}.{PREVIEW}")
+
+
+def say_written(outputs: Outputs, written: Written) -> None:
+    for name, path in outputs.files.items():
+        click.echo(f"{name}: {path}")
+    asked = written.record["num_frames"]
+    if written.frames != asked:
+        click.echo(f"frames: {written.frames}; {asked} were asked for, and this VAE makes {written.frames} of as many latents")
+
+
+def say_how(history: History, *stages: str) -> None:
+    """What the window showed, which steps the cache served, where the profile is, and what came out of the pack."""
+    about = history.get("denoise", {}) if not stages or "denoise" in stages else {}
+    if resumed := about.get("resumed"):
+        click.echo(f"resumed: {resumed}")
+    if window := about.get("window"):
+        click.echo(f"window: a token sees {window}")
+    if cache := about.get("cache"):
+        click.echo(f"cache: {cache['name']}: full steps {cache['full']}; cached steps {cache['cached']}")
+    if profile := about.get("profile"):
+        click.echo(f"profile: {profile} (*.xplane.pb for XProf, perfetto_trace.json.gz for Perfetto)")
+    for note in ("loaded from pack", "compiled beside the pack"):
+        if programs := [history[stage][note] for stage in stages or history if note in history[stage]]:
+            click.echo(f"{note}: {'; '.join(programs)}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, TpuvidError) else unexpected(error)

@@ -1,0 +1,86 @@
+"""One process at a time for files that two would spoil for each other; a process that is killed leaves no lock behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tpuvid.errors import InputError, TpuvidError
+
+WORK_FOLDER = ".tpuvid"
+"""Beside the results: locks, and work that is not done yet."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """`path`, which need not exist, for this process alone.
+
+    Raises `InputError` where another process has it, saying which, and `TpuvidError` where no lock can be had.
+    """
+    folder = path.parent if path.parent.name == WORK_FOLDER else path.parent / WORK_FOLDER
+    lock = folder / f"{path.name}.lock"
+    handle = _acquire(lock, path)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is still held: whoever opened it sees below that it is gone
+        os.close(handle)
+        remove_if_empty(folder)
+
+
+def remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # somebody's work is in it, or it is gone
+        pass
+
+
+def _acquire(lock: Path, path: Path) -> int:
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the folder was removed in between
+            continue
+        except OSError as error:
+            raise TpuvidError(f"{lock}: can't be made ({error.strerror}); choose another place") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is(lock, handle):
+                os.truncate(handle, 0)
+                os.write(handle, json.dumps(_who()).encode())
+                return handle
+        except BlockingIOError:
+            holder = _holder(handle)
+            os.close(handle)
+            raise InputError(f"{path}: {holder} is at work on it; wait for that to end, or choose another place") from None
+        except OSError as error:
+            os.close(handle)
+            raise TpuvidError(f"{lock}: can't be locked ({error.strerror}); choose another place") from None
+        os.close(handle)
+
+
+def _is(lock: Path, handle: int) -> bool:
+    """Whether the file that was locked is still the one of that name."""
+    try:
+        return os.path.samestat(lock.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _who() -> dict[str, str | int]:
+    return {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def _holder(handle: int) -> str:
+    try:
+        who = json.loads(os.pread(handle, 1000, 0))
+        return f"process {who['process']} on {who['host']} (since {who['since']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

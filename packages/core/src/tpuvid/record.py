@@ -1,0 +1,114 @@
+"""What is kept with a video about how it was made: in the mp4's metadata and in a JSON file beside it. Imports neither jax
+nor torch.
+
+Flat, JSON-ready: ``model_id``, every setting of `GenerationConfig`, and
+
+    checkpoint, revision, fingerprint, loras    the weights: where they were, commit of the Hub, hash
+    options      dtype, attention_backend, mesh, text_encoder_device, vae_tiling
+    versions     of Python and of the packages that compute
+    history      by stage: devices and layout, step cache, seconds
+    latents_sha256, frames_sha256    of float32 [1, C, f, h, w], and of uint8 [F, H, W, 3] before they are compressed
+    record_version, checksum         of all this
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpuvid.artifacts import digest_of, tensors_digest
+from tpuvid.errors import InputError
+from tpuvid.registry import registry
+
+if TYPE_CHECKING:
+    from tpuvid.pipeline import Pipeline
+    from tpuvid.stages import GenerationConfig, History, Latents
+
+RECORD_VERSION = 1
+COMPUTING = ("tpuvid-core", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
+PROMPTS = ("prompt", "negative_prompt")
+
+
+def make_record(
+    pipe: Pipeline, latents: Latents, config: GenerationConfig, history: History, *, frames_sha256: str, with_prompt: bool
+) -> dict[str, Any]:
+    """Of a video decoded from `latents`; `with_prompt` False leaves out both prompts."""
+    settings = {name: value for name, value in config.to_dict().items() if with_prompt or name not in PROMPTS}
+    denoised = history.get("denoise", {})
+    record = {
+        "model_id": latents.model_id,
+        **settings,
+        "checkpoint": denoised.get("checkpoint", pipe.checkpoint.source),
+        "revision": denoised.get("revision"),
+        "fingerprint": latents.fingerprint,
+        "loras": denoised.get("loras", []),
+        "options": pipe.runtime.asked(),
+        "versions": versions(registry().package_of(pipe.spec.twin or pipe.spec.model_id)),
+        "history": history,
+        "latents_sha256": latents_digest(latents),
+        "frames_sha256": frames_sha256,
+        "record_version": RECORD_VERSION,
+    }
+    return sealed(record)
+
+
+def latents_digest(latents: Latents) -> str:
+    return tensors_digest({"latents": latents.latents})
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with a checksum of itself, as JSON gives it back."""
+    plain = json.loads(json.dumps(record))
+    return plain | {"checksum": digest_of(plain)}
+
+
+def check_seal(path: Path, record: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the record of `path` is as it was sealed."""
+    if record.get("checksum") != digest_of({name: value for name, value in record.items() if name != "checksum"}):
+        raise InputError(
+            f"{path}: the record of how it was made is damaged (its checksum is another); take the .json beside it, or fetch it again"
+        )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record in an mp4, or in the .json beside it; `path` may be either.
+
+    Raises `InputError` where there is none, and where it is damaged.
+    """
+    from tpuvid.checkpoint import read_json
+    from tpuvid.video import read_metadata
+
+    if not path.is_file():
+        raise InputError(f"{path}: is no file; give an .mp4 that tpuvid made, or the .json beside it")
+    record = read_json(path) if path.suffix == ".json" else read_metadata(path)
+    if record is None and path.with_suffix(".json").is_file():
+        path = path.with_suffix(".json")
+        record = read_json(path)
+    if record is None or "record_version" not in record:
+        raise InputError(f"{path}: holds no record of how it was made (another tool's, or --no-metadata)")
+    if record["record_version"] != RECORD_VERSION:
+        raise InputError(
+            f"{path}: its record is of version {record['record_version']!r}, this tpuvid reads {RECORD_VERSION}; upgrade it"
+        )
+    check_seal(path, record)
+    return record
+
+
+def versions(*packages: str | None) -> dict[str, str]:
+    """Of Python and of what computes, as far as it is installed; and of `packages`."""
+    found = {"python": platform.python_version()}
+    for name in (*COMPUTING, *filter(None, packages)):
+        if (installed := installed_version(name)) is not None:
+            found[name] = installed
+    return found
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
