@@ -308,11 +308,40 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
     say_how(written.record["history"], "decode")
 
 
+@cli.command()
+@click.argument("video", type=path_type)
+@click.option("--output", "-o", type=path_type, help="The mp4. [default: the video's name with -reproduced]")
+@click.option("--model", help="In the place of the recorded one, for example where the same weights are.")
+@click.option("--prompt", help="Where the record leaves it out.")
+@click.option("--negative-prompt", help="Where the record leaves it out.")
+@mesh_option
+@overwrite_option
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def reproduce(video: Path, output: Path | None, model: str | None, prompt: str | None, negative_prompt: str | None,
+              mesh: str | None, overwrite: bool, as_json: bool) -> None:  # fmt: skip
+    """Make a video again from the record in it; say what differs, and how far the new one is from it."""
+    from tpuvid.locks import locked
+    from tpuvid.outputs import Outputs
+    from tpuvid.reproducing import Recorded, render
+
+    recorded = Recorded.read(video, model=model, prompts={"prompt": prompt, "negative_prompt": negative_prompt})
+    outputs = Outputs(video=output or video.with_name(f"{video.stem}-reproduced.mp4"), overwrite=overwrite)
+    options = recorded.options | ({"mesh": mesh} if mesh else {})
+    with locked(outputs.video):
+        outputs.check()
+        found = recorded.run(lambda: _load(recorded.model, options), outputs)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    click.echo(f"video: {found.video}")
+    click.echo(render(found))
+
+
 @cli.command("inspect")
 @click.argument("path", type=path_type)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect_command(path: Path, as_json: bool) -> None:
-    """What a stage file, a folder of them, a pack or a checkpoint holds: tensors, shapes, dtypes, settings, programs."""
+    """How an mp4 was made; what a stage file, a folder of them, a pack or a checkpoint holds: tensors, settings, programs."""
     from tpuvid.describe import describe, render
 
     about = describe(path)

@@ -112,8 +112,9 @@ class StepDone:
     total: int
     state: Callable[[], LoopState]
     """Of the last step that can be gone on from."""
-    estimate: Callable[[], np.ndarray]
-    """What the latents [B, C, f, h, w] would be if the model were right at this step: for previews."""
+    estimate: Callable[[], Callable[[], np.ndarray]]
+    """Fetches what is needed; the result, which any thread may call at any time, gives what the latents [B, C, f, h, w] would be
+    if the model were right at this step."""
 
 
 @dataclass(frozen=True, kw_only=True)

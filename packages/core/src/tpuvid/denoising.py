@@ -151,13 +151,13 @@ class Sampler:
         moment: Moment,
         after: Array,
         to_latents: Callable[[np.ndarray], np.ndarray],
-    ) -> Callable[[], np.ndarray]:
-        def found() -> np.ndarray:
-            known = np.asarray(self.runtime.fetch(before)).copy()
+    ) -> Callable[[], Callable[[], np.ndarray]]:
+        def fetched() -> Callable[[], np.ndarray]:
+            known, found = np.array(self.runtime.fetch(before)), self.runtime.fetch(after)
             known[1 : 1 + len(moment.drawn)] = moment.drawn
-            return to_latents(estimate(schedule, step, known, self.runtime.fetch(after)))
+            return lambda: to_latents(estimate(schedule, step, known, found))
 
-        return found
+        return fetched
 
     def window(self, config: GenerationConfig, grid: tuple[int, int, int], *, video_frames: int) -> Window | None:
         """``config.window_size`` over a `grid` of tokens (frames, height, width), each frame of which is of so many of the video.

@@ -1,21 +1,24 @@
-"""What a stage file, a folder of them, a pack or a checkpoint holds, without loading any tensor."""
+"""What an mp4, a stage file, a folder of them, a pack or a checkpoint holds. Imports neither jax nor torch."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tpuvid.artifacts import CONFIG
+from tpuvid.artifacts import CONFIG, read_stage_file
 from tpuvid.checkpoint import INDEX, read_json, readable_safetensors, weight_files
 from tpuvid.errors import InputError
 from tpuvid.packs import HEADER, key_hash, read_pack
+from tpuvid.record import read_record
+from tpuvid.video import video_size
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A safetensors file (a pack among them), a diffusers checkpoint folder or a folder of stage files, as JSON-ready data.
+    """An mp4, a safetensors file (a pack among them), a diffusers checkpoint folder or a folder of stage files, as JSON-ready data.
 
     Raises `InputError` for anything else.
     """
@@ -43,12 +46,39 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _file(path: Path) -> dict[str, Any]:
+    if path.suffix == ".mp4":
+        return _video(path)
     if path.suffix == ".json":
         return {"kind": "settings", "path": str(path), "settings": read_json(path)}
     tensors, metadata = _header(path)
     if HEADER in metadata:
         return _pack(path)
-    return {"kind": "safetensors", "path": str(path), "tensors": tensors, "metadata": metadata}
+    return {
+        "kind": "safetensors",
+        "path": str(path),
+        "tensors": tensors,
+        "metadata": metadata,
+        "content": _content(path, metadata),
+    }
+
+
+def _content(path: Path, metadata: Mapping[str, Any]) -> str:
+    """What a stage file's checksum says."""
+    if "checksum" not in metadata and "format_version" not in metadata:
+        return "not checked: an earlier tool's file, or no stage file"
+    try:
+        read_stage_file(path)
+    except InputError as error:
+        return f"not as it was made: {error}"
+    return "as it was made (checksum)"
+
+
+def _video(path: Path) -> dict[str, Any]:
+    about = {"kind": "video", "path": str(path), **video_size(path)}
+    try:
+        return about | {"settings": read_record(path)}
+    except InputError as error:
+        return about | {"settings": {}, "error": str(error)}
 
 
 def _pack(path: Path) -> dict[str, Any]:
@@ -120,6 +150,13 @@ def _grouped(tensors: dict[str, dict]) -> list[str]:
     ]
 
 
+def _listed(key: str, value: Any, indent: str = "  ") -> list[str]:
+    """A setting; what is nested goes below its name."""
+    if not (isinstance(value, dict) and value):
+        return [f"{indent}{key} = {value}"]
+    return [f"{indent}{key}", *(line for k, v in value.items() for line in _listed(k, v, indent + "  "))]
+
+
 def render(about: dict[str, Any]) -> str:
     """`describe`'s result for people."""
     lines = [f"{about['path']}: {about['kind']}"]
@@ -138,9 +175,13 @@ def render(about: dict[str, Any]) -> str:
         for program in about["programs"]:
             lines.append(f"  {program['stage']}: {program['name']}: {program['bytes'] / 1e6:.1f} MB: {program['arguments']}")
         lines += [f"  {name} = {value}" for name, value in about["key"].items() if name not in ("configs", "device_order")]
+    if about["kind"] == "video":
+        lines[0] += f", {about['width']}x{about['height']}, {about['frames']} frames at {about['fps']:g} per second"
+        lines += [f"  {about['error']}"] if "error" in about else []
     lines += [f"  {line}" for line in _grouped(about.get("tensors", {}))]
+    lines += [f"  content: {about['content']}"] if "content" in about else []
     for key, value in (about.get("metadata") or about.get("settings") or {}).items():
-        lines.append(f"  {key} = {value}")
+        lines += _listed(key, value)
     for file in about.get("files", []):
         lines += ["", render(file)]
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tpuvid.control import Cancelled, Control, Loop, LoopState, StepDone
@@ -35,8 +36,17 @@ class Follower:
             after_step=self._after_step,
             start=self._start(),
             estimates_after=self._shows,
-            running=self.control.cancel.watched,
+            running=self._running,
         )
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self.control.cancel.watched():
+            try:
+                yield
+            finally:
+                if self.preview:
+                    self.preview.close()
 
     def _start(self) -> LoopState | None:
         return self.checkpoints.latest(self.steps) if self.checkpoints and self.control.resume else None
@@ -46,7 +56,7 @@ class Follower:
 
     def _after_step(self, at: StepDone) -> None:
         if self._shows(at.done):
-            self.preview.show(at.estimate())
+            self.preview.show_soon(at.estimate())
         if self.on_step:
             self.on_step(at.done, at.total)
         if at.done == at.total:

@@ -184,9 +184,11 @@ class Pipeline:
         self.check_pack(config, "denoise")
         if self.runtime.text_encoder_shares_memory:
             self._forget("encode")
-        with self._stage("denoise", lambda denoiser: [denoiser.check(c.tensors) for c in conditionings]) as denoiser:
-            tensors = _side_by_side([conditioning.tensors for conditioning in conditionings])
-            follower = self._follower(control or Control(), on_step, configs, tensors)
+        for conditioning in conditionings:
+            self._open("denoise").check(conditioning.tensors)
+        tensors = _side_by_side([conditioning.tensors for conditioning in conditionings])
+        follower = self._follower(control or Control(), on_step, configs, tensors)
+        with self._stage("denoise") as denoiser:
             latents = denoiser.denoise(tensors, config, follower.loop(tuple(c.seed for c in configs)))
         record = self._record("denoise") | ({"batch_size": len(configs)} if len(configs) > 1 else {})
         results = [
@@ -224,7 +226,7 @@ class Pipeline:
             from tpuvid.preview import Preview
 
             with self.runtime.progress.phase("fit preview"):
-                preview = Preview.fit(self.checkpoint, self._open("decode"), configs[0].fps, control.preview)
+                preview = Preview.fit(self.checkpoint, self._open("decode"), control.preview)
         return Follower(control, configs[0].num_inference_steps, on_step, checkpoints, preview)
 
     def decode(self, latents: Latents) -> Video:

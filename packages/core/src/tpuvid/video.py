@@ -139,8 +139,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         with av.open(str(path)) as container:
             text = container.metadata.get(METADATA, "")
     except (av.error.FFmpegError, OSError) as error:
-        reason = error.strerror or error
-        raise InputError(f"{path}: can't be read ({reason}); it is truncated or no mp4: make or fetch it again") from None
+        raise _no_mp4(path, error) from None
     except UnicodeDecodeError:
         return None
     try:
@@ -148,6 +147,24 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def video_size(path: Path) -> dict[str, Any]:
+    """Width, height, frames and frames per second of an mp4; raises `InputError` for what is none."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+            return {"width": stream.width, "height": stream.height, "frames": frames, "fps": float(stream.average_rate or 0)}
+    except (av.error.FFmpegError, OSError, IndexError) as error:
+        raise _no_mp4(path, error) from None
+
+
+def _no_mp4(path: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"{path}: can't be read ({reason}); it is truncated or no mp4: make or fetch it again")
 
 
 class ContactSheet:
