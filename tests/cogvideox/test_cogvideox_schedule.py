@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tpuvid import InputError
-from tpuvid.sampling import initial_state, make_generator, make_noise
+from tpuvid.sampling import initial_state, make_generators, make_noise
 from tpuvid.schedule import advance
 from tpuvid_cogvideox.denoise import make_schedule
 from tpuvid_cogvideox.dpm import DRAWS
@@ -41,15 +41,15 @@ def test_dpm_table_equals_scheduler(steps, changes):
     config = PUBLISHED | changes
     expected, generator_state = run_stock_dpm(config, steps, seed=5)
     schedule = make_schedule(config | {"_class_name": "CogVideoXDPMScheduler"}, steps)
-    generator = make_generator(5)
-    state = jnp.asarray(initial_state(make_noise(SHAPE, generator), schedule))
+    generators = make_generators([5])
+    state = jnp.asarray(initial_state(make_noise(SHAPE[1:], generators), schedule))
     for timestep, weights, count in zip(schedule.timesteps, schedule.weights, schedule.draws, strict=True):
         for slot in range(count):
-            state = state.at[1 + slot].set(make_noise(SHAPE, generator))
+            state = state.at[1 + slot].set(make_noise(SHAPE[1:], generators))
         state = advance(jnp.asarray(weights), state, model(state[0], float(timestep)))
     # fp32 sums in another order, over up to 50 steps
     np.testing.assert_allclose(state[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    assert torch.equal(generator.get_state(), generator_state), "another number of draws"
+    assert torch.equal(generators[0].get_state(), generator_state), "another number of draws"
 
 
 def test_draws_are_the_first_memories_and_ddim_has_none():

@@ -170,10 +170,18 @@ def test_weights_are_read_piece_by_piece(tmp_path):
     assert weights.read("s", ()) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not safetensors at all", b"\xff" * 64])
-def test_foreign_weights_are_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "no complete safetensors file"),
+        (b"\xff" * 64, "no complete safetensors file"),
+        (b"PK\x03\x04 as torch.save has it", "is a pickle under another name"),
+        (b"\x80\x04 as pickle.dump has it", "is a pickle under another name"),
+    ],
+)
+def test_foreign_weights_are_refused(tmp_path, content, says):
     (tmp_path / "m.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match="no complete safetensors file"):
+    with pytest.raises(InputError, match=says):
         Weights([tmp_path / "m.safetensors"])
 
 

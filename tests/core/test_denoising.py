@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 from tpuvid.bridge import Scan, TracedModule, build
+from tpuvid.control import Loop
 from tpuvid.denoising import Sampler
 from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.profiling import PROFILED_STEPS, steady_steps
 from tpuvid.progress import Progress
 from tpuvid.runtime import Runtime
-from tpuvid.sampling import make_generator, make_noise
+from tpuvid.sampling import make_generators, make_noise
 from tpuvid.schedule import Schedule, tabulate
 from tpuvid.stepcache import DeepCache, Uncached
 
@@ -86,18 +87,19 @@ def run(net, schedule, *, cache=Uncached(), scale=3.0, on_step=lambda done, tota
         return traced.function("forward")(params, latents, timesteps, text)
 
     sampler = Sampler(traced, predict, make_mesh(MeshConfig(), runtime.devices), runtime)
-    generator = make_generator(0)
-    noise = make_noise(SHAPE, generator)
+    generators = make_generators([0])
+    noise = make_noise(SHAPE[1:], generators)
     scales = None if scale is None else np.full(STEPS, scale, np.float32)
     text = jnp.asarray([0.5] if scale is None else [0.5, -0.25]).reshape(-1, 1, 1, 1)
-    found = sampler.sample(params, text, noise, schedule, scales=scales, generator=generator, cache=cache, on_step=on_step)
-    return found, runtime.progress, generator
+    loop = Loop(seeds=(0,), after_step=lambda at: on_step(at.done, at.total))
+    found = sampler.sample(params, text, noise, schedule, scales=scales, generators=generators, cache=cache, loop=loop)
+    return found, runtime.progress, generators[0]
 
 
 @torch.no_grad()
 def expected(net, schedule: Schedule, scale, full_steps):
     """The same loop in torch; a step that is not full takes what entered the last block at the last full one."""
-    noise = make_noise(SHAPE, make_generator(0))
+    noise = make_noise(SHAPE[1:], make_generators([0]))
     state = np.concatenate([noise[None], np.zeros((schedule.memories, *noise.shape), np.float32)])
     kept = {}
     for step, (timestep, weights) in enumerate(zip(schedule.timesteps, schedule.weights)):
@@ -148,9 +150,9 @@ def test_draws_enter_the_first_memories(net, schedule):
     stochastic, _, generator = run(net, Schedule(schedule.timesteps, schedule.weights, (0, 1) + (0,) * (STEPS - 2)))
     plain, _, _ = run(net, schedule)
     assert not np.array_equal(stochastic, plain)
-    stock = make_generator(0)
+    (stock,) = make_generators([0])
     for _ in range(2):  # the noise, and one draw
-        make_noise(SHAPE, stock)
+        make_noise(SHAPE[1:], [stock])
     assert torch.equal(generator.get_state(), stock.get_state())
 
 

@@ -83,7 +83,7 @@ def test_doctor_reports_what_is_wrong(monkeypatch, capsys):
         "av": None,
         "transformers": None,
     }
-    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
     assert run(["doctor"]) == 1
     out = capsys.readouterr().out
     assert (

@@ -4,16 +4,16 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from tpuvid.errors import InputError
-from tpuvid.sampling import check_embeds, guidance_scales, guide, initial_state, make_generator, make_noise, with_negative
+from tpuvid.sampling import check_embeds, guidance_scales, guide, initial_state, make_generators, make_noise, with_negative
 from tpuvid.schedule import Schedule
 from tpuvid.stages import GenerationConfig
 
 
 def test_noise_is_what_diffusers_draws():
-    ours, stock = make_generator(123), torch.Generator("cpu").manual_seed(123)
+    ours, stock = make_generators([123]), torch.Generator("cpu").manual_seed(123)
     for _ in range(2):  # the second draw goes on where the first ended
         expected = randn_tensor((1, 4, 2, 3, 3), generator=stock, dtype=torch.float32)
-        assert np.array_equal(make_noise((1, 4, 2, 3, 3), ours), expected.numpy())
+        assert np.array_equal(make_noise((4, 2, 3, 3), ours), expected.numpy())
 
 
 def test_guidance_takes_the_prompts_half_first():
@@ -22,7 +22,7 @@ def test_guidance_takes_the_prompts_half_first():
 
 
 def test_the_state_begins_with_the_noise_and_empty_memories():
-    noise = make_noise((1, 2, 1, 2, 2), make_generator(0))
+    noise = make_noise((2, 1, 2, 2), make_generators([0]))
     state = initial_state(noise, Schedule(np.zeros(1), np.zeros((1, 3, 4))))
     assert state.shape == (3, *noise.shape) and np.array_equal(state[0], noise) and not state[1:].any()
 

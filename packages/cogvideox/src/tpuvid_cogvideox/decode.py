@@ -47,6 +47,8 @@ class ChunkDecoder(nn.Module):
 
 
 class CogVideoXDecoder(VaeDecoder):
+    stock_vae = AutoencoderKLCogVideoX
+
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         config = checkpoint.config("vae")
         vae = build(lambda: AutoencoderKLCogVideoX.from_config(config))

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
 
 class CogVideoXTextEncoder(T5TextEncoder):
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
-        config = AutoConfig.from_pretrained(checkpoint.component("text_encoder"))
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.component("tokenizer"))
+        config = AutoConfig.from_pretrained(checkpoint.component("text_encoder"), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.component("tokenizer"), trust_remote_code=False)
         super().__init__(checkpoint, runtime, module=build(lambda: T5EncoderModel(config)), tokenizer=tokenizer)
 
     def embed(self, params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:

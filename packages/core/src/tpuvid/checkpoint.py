@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ import numpy as np
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.registry import registry
 from tpuvid.stages import ModelSpec
+from tpuvid.untrusted import check_code, check_config, check_header, check_links, check_size, parse_json
 
 if TYPE_CHECKING:
     from tpuvid.lora import Lora
@@ -90,8 +90,12 @@ class Checkpoint:
         """Raise `InputError` unless each component is there, with its config (and weights, where it has any)."""
         for name in components:
             path = self.component(name)
-            read_json(path / WEIGHTLESS.get(name, "config.json"))
-            if name not in WEIGHTLESS:
+            check_links(path.parent, path)
+            config = path / WEIGHTLESS.get(name, "config.json")
+            if name in WEIGHTLESS:
+                check_code(config, read_json(config))
+            else:
+                check_config(config, read_json(config))
                 weight_files(path)
 
     def weights(self, component: str) -> Weights:
@@ -222,7 +226,8 @@ def _download(repo_id: str, pattern: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint folder; raises `InputError` for anything else."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        check_size(path)
+        value = parse_json(path, path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; the folder is no complete diffusers checkpoint") from None
     except (OSError, ValueError) as error:
@@ -270,7 +275,10 @@ class Weights(Mapping[str, tuple[int, ...]]):
         for shard in shards:
             with readable_safetensors(shard):
                 handle = safe_open(shard, framework="numpy")
-                self._slices.update((name, handle.get_slice(name)) for name in handle.keys())
+                slices = {name: handle.get_slice(name) for name in handle.keys()}
+            if twice := sorted(self._slices.keys() & slices):
+                raise InputError(f"{shard}: holds {twice[0]}, as another shard does; download the checkpoint again")
+            self._slices |= slices
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         return tuple(self._slices[name].get_shape())
@@ -296,10 +304,11 @@ class UnseenWeights(Weights):
 
 @contextmanager
 def readable_safetensors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in opening `path` as safetensors into an `InputError` with a remedy."""
+    """Check the header of `path`, and turn what goes wrong in opening it as safetensors into an `InputError` with a remedy."""
     from safetensors import SafetensorError
 
     try:
+        check_header(path)
         yield
     except FileNotFoundError:
         raise InputError(f"{path}: does not exist; check the path, or run what makes it") from None

@@ -17,6 +17,7 @@ import numpy as np
 from tpuvid.artifacts import FRAMES, LATENTS, load_latents
 from tpuvid.checkpoint import readable_safetensors
 from tpuvid.errors import InputError
+from tpuvid.video import no_mp4
 
 SSIM_WINDOW = 11
 """Pixels: Gaussian weights of sigma 1.5, as in Wang et al., "Image quality assessment" (2004)."""
@@ -243,8 +244,7 @@ def _mp4(path: Path) -> Iterator[np.ndarray]:
             if frame is None:
                 raise InputError(f"{path}: holds no pictures; it is truncated or no video: make or fetch it again")
     except av.error.FFmpegError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path}: can't be read ({reason}); it is truncated or no mp4: make or fetch it again") from None
+        raise no_mp4(path, error) from None
 
 
 def middle_frame(path: Path) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ LATENTS, FRAMES = "B C n h w", "B n H W 3"
 
 class VaeDecoder(ABC):
     """A `tpuvid.stages.Decoder`; a family says how latents are scaled back and how they become chunks of frames."""
+
+    stock_vae: ClassVar[type]
+    """The class of diffusers that encodes too: what previews are fitted with."""
 
     def __init__(
         self,

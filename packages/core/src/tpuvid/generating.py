@@ -5,6 +5,7 @@ Imports neither jax nor torch before the request has been found to be right.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ import click
 from tpuvid.artifacts import check_output, digest_of
 from tpuvid.checkpoint import Checkpoint, resolve_model
 from tpuvid.control import Cancelled, CancelToken, Control
-from tpuvid.errors import InputError, TpuvidError, unexpected
+from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.items import Item, parse_sweep, read_prompts, several, slug, swept
 from tpuvid.locks import locked
 from tpuvid.lora import read_loras
@@ -228,10 +229,10 @@ class Generation:
         except (KeyboardInterrupt, Cancelled) as error:
             self._say_stopped(error, batch, missing)
             return exit_code(cancel, error)
-        except TpuvidError as error:
-            if batch and not self.many and work.kept(configs[0]):
-                raise type(error)(f"{error} ({self._how_to_go_on(missing)})") from error
-            raise
+        except Exception as error:
+            if not (batch and work.kept(configs[0])) or os.environ.get(DEBUG_VARIABLE):
+                raise
+            raise TpuvidError(f"{_reason(error)} ({self._how_to_go_on(missing)})") from error
         return {missing[i].name: _reason(error) for i, error in failed.items()}
 
     def _control(self, cancel: CancelToken, work: Work, missing: Sequence[Wanted]) -> Control:

@@ -46,24 +46,33 @@ def _acquire(lock: Path, path: Path) -> int:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the folder was removed in between
-            continue
+        except (FileNotFoundError, FileExistsError) as error:  # another process has removed the folder in between
+            if lock.parent.is_file():
+                raise TpuvidError(f"{lock.parent}: is a file, and a folder is needed; choose another place") from error
         except OSError as error:
             raise TpuvidError(f"{lock}: can't be made ({error.strerror}); choose another place") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(lock, handle):
-                os.truncate(handle, 0)
-                os.write(handle, json.dumps(_who()).encode())
+        else:
+            if _take(handle, lock, path):
                 return handle
-        except BlockingIOError:
-            holder = _holder(handle)
             os.close(handle)
-            raise InputError(f"{path}: {holder} is at work on it; wait for that to end, or choose another place") from None
-        except OSError as error:
-            os.close(handle)
-            raise TpuvidError(f"{lock}: can't be locked ({error.strerror}); choose another place") from None
+
+
+def _take(handle: int, lock: Path, path: Path) -> bool:
+    """False where the lock file is not the one of that name any more."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is(lock, handle):
+            return False
+        os.truncate(handle, 0)
+        os.write(handle, json.dumps(_who()).encode())
+        return True
+    except BlockingIOError:
+        holder = _holder(handle)
         os.close(handle)
+        raise InputError(f"{path}: {holder} is at work on it; wait for that to end, or choose another place") from None
+    except OSError as error:
+        os.close(handle)
+        raise TpuvidError(f"{lock}: can't be locked ({error.strerror}); choose another place") from None
 
 
 def _is(lock: Path, handle: int) -> bool:

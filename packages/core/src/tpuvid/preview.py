@@ -46,13 +46,13 @@ class Preview:
 
     @classmethod
     def fit(cls, checkpoint: Checkpoint, decoder: Any, path: Path) -> Preview:
-        """Raises `InputError` for a model whose decoder doesn't say how latents are scaled, or whose VAE isn't diffusers'."""
-        if not hasattr(decoder, "denormalise"):
+        """Raises `InputError` for a model whose decoder has neither `denormalise` nor `stock_vae`, as `VaeDecoder` has."""
+        if not hasattr(decoder, "denormalise") or getattr(decoder, "stock_vae", None) is None:
             raise InputError(f"preview: {checkpoint.model_id} has no previews; leave it out")
         folder = checkpoint.component("vae")
         files = [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in weight_files(folder)]
         kept = cache_folder("preview") / f"{digest_of([str(folder), files])[:16]}.json"
-        return cls(decoder, _kept(kept) if kept.exists() else _fitted(folder, kept), path)
+        return cls(decoder, _kept(kept) if kept.exists() else _fitted(decoder.stock_vae, folder, kept), path)
 
     def show_soon(self, latents: Callable[[], np.ndarray]) -> None:
         """`show` in a thread of its own, so that no step waits for it. Of pictures that come faster than they are written, only
@@ -101,9 +101,9 @@ def _kept(path: Path) -> np.ndarray:
     raise InputError(f"{path}: is damaged; remove it")
 
 
-def _fitted(folder: Path, kept: Path) -> np.ndarray:
+def _fitted(stock_vae: Any, folder: Path, kept: Path) -> np.ndarray:
     """By least squares, of what the VAE makes of clips."""
-    vae = _stock_vae(folder)
+    vae = stock_vae.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     known: tuple[list, list] = [], []
     colours: tuple[list, list] = [], []
     for clip in _clips():
@@ -145,16 +145,6 @@ def _clips() -> Iterator[np.ndarray]:
 
 def _colour(random: np.random.Generator) -> np.ndarray:
     return random.random(3) if random.random() < 0.5 else random.choice([0.0, 0.5, 1.0], 3)
-
-
-def _stock_vae(folder: Path) -> Any:
-    import diffusers
-
-    name = str(json.loads((folder / "config.json").read_text("utf-8")).get("_class_name"))
-    vae_class = getattr(diffusers, name, None) if name.startswith("AutoencoderKL") else None
-    if vae_class is None:
-        raise InputError(f"preview: {folder / 'config.json'}: {name!r} is no VAE of diffusers; leave out the preview")
-    return vae_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
 
 def _encode(vae: Any, clip: np.ndarray) -> np.ndarray:

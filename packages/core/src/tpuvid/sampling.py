@@ -61,8 +61,8 @@ def generator_states(generators: Sequence[torch.Generator]) -> UInt8[np.ndarray,
 def restore_generators(generators: Sequence[torch.Generator], states: UInt8[np.ndarray, "B n"]) -> None:
     """Raises `ValueError` for states that are none of as many generators."""
     try:
-        for generator, state in zip(generators, torch.from_numpy(states.copy()), strict=True):
-            generator.set_state(state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(torch.from_numpy(state.copy()))  # torch reads the first row of a view, whichever it is of
     except (RuntimeError, TypeError) as error:
         raise ValueError(str(error)) from error
 

@@ -139,7 +139,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         with av.open(str(path)) as container:
             text = container.metadata.get(METADATA, "")
     except (av.error.FFmpegError, OSError) as error:
-        raise _no_mp4(path, error) from None
+        raise no_mp4(path, error) from None
     except UnicodeDecodeError:
         return None
     try:
@@ -159,10 +159,11 @@ def video_size(path: Path) -> dict[str, Any]:
             frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
             return {"width": stream.width, "height": stream.height, "frames": frames, "fps": float(stream.average_rate or 0)}
     except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise _no_mp4(path, error) from None
+        raise no_mp4(path, error) from None
 
 
-def _no_mp4(path: Path, error: Exception) -> InputError:
+def no_mp4(path: Path, error: Exception) -> InputError:
+    """What to raise where `error` says that `path` can't be read."""
     reason = getattr(error, "strerror", None) or error
     return InputError(f"{path}: can't be read ({reason}); it is truncated or no mp4: make or fetch it again")
 

@@ -124,6 +124,8 @@ class DecoderHalf(nn.Module):
 
 
 class HunyuanDecoder(VaeDecoder):
+    stock_vae = AutoencoderKLHunyuanVideo15
+
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         config = checkpoint.config("vae")
         vae = build(lambda: AutoencoderKLHunyuanVideo15.from_config(config))

@@ -47,9 +47,13 @@ class HunyuanTextEncoder:
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         self.runtime = runtime
         self.tokenizer, self.glyph_tokenizer = (
-            AutoTokenizer.from_pretrained(checkpoint.component(name)) for name in ("tokenizer", "tokenizer_2")
+            AutoTokenizer.from_pretrained(checkpoint.component(name), trust_remote_code=False)
+            for name in ("tokenizer", "tokenizer_2")
         )
-        text, glyphs = (AutoConfig.from_pretrained(checkpoint.component(n)) for n in ("text_encoder", "text_encoder_2"))
+        text, glyphs = (
+            AutoConfig.from_pretrained(checkpoint.component(n), trust_remote_code=False)
+            for n in ("text_encoder", "text_encoder_2")
+        )
         layers = text.num_hidden_layers
         unused = ["norm.", *(f"layers.{i}." for i in range(layers - SKIPPED_LAYERS, layers))]
         heads = {text.num_attention_heads, text.num_key_value_heads}

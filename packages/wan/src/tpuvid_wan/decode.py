@@ -48,6 +48,8 @@ class FrameDecoder(nn.Module):
 
 
 class WanDecoder(VaeDecoder):
+    stock_vae = AutoencoderKLWan
+
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         config = checkpoint.config("vae")
         if config.get("patch_size") or config.get("is_residual"):

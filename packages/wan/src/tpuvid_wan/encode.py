@@ -24,8 +24,8 @@ def clean_prompt(text: str) -> str:
 
 class WanTextEncoder(T5TextEncoder):
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
-        config = AutoConfig.from_pretrained(checkpoint.component("text_encoder"))
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.component("tokenizer"))
+        config = AutoConfig.from_pretrained(checkpoint.component("text_encoder"), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.component("tokenizer"), trust_remote_code=False)
         super().__init__(checkpoint, runtime, module=build(lambda: UMT5EncoderModel(config)), tokenizer=tokenizer)
 
     def prepare(self, prompt: str) -> str:

@@ -1,0 +1,114 @@
+"""What is refused of files that come from elsewhere: ways out of a checkpoint's folder, pickles, code, and headers and numbers
+that no model has. Imports neither jax nor torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpuvid.errors import InputError
+
+MOST_JSON = 16 * 2**20
+"""Bytes of a config or an index; tokenizers are transformers' to read."""
+MOST_HEADER = 32 * 2**20
+"""Bytes of a safetensors header: a thousand tensors take 0.1 MB."""
+MOST = 2**24
+"""Of any whole number in a config: the largest published one is a vocabulary of 256,384."""
+MOST_LAYERS = 1024
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"(dp", b"]q")
+"""How files of ``torch.save`` and ``pickle.dump`` begin."""
+
+
+def parse_json(path: Path, text: str | bytes) -> Any:
+    """Raises `InputError` for what is no JSON, and for an object that gives a key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path}: gives {twice[:80]!r} twice; download it again, from where you trust it")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deep to be a config; download it again, from where you trust it") from None
+
+
+def check_size(path: Path, most: int = MOST_JSON) -> None:
+    """Raise `InputError` for a file that is too large to be read as a whole."""
+    if (size := path.stat().st_size) > most:
+        raise InputError(
+            f"{path}: has {size:,} bytes, and {most:,} are the most that are read of such a file; download it again"
+        )
+
+
+def check_header(path: Path) -> None:
+    """Raise `InputError` for a safetensors header that is larger than the file or than any model's, or gives a name twice."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start.startswith(PICKLES):
+            raise InputError(
+                f"{path}: is a pickle under another name, and is not read; convert it with save_pretrained(safe_serialization=True)"
+            )
+        if len(start) < 8 or length > size - 8:
+            return  # truncated or foreign: safetensors says so
+        if length > MOST_HEADER:
+            raise InputError(
+                f"{path}: has a header of {length:,} bytes, which no model needs; download it again, from where you trust it"
+            )
+        header = file.read(length)
+    try:
+        parse_json(path, header)
+    except ValueError:
+        return
+
+
+def check_links(root: Path, folder: Path) -> None:
+    """Raise `InputError` for links in `folder` that lead out of the checkpoint `root`.
+
+    Those of the Hub's own cache are as they should be: from ``snapshots/<commit>`` to ``blobs`` of the same repository.
+    """
+    root = root.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in [folder, *folder.rglob("*")]:
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise InputError(f"{path}: is a link out of the checkpoint (to {target}); put the file itself there")
+
+
+def check_code(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a config that asks for code of its own."""
+    if "auto_map" in config:
+        raise InputError(
+            f"{path}: asks to run code of its own (auto_map), which tpuvid never does; use a checkpoint without it"
+        )
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a model's config that asks for code of its own, or has numbers that no model has."""
+    check_code(path, config)
+    for name, value in _numbers(config):
+        most = MOST_LAYERS if name.endswith(("layers", "blocks", "depth")) else MOST
+        if abs(value) > most:
+            raise InputError(f"{path}: {name}={str(value)[:40]}: no model has more than {most:,}; download it again")
+
+
+def _numbers(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Every whole number, with the key that it stands under."""
+    found: list[tuple[str, int]] = []
+    waiting: list[tuple[str, Any]] = list(config.items())
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += ((name, item) for item in value)
+        elif type(value) is int:
+            found.append((name, value))
+    return found
