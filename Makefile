@@ -1,7 +1,7 @@
 # The two commands: make demo, make test. Each sets up what it needs.
 # What this may be set to in a container keeps every process from reusing what another has compiled of the imported packages.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: setup demo test test-aot fidelity benchmark clean
+.PHONY: setup demo test test-aot torture fidelity benchmark clean
 BIN := .venv/bin
 STAMP := .venv/.set-up
 
@@ -21,6 +21,10 @@ test: setup
 test-aot: setup
 	scripts/setup.sh tpu
 	$(BIN)/python -m pytest -m aot $(PYTEST_ARGS)
+
+# Kills, damaged files, full disks and any arguments at all, in the long form; make test runs a short one.
+torture: setup
+	PYTHONPATH=tests $(BIN)/python -W ignore -m torture $(TORTURE_ARGS)
 
 # tpuvid against stock diffusers, stage by stage: prints the tables of docs/results.md.
 fidelity: setup

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import tpuvid
 from PIL import Image
-from tpuvid.artifacts import read_stage_file
+from tpuvid.artifacts import read_stage_file, sealed
 from tpuvid.cli import run
 from tpuvid.outputs import Outputs
 from tpuvid.pipeline import Pipeline
-from tpuvid.record import read_record, sealed
+from tpuvid.record import read_record
 from tpuvid.stages import Latents
 from tpuvid.video import read_metadata, save_mp4
 
@@ -279,7 +279,7 @@ def test_reproducing_says_what_differs(clip, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda text: text.replace('"seed": 42', '"seed": 43'), "record of how it was made is damaged"),
+        (lambda text: text.replace('"seed": 42', '"seed": 43'), "is damaged (its checksum is another)"),
         (lambda text: text.replace('"record_version": 1', '"record_version": 9'), "its record is of version 9"),
         (lambda text: "{}", "holds no record"),
         (lambda text: text[:-20], "is no readable JSON"),
@@ -394,7 +394,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, number, code):
     (advice,) = re.findall(
         r"stopped after step [345] of 8; what is done is kept; the same command with (--seed \d+ --resume) goes on", err
     )
-    assert list((tmp_path / ".tpuvid").glob("denoising-*"))
+    assert list((tmp_path / ".tpuvid").rglob("denoising-*"))
     expected = tmp_path / "whole"
     settings = ["--prompt", RED, "--num-frames", "5", "--steps", "8", *advice.split()]
     for folder in (tmp_path, expected):

@@ -27,6 +27,7 @@ import numpy as np
 
 from tpuvid.checkpoint import readable_safetensors
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.locks import temporary_prefix
 from tpuvid.stages import Conditioning, GenerationConfig, History, Latents
 
 EMBEDDINGS = "stage1_embeddings.safetensors"
@@ -61,7 +62,7 @@ def atomic_path(path: Path, *, overwrite: bool) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=temporary_prefix(), suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -178,6 +179,18 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(_canonical(value)).hexdigest()
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON-ready `value`, as JSON gives it back, with a checksum of itself."""
+    plain = json.loads(json.dumps(value))
+    return plain | {"checksum": digest_of(plain)}
+
+
+def check_seal(path: Path, value: Mapping[str, Any], remedy: str) -> None:
+    """Raise `InputError` unless the JSON of `path` is as it was sealed."""
+    if value.get("checksum") != digest_of({name: item for name, item in value.items() if name != "checksum"}):
+        raise InputError(f"{path}: is damaged (its checksum is another); {remedy}")
+
+
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
@@ -279,6 +292,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is no readable JSON ({error}); remove it or make it again") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds a {type(raw).__name__}, not a JSON object; remove it or make it again")
+    if "checksum" in raw or "format_version" in raw:
+        check_seal(path, raw, "remove it or make it again")
     model = {"model_id": str(raw["model_id"])} if raw.get("model_id") else {}
     return parse_settings(raw, path) | model
 
@@ -292,7 +307,7 @@ def save_conditioning(folder: Path, conditioning: Conditioning, *, overwrite: bo
         **_origin(conditioning),
     }
     write_tensors(path, conditioning.tensors, about | _history(conditioning), overwrite=overwrite)
-    write_json(folder / CONFIG, about, overwrite=True)
+    write_json(folder / CONFIG, sealed(about | {"format_version": FORMAT_VERSION}), overwrite=True)
     return path
 
 
@@ -331,7 +346,7 @@ def save_latents(folder: Path, latents: Latents, *, overwrite: bool) -> Path:
     path = folder / LATENTS
     about = latents.config.to_dict() | _origin(latents)
     write_tensors(path, {"latents": latents.latents}, about | _history(latents), overwrite=overwrite)
-    write_json(folder / CONFIG, about, overwrite=True)
+    write_json(folder / CONFIG, sealed(about | {"format_version": FORMAT_VERSION}), overwrite=True)
     return path
 
 

@@ -138,8 +138,3 @@ class Batch:
         written = job.outputs.write(self.pipe, latents, on_ready=job.on_ready)
         job.on_done(written)
         self.work.drop(self.work.latents(job.config))
-
-    def tidy(self) -> None:
-        """Remove embeddings that no job needs any more; where nothing was denoised, they are no work worth keeping."""
-        kept = {self.work.embeddings(job.config) for job in self.jobs if self.work.kept(job.config)}
-        self.work.drop(*{self.work.embeddings(job.config) for job in self.jobs} - kept)

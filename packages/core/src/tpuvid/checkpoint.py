@@ -137,8 +137,10 @@ def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
     Raises `InputError` where it is none of them, or its family has no plugin.
     """
     known = registry()
-    if not model:
-        raise InputError("model is empty; give a registered id, a diffusers folder or a Hub id")
+    if not model or "\0" in model:
+        raise InputError(
+            f"model {'is empty' if not model else 'holds a null byte'}; give a registered id, a diffusers folder or a Hub id"
+        )
     if model in known.models:
         spec = known.models[model]
         return spec, _registered_checkpoint(spec)

@@ -33,6 +33,7 @@ from tpuvid.options import (
     pack_options,
     path_type,
     prompt_options,
+    prompts_type,
     runtime_options,
     sampling_options,
     save_frames_option,
@@ -125,7 +126,7 @@ def list_models(as_json: bool) -> None:
     "--prompts",
     "--prompt-file",
     "--prompt-path",
-    type=click.Path(allow_dash=True),
+    type=prompts_type,
     help="A text file (a prompt per line), CSV or JSONL (prompt and settings of its own); - is stdin.",
 )
 @many_options

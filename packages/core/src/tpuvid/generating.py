@@ -24,13 +24,14 @@ from tpuvid.locks import locked
 from tpuvid.lora import read_loras
 from tpuvid.outputs import Outputs, Written
 from tpuvid.packs import settings_key
+from tpuvid.record import read_record
 from tpuvid.stages import GenerationConfig, History, ModelSpec
 from tpuvid.stopping import exit_code, stoppable
 from tpuvid.sweep import INDEX_PAGE, SHEET, Cell, write_pages
-from tpuvid.work import BATCH, Manifest, Work, file_sha256
+from tpuvid.work import BATCH, Manifest, Work, file_sha256, without_fps
 
 if TYPE_CHECKING:
-    from tpuvid.batch import Batch, Job
+    from tpuvid.batch import Job
     from tpuvid.pipeline import Pipeline
 
 EXIT_SOME_FAILED = 3
@@ -53,9 +54,13 @@ class Keeping:
     def folder(self) -> Path:
         return self.output.parent if self.output else self.output_dir or OUTPUTS
 
-    def outputs(self, name: str, *, overwrite: bool = False) -> Outputs:
+    def video(self, name: str) -> Path:
+        return self.output or self.folder / name
+
+    def outputs(self, name: str, *, request: str, overwrite: bool) -> Outputs:
         return Outputs(
-            video=self.output or self.folder / name,
+            video=self.video(name),
+            request=request,
             overwrite=self.overwrite or overwrite,
             save_frames=self.save_frames,
             metadata=self.metadata,
@@ -71,6 +76,7 @@ class Wanted:
     config: GenerationConfig
     key: str
     """Of everything that the video depends on."""
+    work: Work
     outputs: Outputs
 
     @property
@@ -106,9 +112,9 @@ class Generation:
         return any(item.swept for item in self.items)
 
     def origin(self) -> dict[str, Any]:
-        """What all its videos have in common."""
+        """What the latents of all its videos have in common."""
         loras = read_loras(self.options["lora_path"], self.options["lora_scale"])
-        asked = {name: self.options[name] for name in ("dtype", "attention_backend", "text_encoder_device", "vae_tiling")}
+        asked = {name: self.options[name] for name in ("dtype", "attention_backend", "text_encoder_device")}
         return {
             "model_id": self.spec.model_id,
             "checkpoint": self.checkpoint.source if self.checkpoint.folder is None else None,
@@ -119,14 +125,16 @@ class Generation:
 
     def wanted(self, manifest: Manifest | None) -> list[Wanted]:
         """Every video, with its name; raises `InputError` for one that can't be made or written."""
-        origin = self.origin()
+        origin, tiling = self.origin(), self.options["vae_tiling"]
         configs = [self._config(item, i, manifest) for i, item in enumerate(self.items)]
-        keys = [digest_of([origin, config.to_dict()])[:16] for config in configs]
+        keys = [digest_of([origin, tiling, config.to_dict()])[:16] for config in configs]
         names = self._names(configs, keys)
         found = []
         for item, config, key, name in zip(self.items, configs, keys, names):
-            begun = manifest is not None and manifest.was_begun(name, key)
-            found.append(Wanted(item=item, config=config, key=key, outputs=self.keeping.outputs(name, overwrite=begun)))
+            work = Work(self.folder, "batch" if self.many else f"video-{digest_of([origin, without_fps(config)])[:16]}")
+            begun = manifest.was_begun(name, key) if manifest else self.resume and work.was_begun(self.keeping.video(name))
+            outputs = self.keeping.outputs(name, request=key, overwrite=begun)
+            found.append(Wanted(item=item, config=config, key=key, work=work, outputs=outputs))
         return found
 
     def _config(self, item: Item, number: int, manifest: Manifest | None) -> GenerationConfig:
@@ -176,20 +184,30 @@ class Generation:
                 manifest = Manifest(self.folder)
                 self._check_pages(manifest)
             wanted = self.wanted(manifest)
-            missing = [w for w in wanted if not (manifest and manifest.is_done(w.name, w.key))]
+            missing = [want for want in wanted if not self._is_done(want, manifest)]
             for want in missing:
                 try:
                     want.outputs.check()
                 except InputError as error:
                     want.item.raise_as(error)
-            if not self.many:
-                held.enter_context(locked(wanted[0].outputs.video))
             if manifest:
-                manifest.save()  # drawn seeds, before any work is done with them
+                manifest.begin({want.name: want.key for want in missing})
+            else:
+                held.enter_context(locked(wanted[0].outputs.video))
+                held.enter_context(locked(wanted[0].work.folder))
             failed = self._make(missing, manifest, load) if missing else {}
             if isinstance(failed, int):
                 return failed
             return self._finish(wanted, missing, failed, manifest)
+
+    def _is_done(self, want: Wanted, manifest: Manifest | None) -> bool:
+        """Whether the video stands there already, as this very request makes it; alone, it is looked for with --resume only."""
+        if manifest:
+            return manifest.is_done(want.name, want.key)
+        try:
+            return self.resume and want.outputs.video.exists() and read_record(want.outputs.video).get("request") == want.key
+        except InputError:
+            return False
 
     def _check_pages(self, manifest: Manifest) -> None:
         if self.is_sweep and not manifest.pages:
@@ -205,35 +223,39 @@ class Generation:
             self.checkpoint.require(stage)  # after all that is free to check: this may fetch
         if pack := self.options.get("pack"):
             pack.require_trust()
-        batch = None
+        work, finished = None, False
         try:
-            with stoppable() as cancel, ExitStack() as held:
-                try:
-                    pipe = load()
-                    pipe.verify()
-                    configs = [pipe.resolve(want.config) for want in missing]
-                    for config in configs:
-                        pipe.check_pack(config)
-                    work = Work(self.folder, self.origin() | {"revision": pipe.revision(), "dtype": pipe.runtime.dtype.name})
-                    if not self.many:
-                        held.enter_context(locked(work.latents(configs[0])))
-                    jobs = [self._job(want, config, manifest) for want, config in zip(missing, configs)]
-                    batch = Batch(
-                        pipe=pipe, work=work, jobs=jobs, batch_size=self.batch_size, resume=self.resume or self.many,
-                        control=self._control(cancel, work, missing),
-                    )  # fmt: skip
-                    failed = batch.run()
-                finally:
-                    if batch:
-                        batch.tidy()
+            with stoppable() as cancel:
+                pipe = load()
+                pipe.verify()
+                configs = [pipe.resolve(want.config) for want in missing]
+                for config in configs:
+                    pipe.check_pack(config)
+                work = replace(missing[0].work, origin=self.origin() | self._of_run(pipe))
+                if not self.many:
+                    work.begin(missing[0].outputs.video)
+                jobs = [self._job(want, config, manifest) for want, config in zip(missing, configs)]
+                control = self._control(cancel, work, missing)
+                resume = self.resume or self.many
+                batch = Batch(pipe=pipe, work=work, jobs=jobs, batch_size=self.batch_size, resume=resume, control=control)
+                failed = batch.run()
+                finished = True
         except (KeyboardInterrupt, Cancelled) as error:
-            self._say_stopped(error, batch, missing)
+            self._say_stopped(error, work, missing)
             return exit_code(cancel, error)
         except Exception as error:
-            if not (batch and work.kept(configs[0])) or os.environ.get(DEBUG_VARIABLE):
+            if work is None or not work.holds_latents() or os.environ.get(DEBUG_VARIABLE):
                 raise
             raise TpuvidError(f"{_reason(error)} ({self._how_to_go_on(missing)})") from error
+        finally:
+            if work and not self.many and not finished and not work.holds_latents():
+                work.drop(work.folder)  # there is nothing in it that took long
         return {missing[i].name: _reason(error) for i, error in failed.items()}
+
+    @staticmethod
+    def _of_run(pipe: Pipeline) -> dict[str, Any]:
+        """What latents depend on, and is known once the model is there."""
+        return {"revision": pipe.revision(), "dtype": pipe.runtime.dtype.name}
 
     def _control(self, cancel: CancelToken, work: Work, missing: Sequence[Wanted]) -> Control:
         video = missing[0].outputs.video
@@ -268,7 +290,11 @@ class Generation:
     ) -> int:
         """The summary of many, the pages of a sweep, and the exit code."""
         if manifest is None:
-            preview_path(wanted[0].outputs.video).unlink(missing_ok=True)
+            (want,) = wanted
+            preview_path(want.outputs.video).unlink(missing_ok=True)
+            want.work.drop(want.work.folder)
+            if not missing:
+                click.echo(f"video: {want.outputs.video} (there already)")
             return 0
         (self.folder / PREVIEW).unlink(missing_ok=True)
         for want in missing:
@@ -276,6 +302,8 @@ class Generation:
                 manifest.note(want.name, want.key, state="failed", seed=want.config.seed, error=error)
                 where = f"{want.item.where}: " if want.item.where else ""
                 click.echo(f"tpuvid: error: {where}{want.config.prompt!r}: {error}", err=True)
+        if manifest.all_done():
+            wanted[0].work.drop(wanted[0].work.folder)
         if self.is_sweep:
             cells = [
                 Cell(want.config.prompt, want.item.swept, None if want.name in failed else want.outputs.video)
@@ -289,8 +317,8 @@ class Generation:
             click.echo("the same command tries again what failed, and only that", err=True)
         return EXIT_SOME_FAILED if failed else 0
 
-    def _say_stopped(self, error: BaseException, batch: Batch | None, missing: Sequence[Wanted]) -> None:
-        kept = batch and (self.many or batch.work.kept(batch.jobs[0].config))
+    def _say_stopped(self, error: BaseException, work: Work | None, missing: Sequence[Wanted]) -> None:
+        kept = work and (self.many or work.holds_latents())
         at = f"stopped after step {error.done} of {error.total}" if isinstance(error, Cancelled) else "interrupted"
         click.echo(f"tpuvid: {at}; {self._how_to_go_on(missing) if kept else 'nothing is kept'}", err=True)
 

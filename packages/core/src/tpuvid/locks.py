@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -25,13 +26,44 @@ def locked(path: Path) -> Iterator[None]:
     """
     folder = path.parent if path.parent.name == WORK_FOLDER else path.parent / WORK_FOLDER
     lock = folder / f"{path.name}.lock"
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     handle = _acquire(lock, path)
     try:
+        for place in {path.parent, folder}:
+            remove_abandoned(place)
         yield
     finally:
         lock.unlink(missing_ok=True)  # while it is still held: whoever opened it sees below that it is gone
         os.close(handle)
-        remove_if_empty(folder)
+        for place in (folder, *new):
+            remove_if_empty(place)
+
+
+def temporary_prefix() -> str:
+    """How the names of this process's unfinished files begin."""
+    return f".tpuvid-{_host()}-{os.getpid()}-"
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove unfinished files of processes of this machine that are no more."""
+    for path in folder.glob(f".tpuvid-{_host()}-*"):
+        process = path.name.removeprefix(f".tpuvid-{_host()}-").partition("-")[0]
+        if process.isdecimal() and not _is_running(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "", socket.gethostname())[:40] or "host"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def remove_if_empty(folder: Path) -> None:

@@ -29,8 +29,8 @@ class Lora:
         """Raise `InputError` unless the file is readable safetensors and the scale a number."""
         from safetensors import safe_open
 
-        if not math.isfinite(self.scale):
-            raise InputError(f"lora_scale={self.scale}: needs a finite number")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
+            raise InputError(f"lora_scale={self.scale!r}: needs a finite number")
         with readable_safetensors(self.path), safe_open(self.path, framework="numpy"):
             pass
 

@@ -61,9 +61,9 @@ def _flags(command: click.Command) -> dict[str, click.Option]:
 
 def _usable_folder(context: click.Context, _: click.Parameter, folder: Path | None) -> Path | None:
     if folder is not None:
-        from tpuvid.artifacts import check_folder
+        from tpuvid.artifacts import check_output
 
-        check_folder(folder)
+        check_output(folder / "1", overwrite=True)  # made when there is something to put into it
     return folder
 
 
@@ -82,7 +82,15 @@ def _options(*decorators: Callable) -> Callable:
     return apply
 
 
-path_type = click.Path(path_type=Path)
+class _FilePath(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        if "\0" in str(value):
+            self.fail("holds a null byte, which no name of a file has", param, context)
+        return super().convert(value, param, context)
+
+
+path_type = _FilePath(path_type=Path)
+prompts_type = _FilePath(allow_dash=True)
 model_option = click.option("--model", required=True, help="Registered id, local diffusers folder, or Hub id.")
 stage_model_option = click.option("--model", help="Default: the model that made the stage file.")
 length_option = click.option("--max-sequence-length", type=int, help="Text tokens; longer prompts are cut.")

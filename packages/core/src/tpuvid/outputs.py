@@ -28,6 +28,8 @@ class Outputs:
     """Of one video."""
 
     video: Path
+    request: str | None = None
+    """Kept in the record, by which a later run knows the video again."""
     overwrite: bool = False
     save_frames: bool = False
     metadata: bool = True
@@ -69,7 +71,13 @@ class Outputs:
             shape = 1, video.frames, *chunk.shape[2:]
             config, history = pipe.decoded(latents, shape)
             record = make_record(
-                pipe, latents, config, history, frames_sha256=video.sha256, with_prompt=self.prompt_in_metadata
+                pipe,
+                latents,
+                config,
+                history,
+                frames_sha256=video.sha256,
+                request=self.request,
+                with_prompt=self.prompt_in_metadata,
             )
             sheet.save(temporary["contact sheet"])
             if self.metadata:

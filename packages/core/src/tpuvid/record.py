@@ -8,19 +8,18 @@ Flat, JSON-ready: ``model_id``, every setting of `GenerationConfig`, and
     versions     of Python and of the packages that compute
     history      by stage: devices and layout, step cache, seconds
     latents_sha256, frames_sha256    of float32 [1, C, f, h, w], and of uint8 [F, H, W, 3] before they are compressed
+    request      a hash of all that was asked for
     record_version, checksum         of all this
 """
 
 from __future__ import annotations
 
-import json
 import platform
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpuvid.artifacts import digest_of, tensors_digest
+from tpuvid.artifacts import check_seal, sealed, tensors_digest
 from tpuvid.errors import InputError
 from tpuvid.registry import registry
 
@@ -34,7 +33,14 @@ PROMPTS = ("prompt", "negative_prompt")
 
 
 def make_record(
-    pipe: Pipeline, latents: Latents, config: GenerationConfig, history: History, *, frames_sha256: str, with_prompt: bool
+    pipe: Pipeline,
+    latents: Latents,
+    config: GenerationConfig,
+    history: History,
+    *,
+    frames_sha256: str,
+    request: str | None,
+    with_prompt: bool,
 ) -> dict[str, Any]:
     """Of a video decoded from `latents`; `with_prompt` False leaves out both prompts."""
     settings = {name: value for name, value in config.to_dict().items() if with_prompt or name not in PROMPTS}
@@ -51,6 +57,7 @@ def make_record(
         "history": history,
         "latents_sha256": latents_digest(latents),
         "frames_sha256": frames_sha256,
+        "request": request,
         "record_version": RECORD_VERSION,
     }
     return sealed(record)
@@ -58,20 +65,6 @@ def make_record(
 
 def latents_digest(latents: Latents) -> str:
     return tensors_digest({"latents": latents.latents})
-
-
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record` with a checksum of itself, as JSON gives it back."""
-    plain = json.loads(json.dumps(record))
-    return plain | {"checksum": digest_of(plain)}
-
-
-def check_seal(path: Path, record: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the record of `path` is as it was sealed."""
-    if record.get("checksum") != digest_of({name: value for name, value in record.items() if name != "checksum"}):
-        raise InputError(
-            f"{path}: the record of how it was made is damaged (its checksum is another); take the .json beside it, or fetch it again"
-        )
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -94,7 +87,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: its record is of version {record['record_version']!r}, this tpuvid reads {RECORD_VERSION}; upgrade it"
         )
-    check_seal(path, record)
+    check_seal(path, record, "take the .json beside it, or fetch it again")
     return record
 
 

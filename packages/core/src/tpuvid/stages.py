@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -116,6 +117,8 @@ def check_sampling(config: GenerationConfig) -> None:
     for name in ("prompt", "negative_prompt"):
         if not isinstance(getattr(config, name), str):
             raise InputError(f"{name}={getattr(config, name)!r}: needs a string; run several prompts one by one")
+        if re.search("[\ud800-\udfff]", getattr(config, name)):
+            raise InputError(f"{name}={getattr(config, name)[:40]!r}: holds bytes that are no UTF-8; write it in UTF-8")
     for name in ("height", "width", "num_frames", "fps", "num_inference_steps", "seed", "max_sequence_length"):
         if type(getattr(config, name)) is not int:
             raise InputError(f"{name}={getattr(config, name)!r}: needs a whole number")

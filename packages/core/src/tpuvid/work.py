@@ -1,9 +1,11 @@
 """What is kept of videos that are not done yet, beside where they will stand, and which videos of a batch are done.
 
-    <output folder>/.tpuvid/embeddings-<key>/    stage 1
-                            latents-<key>/       stage 2
-                            denoising-<key>-<step>.safetensors    see `tpuvid.resume`
-    <output folder>/batch.json                   of a batch: names, seeds that were drawn, what is done, what failed
+    <output folder>/.tpuvid/batch/                          of the folder's batches, or
+                            video-<key>/                    of a video that is made alone:
+                                        embeddings-<key>/   stage 1
+                                        latents-<key>/      stage 2
+                                        denoising-*         checkpoints, see `tpuvid.resume`
+    <output folder>/batch.json    of batches: names, seeds that were drawn, what is done, what failed
 
 The keys say everything that the content depends on. Imports neither jax nor torch.
 """
@@ -14,40 +16,52 @@ import hashlib
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tpuvid.artifacts import (
     EMBEDDINGS,
     LATENTS,
+    check_seal,
     digest_of,
     load_conditioning,
     read_latents,
     save_conditioning,
     save_latents,
+    sealed,
     write_json,
 )
 from tpuvid.checkpoint import read_json
 from tpuvid.errors import InputError
 from tpuvid.locks import WORK_FOLDER, remove_if_empty
-from tpuvid.record import check_seal, sealed
 from tpuvid.stages import Conditioning, GenerationConfig, Latents
 
-BATCH = "batch.json"
+BATCH, BEGUN = "batch.json", "begun.json"
 FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The stage files of videos that are written to `output_dir`, made with `origin`: checkpoint and options."""
+    """The stage files of videos that are written to `output_dir`."""
 
     output_dir: Path
-    origin: Mapping[str, Any]
+    name: str
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Of the files: checkpoint and options."""
 
     @property
     def folder(self) -> Path:
-        return self.output_dir / WORK_FOLDER
+        return self.output_dir / WORK_FOLDER / self.name
+
+    def begin(self, video: Path) -> None:
+        """Note that `video` is going to be written, before any file of it is."""
+        write_json(self.folder / BEGUN, {"video": video.name}, overwrite=True)
+
+    def was_begun(self, video: Path) -> bool:
+        """Whether files of `video` may stand there without the mp4, which is written last."""
+        noted = self.folder / BEGUN
+        return not video.exists() and noted.exists() and read_json(noted).get("video") == video.name
 
     def embeddings(self, config: GenerationConfig) -> Path:
         """The folder of stage 1's file."""
@@ -57,10 +71,13 @@ class Work:
 
     def latents(self, config: GenerationConfig) -> Path:
         """The folder of stage 2's file."""
-        return self._folder("latents", config.to_dict() | {"fps": None})
+        return self._folder("latents", without_fps(config))
 
     def _folder(self, kind: str, asked: Mapping[str, Any]) -> Path:
-        return self.folder / f"{kind}-{digest_of([self.origin, asked])[:16]}"
+        return self.folder / f"{kind}-{self._key(asked)}"
+
+    def _key(self, asked: Mapping[str, Any]) -> str:
+        return digest_of([self.origin, asked])[:16]
 
     def load_embeddings(self, config: GenerationConfig) -> Conditioning | None:
         """None where there are none, or none that are whole."""
@@ -76,15 +93,21 @@ class Work:
     def save_latents(self, config: GenerationConfig, latents: Latents) -> None:
         save_latents(self.latents(config), latents, overwrite=True)
 
-    def kept(self, config: GenerationConfig) -> bool:
-        """Whether anything of this video's denoising is kept."""
-        return (self.latents(config) / LATENTS).exists() or any(self.folder.glob("denoising-*"))
+    def holds_latents(self) -> bool:
+        """Whether anything of a denoising is kept, be it a checkpoint."""
+        return any(self.folder.glob("denoising-*")) or any(self.folder.glob("latents-*/*.safetensors"))
 
     def drop(self, *folders: Path) -> None:
         """What is not needed any more."""
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         remove_if_empty(self.folder)
+        remove_if_empty(self.folder.parent)
+
+
+def without_fps(config: GenerationConfig) -> dict[str, Any]:
+    """What latents depend on."""
+    return config.to_dict() | {"fps": None}
 
 
 def _whole(load: Callable[[Path], Any], path: Path) -> Any:
@@ -117,12 +140,7 @@ class Manifest:
             or not isinstance(value.get("drawn"), dict)
         ):
             raise InputError(f"{self.path}: is not what a batch of this tpuvid writes; choose another --output-dir")
-        try:
-            check_seal(self.path, value)
-        except InputError:
-            raise InputError(
-                f"{self.path}: is damaged (its checksum is another); remove it, and the videos beside it are made again with --overwrite"
-            ) from None
+        check_seal(self.path, value, "remove it, and the videos beside it are made again with --overwrite")
         self.videos, self.drawn, self.pages = value["videos"], value["drawn"], bool(value.get("pages"))
 
     def seed(self, request: Mapping[str, Any], draw: Callable[[], int]) -> int:
@@ -134,9 +152,18 @@ class Manifest:
         entry, path = self.videos.get(name, {}), self.path.parent / name
         return entry.get("key") == key and path.is_file() and "sha256" in entry and file_sha256(path) == entry["sha256"]
 
+    def all_done(self) -> bool:
+        """Whether nothing of any batch in this folder is missing or has failed, so that none needs what is kept for it."""
+        return all("sha256" in entry for entry in self.videos.values())
+
     def was_begun(self, name: str, key: str) -> bool:
         """Whether files of this video may stand there without the mp4, which is written last."""
         return self.videos.get(name, {}).get("key") == key and not (self.path.parent / name).exists()
+
+    def begin(self, keys: Mapping[str, str]) -> None:
+        """Note the videos that are going to be made, by name, and the seeds that were drawn for them, before any work is done."""
+        self.videos |= {name: {"key": key, "state": "missing"} for name, key in keys.items()}
+        self.save()
 
     def note(self, name: str, key: str, **about: Any) -> None:
         """What has become of a video, kept at once."""

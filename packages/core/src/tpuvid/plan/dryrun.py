@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from tpuvid.checkpoint import Checkpoint, ConfigsOnly
+from tpuvid.control import Loop
 from tpuvid.layout import MeshConfig
 from tpuvid.mesh import layout_of
 from tpuvid.plan.bundles import Grid, pallas_grids
