@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tpuvid.schedule import advance, tabulate
+from tpuvid.schedule import Schedule, advance, estimate, tabulate
 
 FLOW_UNIPC = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
@@ -76,3 +76,47 @@ def test_undefined_samples_are_refused():
 def test_two_evaluations_per_step_are_refused():
     with pytest.raises(ValueError, match="more than once per step"):
         tabulate(diffusers.HeunDiscreteScheduler(), 4)
+
+
+@pytest.mark.parametrize(
+    "scheduler, denoised",
+    [
+        (diffusers.UniPCMultistepScheduler(**FLOW_UNIPC), lambda s, i: (1.0, -float(s.sigmas[i]))),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0), lambda s, i: (1.0, -float(s.sigmas[i]))),
+        (
+            diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"),
+            lambda s, i: (float(s.alphas_cumprod[int(s.timesteps[i])]) ** 0.5, -float(1 - s.alphas_cumprod[int(s.timesteps[i])]) ** 0.5),
+        ),
+    ],
+    ids=["UniPC", "Euler", "DDIM"],
+)  # fmt: skip
+def test_the_denoised_sample_follows_from_two_states(scheduler, denoised):
+    """Without the model's output, which no program gives back."""
+    schedule = tabulate(scheduler, 6)
+    scheduler.set_timesteps(6)
+    rng = np.random.default_rng(0)
+    state = np.zeros((schedule.memories + 1, 7), np.float32)
+    state[0] = rng.normal(size=7)
+    for step in range(6):
+        output = rng.normal(size=7).astype(np.float32)
+        after = np.asarray(advance(jnp.asarray(schedule.weights[step]), jnp.asarray(state), jnp.asarray(output)))
+        a, b = denoised(scheduler, step)
+        expected = a * state[0] + b * output if step < 5 else after[0]
+        np.testing.assert_allclose(estimate(schedule, step, state, after), expected, rtol=0, atol=1e-4)
+        state = after
+
+
+def test_ddims_estimate_is_the_schedulers_own():
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    schedule = tabulate(scheduler, 5)
+    scheduler.set_timesteps(5)
+    sample, output = torch.randn(2, 1, 1, 1, 9, dtype=torch.float64)
+    own = scheduler.step(output, scheduler.timesteps[2], sample, return_dict=True).pred_original_sample
+    a, b = schedule.denoised[2]
+    torch.testing.assert_close(a * sample + b * output, own, rtol=1e-5, atol=1e-5)
+
+
+def test_where_nothing_is_known_the_sample_is_shown():
+    schedule = Schedule(np.arange(2.0), np.ones((2, 1, 2), np.float32))
+    after = np.ones((1, 3), np.float32)
+    assert np.array_equal(estimate(schedule, 0, 2 * after, after), after[0])

@@ -15,7 +15,8 @@ SAVING = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cach
 def on_eight_devices(folder: Path, settings: dict, weight: str) -> dict:
     """Under "layouts", by layout: the relative errors of embeddings and latents (with DeepCache and a window too), how `weight` is split, and the meshes.
 
-    Under "strips", by size: the relative error of frames, and into how many strips they were split.
+    Under "strips", by size: the relative error of frames, and into how many strips they were split. Under "batch": those of two
+    videos in one batch over dp=4, against each alone on one device.
     """
     env = {k: v for k, v in os.environ.items() if not k.startswith("TPUVID_")}
     env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
@@ -47,7 +48,24 @@ def main(folder: str, settings: dict, weight: str) -> dict:
             "mesh": dict(denoiser.mesh.shape),
             "encoders": [dict(e.mesh.shape) for e in (encoder, *vars(encoder).values()) if hasattr(e, "mesh")],
         }
-    return {"layouts": results, "strips": in_strips(folder)}
+    return {"layouts": results, "strips": in_strips(folder), "batch": in_batch(folder, settings)}
+
+
+def in_batch(folder: str, settings: dict) -> dict:
+    import numpy as np
+    import tpuvid
+
+    alone, together = tpuvid.load(folder, mesh="dp=1"), tpuvid.load(folder, mesh="dp=4,tp=2")
+    configs = [
+        alone.spec.configure(**settings | {"prompt": prompt, "seed": i}) for i, prompt in enumerate(('a red "cat"', "a dog"))
+    ]
+    conditionings = [alone.encode_config(config, negative=True) for config in configs]
+    found = together.denoise_batch(conditionings, configs)
+    expected = [alone.denoise_config(*each) for each in zip(conditionings, configs)]
+    errors = [
+        float(np.abs(a.latents - b.latents).max() / np.abs(b.latents).max()) for a, b in zip(found, expected, strict=True)
+    ]
+    return {"errors": errors, "mesh": dict(together._opened["denoise"].mesh.shape)}
 
 
 def in_strips(folder: str) -> list[dict]:

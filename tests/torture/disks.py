@@ -30,6 +30,8 @@ def torture(work: Path, count: int, rng: random.Random) -> Counter:
         assert outcome.code in (0, 1, 2, 3) and (outcome.code == 0 or outcome.err.strip()), outcome
         finished: dict[Path, str] = {}
         check_folder(folder, finished)
+        if "--overwrite" in scenario.arguments(folder):
+            finished.clear()
         again = run(scenario.arguments(folder), work)
         assert again.code == 0, again.err
         check_folder(folder, finished)

@@ -32,6 +32,11 @@ def test_frames_in_strips_are_those_of_one_device(parity):
     assert max(strips["error"] for strips in parity["strips"]) <= 1e-5
 
 
+def test_videos_of_a_batch_are_split_over_dp(parity):
+    assert parity["batch"]["mesh"] == {"dp": 4, "sp": 1, "tp": 2}
+    assert max(parity["batch"]["errors"]) <= 1e-5
+
+
 def test_layouts_are_really_used(results):
     assert results["dp=2,tp=4"]["spec"] == [None, "tp", None] and results["dp=2,sp=4,fsdp"]["spec"][1:] != [None, None]
     assert results["None"]["mesh"] == {"dp": 2, "sp": 4, "tp": 1}, "eight devices, guidance"

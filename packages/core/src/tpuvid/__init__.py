@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tpuvid.control import Cancelled, CancelToken, Control
 from tpuvid.errors import InputError, TpuvidError
 
 if TYPE_CHECKING:
     from tpuvid.pipeline import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "TpuvidError", "load"]
+__all__ = ["CancelToken", "Cancelled", "Control", "InputError", "TpuvidError", "load"]
 
 
 def load(model: str, **options: Any) -> Pipeline:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from tpuvid.control import Loop
     from tpuvid.runtime import Runtime
 
-API_VERSION = 1
+API_VERSION = 2
+"""2: `Denoiser.denoise` takes a `Loop` and makes batches."""
 OPTIONAL_SETTINGS = {
     "flow_shift": "flow-matching schedule",
     "use_dynamic_cfg": "dynamic guidance",
