@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import tpuvid
-from tpuvid.control import EXIT_INTERRUPTED
+from tpuvid.control import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
 from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.options import (
     config_option,
@@ -67,8 +67,8 @@ def run(argv: list[str] | None = None) -> int:
     except click.ClickException as error:
         usage = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
         return _fail(error.format_message().replace("\n", " ") + usage, error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted", EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, click.Abort) as error:
+        return _fail("interrupted", EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing is left to say
         return 1

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where there is no step to finish."""
+
+
 class Cancelled(TpuvidError):
     """A run that was stopped by its `CancelToken`, after a whole step."""
 

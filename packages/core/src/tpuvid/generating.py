@@ -233,6 +233,10 @@ class Generation:
                     pipe.check_pack(config)
                 work = replace(missing[0].work, origin=self.origin() | self._of_run(pipe))
                 if not self.many:
+                    if work.holds_latents() and not self.resume:
+                        click.echo(
+                            "tpuvid: something of this video is kept from an earlier run; --resume would go on there", err=True
+                        )
                     work.begin(missing[0].outputs.video)
                 jobs = [self._job(want, config, manifest) for want, config in zip(missing, configs)]
                 control = self._control(cancel, work, missing)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tpuvid.errors import InputError, TpuvidError
+from tpuvid.errors import InputError
 
 WORK_FOLDER = ".tpuvid"
 """Beside the results: locks, and work that is not done yet."""
@@ -22,7 +22,7 @@ WORK_FOLDER = ".tpuvid"
 def locked(path: Path) -> Iterator[None]:
     """`path`, which need not exist, for this process alone.
 
-    Raises `InputError` where another process has it, saying which, and `TpuvidError` where no lock can be had.
+    Raises `InputError` where another process has it, saying which, and where no lock can be had.
     """
     folder = path.parent if path.parent.name == WORK_FOLDER else path.parent / WORK_FOLDER
     lock = folder / f"{path.name}.lock"
@@ -80,9 +80,9 @@ def _acquire(lock: Path, path: Path) -> int:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileNotFoundError, FileExistsError) as error:  # another process has removed the folder in between
             if lock.parent.is_file():
-                raise TpuvidError(f"{lock.parent}: is a file, and a folder is needed; choose another place") from error
+                raise InputError(f"{lock.parent}: is a file, and a folder is needed; choose another place") from error
         except OSError as error:
-            raise TpuvidError(f"{lock}: can't be made ({error.strerror}); choose another place") from None
+            raise InputError(f"{lock}: can't be made ({error.strerror}); choose another place") from None
         else:
             if _take(handle, lock, path):
                 return handle
@@ -104,7 +104,7 @@ def _take(handle: int, lock: Path, path: Path) -> bool:
         raise InputError(f"{path}: {holder} is at work on it; wait for that to end, or choose another place") from None
     except OSError as error:
         os.close(handle)
-        raise TpuvidError(f"{lock}: can't be locked ({error.strerror}); choose another place") from None
+        raise InputError(f"{lock}: can't be locked ({error.strerror}); choose another place") from None
 
 
 def _is(lock: Path, handle: int) -> bool:

@@ -41,8 +41,9 @@ class Checkpoints:
         path = self.folder / f"denoising-{self.key}-{state.step:05d}.safetensors"
         tensors = {"state": state.state, "generators": state.generators}
         write_tensors(path, tensors, {"run": self.key, "step": state.step, **self._named()}, overwrite=True)
-        for old in self.files()[KEPT:]:
-            old.unlink(missing_ok=True)
+        older = [other for other in self.files() if other.name <= path.name]  # later ones are of a run that wasn't gone on with
+        for other in older[KEPT:]:
+            other.unlink(missing_ok=True)
         return path
 
     def _named(self) -> dict[str, Any]:

@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from tpuvid.control import EXIT_INTERRUPTED, EXIT_TERMINATED, CancelToken
+from tpuvid.control import EXIT_INTERRUPTED, EXIT_TERMINATED, CancelToken, Terminated
 
 EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where there is no step to finish."""
 
 
 @contextmanager

@@ -156,6 +156,10 @@ def video_size(path: Path) -> dict[str, Any]:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise InputError(
+                    f"{path}: holds pictures that nothing here can decode; it is damaged, or another tool's: fetch it again"
+                )
             frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
             return {"width": stream.width, "height": stream.height, "frames": frames, "fps": float(stream.average_rate or 0)}
     except (av.error.FFmpegError, OSError, IndexError) as error:
