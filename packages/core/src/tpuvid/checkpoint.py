@@ -137,14 +137,16 @@ def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
     Raises `InputError` where it is none of them, or its family has no plugin.
     """
     known = registry()
-    if not model or "\0" in model:
-        raise InputError(
-            f"model {'is empty' if not model else 'holds a null byte'}; give a registered id, a diffusers folder or a Hub id"
-        )
+    if not model:
+        raise InputError("model is empty; give a registered id, a diffusers folder or a Hub id")
     if model in known.models:
         spec = known.models[model]
         return spec, _registered_checkpoint(spec)
     path = Path(model).expanduser()
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # too long, or a null byte
+        raise InputError(f"model {model[:40]!r}…: can't be the name of a folder ({error.args[-1]}); give a shorter one") from None
     if path.exists() or model.startswith((".", "/", "~")):
         if not path.is_dir():
             problem = "is a file" if path.exists() else "does not exist"

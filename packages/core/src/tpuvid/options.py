@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -86,6 +88,11 @@ class _FilePath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         if "\0" in str(value):
             self.fail("holds a null byte, which no name of a file has", param, context)
+        try:
+            os.stat(value)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                self.fail(f"{str(value)[:40]}…: is longer than a file's name can be", param, context)
         return super().convert(value, param, context)
 
 
