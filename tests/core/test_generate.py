@@ -240,14 +240,22 @@ def test_metadata_leaves_the_pictures_as_they_are(tmp_path):
     assert packets[0] == packets[1] and [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
-def test_what_is_to_be_left_out_is_left_out(tmp_path, capsys):
-    secret = "a red circle moving right"
+def test_what_is_to_be_left_out_is_left_out(tmp_path, capsys, monkeypatch):
+    secret = "a zqxwred circle moving right"
     assert (
         generate("--prompt", secret, "--negative-prompt", secret, "--output-dir", tmp_path / "a", "--no-prompt-in-metadata")
         == 0
     )
     (video,) = (tmp_path / "a").glob("*.mp4")
-    assert video.name.startswith("video_42_") and not any(b"red" in path.read_bytes() for path in (tmp_path / "a").rglob("*.*"))
+    assert video.name.startswith("video_42_") and not any(
+        b"zqxw" in path.read_bytes() for path in (tmp_path / "a").rglob("*.*")
+    )
+    monkeypatch.chdir(tmp_path)
+    assert generate("--prompt", secret, "--sweep", "seed=1,2", "--no-prompt-in-metadata") == 0
+    assert (tmp_path / "outputs" / "video_sweep" / "index.html").exists()
+    assert not any(
+        "zqxw" in path.name or (path.is_file() and b"zqxw" in path.read_bytes()) for path in Path("outputs").rglob("*")
+    )
     assert generate("--prompt", secret, "-o", tmp_path / "b.mp4", "--no-metadata") == 0
     assert read_metadata(tmp_path / "b.mp4") is None and not (tmp_path / "b.json").exists()
     capsys.readouterr()

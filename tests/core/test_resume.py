@@ -224,3 +224,19 @@ def test_a_preview_is_an_animated_png(pipe, conditioning, tmp_path, monkeypatch)
     kept.write_text("{}")
     with pytest.raises(InputError, match="is damaged; remove it"):
         pipe.denoise(conditioning, control=control, **SMALL)
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "hunyuan"])
+def test_other_families_have_previews_too(family, tmp_path, monkeypatch):
+    """Latents that lie otherwise while they are denoised; VAEs that compress otherwise."""
+    from cogvideox.random_checkpoint import RandomCogVideoX
+    from hunyuan.random_checkpoint import RandomHunyuan
+
+    monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))
+    checkpoint = {"cogvideox": RandomCogVideoX(), "hunyuan": RandomHunyuan()}[family]
+    pipe = tpuvid.load(str(checkpoint.save(tmp_path / "model")))
+    size = {"cogvideox": dict(height=32, width=48), "hunyuan": dict(height=64, width=96)}[family]
+    control = Control(preview=tmp_path / "p.png", preview_every=2)
+    pipe.denoise(pipe.encode("a cat"), control=control, num_frames=9, num_inference_steps=2, **size)
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.n_frames == 3 and picture.size == (258, 172)

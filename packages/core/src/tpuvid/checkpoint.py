@@ -146,7 +146,9 @@ def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
     try:
         path.exists()
     except (OSError, ValueError) as error:  # too long, or a null byte
-        raise InputError(f"model {model[:40]!r}…: can't be the name of a folder ({error.args[-1]}); give a shorter one") from None
+        raise InputError(
+            f"model {model[:40]!r}…: can't be the name of a folder ({error.args[-1]}); give a shorter one"
+        ) from None
     if path.exists() or model.startswith((".", "/", "~")):
         if not path.is_dir():
             problem = "is a file" if path.exists() else "does not exist"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -53,6 +54,10 @@ class Keeping:
     @property
     def folder(self) -> Path:
         return self.output.parent if self.output else self.output_dir or OUTPUTS
+
+    def stem(self, prompt: str) -> str:
+        """What a name may say of the prompt."""
+        return slug(prompt) if self.prompt_in_metadata else "video"
 
     def video(self, name: str) -> Path:
         return self.output or self.folder / name
@@ -126,7 +131,8 @@ class Generation:
     def wanted(self, manifest: Manifest | None) -> list[Wanted]:
         """Every video, with its name; raises `InputError` for one that can't be made or written."""
         origin, tiling = self.origin(), self.options["vae_tiling"]
-        configs = [self._config(item, i, manifest) for i, item in enumerate(self.items)]
+        drawn: Counter = Counter()
+        configs = [self._config(item, drawn, manifest) for item in self.items]
         keys = [digest_of([origin, tiling, config.to_dict()])[:16] for config in configs]
         names = self._names(configs, keys)
         found = []
@@ -137,18 +143,20 @@ class Generation:
             found.append(Wanted(item=item, config=config, key=key, work=work, outputs=outputs))
         return found
 
-    def _config(self, item: Item, number: int, manifest: Manifest | None) -> GenerationConfig:
+    def _config(self, item: Item, drawn: Counter, manifest: Manifest | None) -> GenerationConfig:
+        """Checked, with a seed; of requests that are alike, `drawn` counts those that have had one drawn."""
         try:
             config = self.spec.configure(**{**self.settings, **item.settings})
             if pack := self.options.get("pack"):
                 pack.check(settings_key(self.spec, config))
         except InputError as error:
             item.raise_as(error)
-        drawn = config.with_drawn_seed()
-        if drawn is not config and manifest is not None:
-            seed = manifest.seed([self.spec.model_id, config.to_dict(), number], lambda: drawn.seed)
-            drawn = replace(config, seed=seed)
-        return drawn
+        with_seed = config.with_drawn_seed()
+        if with_seed is config or manifest is None:
+            return with_seed
+        drawn[config] += 1
+        request = [self.spec.model_id, config.to_dict(), drawn[config]]
+        return replace(config, seed=manifest.seed(request, lambda: with_seed.seed))
 
     def _names(self, configs: Sequence[GenerationConfig], keys: Sequence[str]) -> list[str]:
         first: dict[str, Item] = {}
@@ -163,15 +171,15 @@ class Generation:
             return [f"{self._stem(configs[0])}_{time.strftime('%Y%m%d-%H%M%S')}.mp4"]
         names = [item.output or self._stem(config, item.swept) for item, config in zip(self.items, configs)]
         names = [name if name.endswith(".mp4") else f"{name}.mp4" for name in names]
+        times = Counter(names)
         for item, name in zip(self.items, names):
-            if item.output and names.count(name) > 1:
+            if item.output and times[name] > 1:
                 raise InputError(f"{item.where}: output={item.output!r}: is the name of two videos; give each its own")
-        shared = {name for name in names if names.count(name) > 1}
-        return [f"{name[:-4]}_{key[:6]}.mp4" if name in shared else name for name, key in zip(names, keys)]
+        return [f"{name[:-4]}_{key[:6]}.mp4" if times[name] > 1 else name for name, key in zip(names, keys)]
 
     def _stem(self, config: GenerationConfig, values: Mapping[str, Any] = {}) -> str:
         """Prompt, seed and what was swept: "a-red-circle_42_guidance-scale-4.0"."""
-        words = [slug(config.prompt) if self.keeping.prompt_in_metadata else "video", str(config.seed)]
+        words = [self.keeping.stem(config.prompt), str(config.seed)]
         words += [f"{name}-{value}" for name, value in values.items() if name != "seed"]
         return "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word.replace("_", "-")) for word in words)
 
@@ -185,6 +193,9 @@ class Generation:
                 self._check_pages(manifest)
             wanted = self.wanted(manifest)
             missing = [want for want in wanted if not self._is_done(want, manifest)]
+            if manifest is None:
+                held.enter_context(locked(wanted[0].outputs.video))
+                held.enter_context(locked(wanted[0].work.folder))
             for want in missing:
                 try:
                     want.outputs.check()
@@ -192,9 +203,6 @@ class Generation:
                     want.item.raise_as(error)
             if manifest:
                 manifest.begin({want.name: want.key for want in missing})
-            else:
-                held.enter_context(locked(wanted[0].outputs.video))
-                held.enter_context(locked(wanted[0].work.folder))
             failed = self._make(missing, manifest, load) if missing else {}
             if isinstance(failed, int):
                 return failed
@@ -309,17 +317,21 @@ class Generation:
         if manifest.all_done():
             wanted[0].work.drop(wanted[0].work.folder)
         if self.is_sweep:
-            cells = [
-                Cell(want.config.prompt, want.item.swept, None if want.name in failed else want.outputs.video)
-                for want in wanted
-            ]
-            for name, path in write_pages(self.folder, cells).items():
+            for name, path in write_pages(self.folder, self._cells(wanted, failed)).items():
                 click.echo(f"{name}: {path}")
         there = len(wanted) - len(missing)
         click.echo(f"videos: {len(missing) - len(failed)} made, {there} there already, {len(failed)} failed; in {self.folder}")
         if failed:
             click.echo("the same command tries again what failed, and only that", err=True)
         return EXIT_SOME_FAILED if failed else 0
+
+    def _cells(self, wanted: Sequence[Wanted], failed: Mapping[str, str]) -> list[Cell]:
+        prompts = list(dict.fromkeys(want.config.prompt for want in wanted))
+        shown = {p: p if self.keeping.prompt_in_metadata else f"prompt {i + 1}" for i, p in enumerate(prompts)}
+        return [
+            Cell(shown[want.config.prompt], want.item.swept, None if want.name in failed else want.outputs.video)
+            for want in wanted
+        ]
 
     def _say_stopped(self, error: BaseException, work: Work | None, missing: Sequence[Wanted]) -> None:
         kept = work and (self.many or work.holds_latents())
@@ -363,7 +375,7 @@ def plan_generation(
             f"--save-frames writes one stage3_frames.safetensors, and {len(items)} videos are asked for; make them one by one"
         )
     if axes and not keeping.output_dir:
-        keeping = replace(keeping, output_dir=OUTPUTS / f"{slug(items[0].settings['prompt'])}_sweep")
+        keeping = replace(keeping, output_dir=OUTPUTS / f"{keeping.stem(items[0].settings['prompt'])}_sweep")
     return Generation(
         model=model, spec=spec, checkpoint=checkpoint, options=options, keeping=keeping, items=items, settings=settings,
         many=many, **how,
