@@ -229,17 +229,17 @@ def _download(repo_id: str, pattern: str) -> Path:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint folder; raises `InputError` for anything else."""
+def read_json(path: Path, remedy: str = "download the checkpoint again") -> dict[str, Any]:
+    """A JSON object, by default from a checkpoint folder; raises `InputError` for anything else."""
     try:
         check_size(path)
         value = parse_json(path, path.read_text("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: is missing; the folder is no complete diffusers checkpoint") from None
+        raise InputError(f"{path}: is missing; {remedy}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is no readable JSON ({error}); download the checkpoint again") from None
+        raise InputError(f"{path}: is no readable JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, not a JSON object; download the checkpoint again")
+        raise InputError(f"{path}: holds a {type(value).__name__}, not a JSON object; {remedy}")
     return value
 
 

@@ -75,19 +75,20 @@ def read_record(path: Path) -> dict[str, Any]:
     from tpuvid.checkpoint import read_json
     from tpuvid.video import read_metadata
 
+    remedy = "take the .mp4 or the .json beside it, or fetch it again"
     if not path.is_file():
         raise InputError(f"{path}: is no file; give an .mp4 that tpuvid made, or the .json beside it")
-    record = read_json(path) if path.suffix == ".json" else read_metadata(path)
+    record = read_json(path, remedy) if path.suffix == ".json" else read_metadata(path)
     if record is None and path.with_suffix(".json").is_file():
         path = path.with_suffix(".json")
-        record = read_json(path)
+        record = read_json(path, remedy)
     if record is None or "record_version" not in record:
         raise InputError(f"{path}: holds no record of how it was made (another tool's, or --no-metadata)")
     if record["record_version"] != RECORD_VERSION:
         raise InputError(
             f"{path}: its record is of version {record['record_version']!r}, this tpuvid reads {RECORD_VERSION}; upgrade it"
         )
-    check_seal(path, record, "take the .json beside it, or fetch it again")
+    check_seal(path, record, remedy)
     return record
 
 

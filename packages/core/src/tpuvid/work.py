@@ -60,8 +60,10 @@ class Work:
 
     def was_begun(self, video: Path) -> bool:
         """Whether files of `video` may stand there without the mp4, which is written last."""
-        noted = self.folder / BEGUN
-        return not video.exists() and noted.exists() and read_json(noted).get("video") == video.name
+        try:
+            return not video.exists() and read_json(self.folder / BEGUN).get("video") == video.name
+        except InputError:
+            return False
 
     def embeddings(self, config: GenerationConfig) -> Path:
         """The folder of stage 1's file."""
@@ -133,14 +135,15 @@ class Manifest:
         """Whether the folder's index page and sheet are this batch's."""
         if not self.path.exists():
             return
-        value = read_json(self.path)
+        remedy = "remove it, and the videos beside it are made again with --overwrite"
+        value = read_json(self.path, remedy)
         if (
             value.get("format") != FORMAT
             or not isinstance(value.get("videos"), dict)
             or not isinstance(value.get("drawn"), dict)
         ):
             raise InputError(f"{self.path}: is not what a batch of this tpuvid writes; choose another --output-dir")
-        check_seal(self.path, value, "remove it, and the videos beside it are made again with --overwrite")
+        check_seal(self.path, value, remedy)
         self.videos, self.drawn, self.pages = value["videos"], value["drawn"], bool(value.get("pages"))
 
     def seed(self, request: Mapping[str, Any], draw: Callable[[], int]) -> int:
