@@ -174,6 +174,11 @@ def _bytes(value: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_of(value: Any) -> str:
     """SHA-256 of JSON-ready data, whatever the order of its keys."""
     return hashlib.sha256(_canonical(value)).hexdigest()

@@ -10,22 +10,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tpuvid.control import Cancelled, Control
-from tpuvid.errors import InputError
+from tpuvid.errors import InputError, TpuvidError
 from tpuvid.outputs import Outputs, Written
 from tpuvid.pipeline import Pipeline, batch_key
 from tpuvid.stages import Conditioning, GenerationConfig, Latents
+from tpuvid.stopping import raise_if_stopped
 from tpuvid.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One video. `on_ready` is given the mp4 just before it gets its name, `on_done` what was written."""
+    """One video. `on_ready` is given the mp4's hash just before the file gets its name, `on_done` what was written."""
 
     config: GenerationConfig
     """Resolved: see `Pipeline.resolve`."""
     outputs: Outputs
-    on_ready: Callable[[Path], None] = lambda mp4: None
+    on_ready: Callable[[str], None] = lambda sha256: None
     on_done: Callable[[Written], None] = lambda written: None
+
+
+class NotKept(TpuvidError):
+    """Latents that are there, and for which there is no room."""
 
 
 @dataclass(kw_only=True)
@@ -39,19 +44,25 @@ class Batch:
     """Videos that one denoising step computes, where they differ only in prompts and seeds."""
     resume: bool = False
     """Take what `work` has of them."""
+    alone: bool = False
+    """A failure is raised, not noted."""
     control: Control = field(default_factory=Control)
     failed: dict[int, Exception] = field(default_factory=dict)
     """By number of the job."""
 
     def run(self) -> dict[int, Exception]:
-        """What failed, by number of the job; where there is one job alone, its failure is raised."""
+        """What failed, by number of the job. Raises `KeyboardInterrupt` between two parts of the work where it was cancelled."""
         missing = [i for i, job in enumerate(self.jobs) if not (self.resume and self.work.load_latents(job.config))]
         self._encode(missing)
         self.pipe.free()
         groups = list(self._groups(missing))
         for place, group in enumerate(groups):
             self.pipe.runtime.progress.say(f"denoising {place + 1} of {len(groups)}")
-            self._denoise(group)
+            try:
+                self._denoise(group)
+            except NotKept:
+                if self.alone:
+                    raise
         self.pipe.free()
         for i in range(len(self.jobs)):
             self.pipe.runtime.progress.say(f"decoding {i + 1} of {len(self.jobs)}")
@@ -60,15 +71,16 @@ class Batch:
 
     def _try(self, numbers: Sequence[int], work: Callable[[Sequence[int]], None]) -> None:
         """`work` of the jobs that have not failed yet; what stops it is theirs alone."""
+        raise_if_stopped(self.control.cancel)
         numbers = [i for i in numbers if i not in self.failed]
         if not numbers:
             return
         try:
             work(numbers)
-        except Cancelled:
+        except (Cancelled, NotKept):
             raise
         except Exception as error:
-            if len(self.jobs) == 1:
+            if self.alone:
                 raise
             self.failed |= dict.fromkeys(numbers, error)
 
@@ -101,9 +113,10 @@ class Batch:
         if len(group) < 2:
             self._try(group, self._denoise_together)
             return
+        raise_if_stopped(self.control.cancel)
         try:
             self._denoise_together(group)
-        except Cancelled:
+        except (Cancelled, NotKept):
             raise
         except Exception as error:
             self.pipe.runtime.progress.say(f"a batch of {len(group)} failed ({error}); its videos are made one by one")
@@ -122,19 +135,31 @@ class Batch:
         return found
 
     def _keep(self, group: Sequence[int], found: Sequence[Latents]) -> None:
+        """Raises `NotKept` where a file can't be written, so that the checkpoints stay."""
+        unsaved = {}
         for i, latents in zip(group, found):
-
-            def keep(_: Sequence[int], config: GenerationConfig = self.jobs[i].config, latents: Latents = latents) -> None:
+            config = self.jobs[i].config
+            try:
                 latents.check()
+            except TpuvidError as error:
+                if self.alone:
+                    raise
+                self.failed[i] = error
+                continue
+            try:
                 self.work.save_latents(config, latents)
-
-            self._try([i], keep)
+            except TpuvidError as error:
+                unsaved[i] = error
+        if unsaved:
+            self.failed |= unsaved
+            raise NotKept(str(next(iter(unsaved.values()))))
 
     def _decode(self, numbers: Sequence[int]) -> None:
         job = self.jobs[numbers[0]]
         latents = self.work.load_latents(job.config)
         if latents is None:
             raise InputError(f"{self.work.latents(job.config)}: the latents are gone; run the command again")
-        written = job.outputs.write(self.pipe, latents, on_ready=job.on_ready)
+        go_on = lambda: raise_if_stopped(self.control.cancel)  # noqa: E731
+        written = job.outputs.write(self.pipe, latents, on_chunk=go_on, on_ready=job.on_ready)
         job.on_done(written)
         self.work.drop(self.work.latents(job.config))

@@ -240,6 +240,8 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpo
         checkpoint.require(spec.components["denoise"])
         with stoppable() as cancel:
             preview = output_dir / "stage2_preview.png"
+            if preview_every:
+                check_output(preview, overwrite=overwrite or resume)
             control = Control(
                 cancel=cancel, checkpoint_dir=output_dir / WORK_FOLDER, checkpoint_every=checkpoint_every, resume=resume,
                 preview=preview if preview_every else None, preview_every=preview_every or 1,
@@ -323,10 +325,14 @@ def reproduce(video: Path, output: Path | None, model: str | None, prompt: str |
     """Make a video again from the record in it; say what differs, and how far the new one is from it."""
     from tpuvid.locks import locked
     from tpuvid.outputs import Outputs
+    from tpuvid.record import printable
     from tpuvid.reproducing import Recorded, render
 
     recorded = Recorded.read(video, model=model, prompts={"prompt": prompt, "negative_prompt": negative_prompt})
-    outputs = Outputs(video=output or video.with_name(f"{video.stem}-reproduced.mp4"), overwrite=overwrite)
+    outputs = Outputs(
+        video=output or video.with_name(f"{video.stem}-reproduced.mp4"), overwrite=overwrite,
+        prompt_in_metadata="prompt" in recorded.record,
+    )  # fmt: skip
     options = recorded.options | ({"mesh": mesh} if mesh else {})
     with locked(outputs.video):
         outputs.check()
@@ -335,7 +341,7 @@ def reproduce(video: Path, output: Path | None, model: str | None, prompt: str |
         click.echo(json.dumps(found.to_dict(), indent=2))
         return
     click.echo(f"video: {found.video}")
-    click.echo(render(found))
+    click.echo(printable(render(found)))
 
 
 @cli.command("inspect")
@@ -344,9 +350,10 @@ def reproduce(video: Path, output: Path | None, model: str | None, prompt: str |
 def inspect_command(path: Path, as_json: bool) -> None:
     """How an mp4 was made; what a stage file, a folder of them, a pack or a checkpoint holds: tensors, settings, programs."""
     from tpuvid.describe import describe, render
+    from tpuvid.record import printable
 
     about = describe(path)
-    click.echo(json.dumps(about, indent=2) if as_json else render(about))
+    click.echo(json.dumps(about, indent=2) if as_json else printable(render(about)))
 
 
 @cli.command("compare")

@@ -48,7 +48,8 @@ class CancelToken:
         self.in_loop = False
         """Whether steps are being computed, so that cancelling is noticed soon and what was done is kept."""
 
-    def cancel(self) -> None:
+    def cancel(self, reason: int | None = None) -> None:
+        self.reason = reason
         self._event.set()
 
     @property
@@ -73,13 +74,13 @@ class Control:
     """
 
     cancel: CancelToken = field(default_factory=CancelToken)
-    checkpoint_dir: Path | None = None
+    checkpoint_dir: Path | str | None = None
     """Where the state of the run is kept; None: nowhere."""
     checkpoint_every: int | None = None
     """Steps from one checkpoint to the next; None: one is made only when the run is cancelled."""
     resume: bool = False
     """Go on from the last checkpoint of the very same run in `checkpoint_dir`, where there is one."""
-    preview: Path | None = None
+    preview: Path | str | None = None
     """An animated PNG, renewed while the run goes on."""
     preview_every: int = 1
     """Steps from one preview to the next."""
@@ -87,6 +88,9 @@ class Control:
     """Called with the latents of a run that is done, before its checkpoints are removed."""
 
     def __post_init__(self) -> None:
+        for name in ("checkpoint_dir", "preview"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(value))
         for name in ("checkpoint_every", "preview_every"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

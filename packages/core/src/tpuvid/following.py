@@ -29,8 +29,10 @@ class Follower:
         self.checkpoints, self.preview = checkpoints, preview
 
     def loop(self, seeds: tuple[int, ...]) -> Loop:
-        """What the denoiser is given."""
+        """What the denoiser is given. Raises `Cancelled` where that was asked for already."""
         self.seed = seeds[0]
+        if self.control.cancel.cancelled:
+            raise Cancelled(0, self.steps, None, self.seed)
         return Loop(
             seeds=seeds,
             after_step=self._after_step,

@@ -25,11 +25,11 @@ from tpuvid.locks import locked
 from tpuvid.lora import read_loras
 from tpuvid.outputs import Outputs, Written
 from tpuvid.packs import settings_key
-from tpuvid.record import read_record
+from tpuvid.record import is_written_as
 from tpuvid.stages import GenerationConfig, History, ModelSpec
 from tpuvid.stopping import exit_code, stoppable
 from tpuvid.sweep import INDEX_PAGE, SHEET, Cell, write_pages
-from tpuvid.work import BATCH, Manifest, Work, file_sha256, without_fps
+from tpuvid.work import BATCH, Manifest, Work, without_fps
 
 if TYPE_CHECKING:
     from tpuvid.batch import Job
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 EXIT_SOME_FAILED = 3
 OUTPUTS = Path("outputs")
-PREVIEW = "preview.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,35 +129,47 @@ class Generation:
 
     def wanted(self, manifest: Manifest | None) -> list[Wanted]:
         """Every video, with its name; raises `InputError` for one that can't be made or written."""
-        origin, tiling = self.origin(), self.options["vae_tiling"]
-        drawn: Counter = Counter()
-        configs = [self._config(item, drawn, manifest) for item in self.items]
-        keys = [digest_of([origin, tiling, config.to_dict()])[:16] for config in configs]
-        names = self._names(configs, keys)
+        origin, keeping = self.origin(), self.keeping
+        how = [self.options["vae_tiling"], keeping.metadata, keeping.prompt_in_metadata]
+        asked = [self._asked(item) for item in self.items]
+        name = "batch" if self.many else f"video-{digest_of([origin, without_fps(asked[0])])[:16]}"
+        work = Work(self.folder, name)
+        configs = self._with_seeds(asked, manifest, work)
+        keys = [digest_of([origin, how, config.to_dict()])[:16] for config in configs]
+        names = self._names(configs, keys, manifest)
         found = []
         for item, config, key, name in zip(self.items, configs, keys, names):
-            work = Work(self.folder, "batch" if self.many else f"video-{digest_of([origin, without_fps(config)])[:16]}")
             begun = manifest.was_begun(name, key) if manifest else self.resume and work.was_begun(self.keeping.video(name))
             outputs = self.keeping.outputs(name, request=key, overwrite=begun)
             found.append(Wanted(item=item, config=config, key=key, work=work, outputs=outputs))
         return found
 
-    def _config(self, item: Item, drawn: Counter, manifest: Manifest | None) -> GenerationConfig:
-        """Checked, with a seed; of requests that are alike, `drawn` counts those that have had one drawn."""
+    def _asked(self, item: Item) -> GenerationConfig:
         try:
             config = self.spec.configure(**{**self.settings, **item.settings})
             if pack := self.options.get("pack"):
                 pack.check(settings_key(self.spec, config))
         except InputError as error:
             item.raise_as(error)
-        with_seed = config.with_drawn_seed()
-        if with_seed is config or manifest is None:
-            return with_seed
-        drawn[config] += 1
-        request = [self.spec.model_id, config.to_dict(), drawn[config]]
-        return replace(config, seed=manifest.seed(request, lambda: with_seed.seed))
+        return config
 
-    def _names(self, configs: Sequence[GenerationConfig], keys: Sequence[str]) -> list[str]:
+    def _with_seeds(self, asked: Sequence[GenerationConfig], manifest: Manifest | None, work: Work) -> list[GenerationConfig]:
+        """With a drawn one where −1 is asked for, which stays the same for the same request."""
+        drawn: Counter = Counter()
+        configs = []
+        for config in asked:
+            with_seed = config.with_drawn_seed()
+            if with_seed is not config and manifest:
+                drawn[config] += 1  # of several that are alike, the first has the first seed
+                request = [self.spec.model_id, config.to_dict(), drawn[config]]
+                with_seed = replace(config, seed=manifest.seed(request, lambda seed=with_seed.seed: seed))
+            elif with_seed is not config and self.resume and (seed := work.seed()) is not None:
+                with_seed = replace(config, seed=seed)
+            configs.append(with_seed)
+        return configs
+
+    def _names(self, configs: Sequence[GenerationConfig], keys: Sequence[str], manifest: Manifest | None) -> list[str]:
+        """Of a batch they stay what they were, whatever is added to it."""
         first: dict[str, Item] = {}
         for item, key in zip(self.items, keys):
             if key in first:
@@ -167,7 +178,7 @@ class Generation:
                     "and would be the same video; change the seed, or leave it out"
                 )
             first[key] = item
-        if not self.many:
+        if manifest is None:
             return [f"{self._stem(configs[0])}_{time.strftime('%Y%m%d-%H%M%S')}.mp4"]
         names = [item.output or self._stem(config, item.swept) for item, config in zip(self.items, configs)]
         names = [name if name.endswith(".mp4") else f"{name}.mp4" for name in names]
@@ -175,7 +186,16 @@ class Generation:
         for item, name in zip(self.items, names):
             if item.output and times[name] > 1:
                 raise InputError(f"{item.where}: output={item.output!r}: is the name of two videos; give each its own")
-        return [f"{name[:-4]}_{key[:6]}.mp4" if times[name] > 1 else name for name, key in zip(names, keys)]
+        own = manifest.names()
+        taken = set(own.values())
+        found = []
+        for item, name, key in zip(self.items, names, keys):
+            if key in own and not item.output:
+                name = own[key]
+            elif not item.output and (times[name] > 1 or name in taken):
+                name = f"{name[:-4]}_{key[:6]}.mp4"
+            found.append(name)
+        return found
 
     def _stem(self, config: GenerationConfig, values: Mapping[str, Any] = {}) -> str:
         """Prompt, seed and what was swept: "a-red-circle_42_guidance-scale-4.0"."""
@@ -201,6 +221,8 @@ class Generation:
                     want.outputs.check()
                 except InputError as error:
                     want.item.raise_as(error)
+            if missing and (preview := self._preview(missing[0])):
+                check_output(preview, overwrite=self.keeping.overwrite or self.resume or bool(manifest and manifest.videos))
             if manifest:
                 manifest.begin({want.name: want.key for want in missing})
             failed = self._make(missing, manifest, load) if missing else {}
@@ -212,10 +234,7 @@ class Generation:
         """Whether the video stands there already, as this very request makes it; alone, it is looked for with --resume only."""
         if manifest:
             return manifest.is_done(want.name, want.key)
-        try:
-            return self.resume and want.outputs.video.exists() and read_record(want.outputs.video).get("request") == want.key
-        except InputError:
-            return False
+        return self.resume and is_written_as(want.outputs.video, want.key)
 
     def _check_pages(self, manifest: Manifest) -> None:
         if self.is_sweep and not manifest.pages:
@@ -245,20 +264,22 @@ class Generation:
                         click.echo(
                             "tpuvid: something of this video is kept from an earlier run; --resume would go on there", err=True
                         )
-                    work.begin(missing[0].outputs.video)
+                    work.begin(missing[0].outputs.video, configs[0].seed)
                 jobs = [self._job(want, config, manifest) for want, config in zip(missing, configs)]
                 control = self._control(cancel, work, missing)
                 resume = self.resume or self.many
-                batch = Batch(pipe=pipe, work=work, jobs=jobs, batch_size=self.batch_size, resume=resume, control=control)
+                batch = Batch(
+                    pipe=pipe, work=work, jobs=jobs, batch_size=self.batch_size, resume=resume, alone=not self.many, control=control
+                )  # fmt: skip
                 failed = batch.run()
                 finished = True
         except (KeyboardInterrupt, Cancelled) as error:
-            self._say_stopped(error, work, missing)
+            self._say_stopped(error, work)
             return exit_code(cancel, error)
         except Exception as error:
             if work is None or not work.holds_latents() or os.environ.get(DEBUG_VARIABLE):
                 raise
-            raise TpuvidError(f"{_reason(error)} ({self._how_to_go_on(missing)})") from error
+            raise TpuvidError(f"{_reason(error)} ({self._how_to_go_on()})") from error
         finally:
             if work and not self.many and not finished and not work.holds_latents():
                 work.drop(work.folder)  # there is nothing in it that took long
@@ -270,22 +291,26 @@ class Generation:
         return {"revision": pipe.revision(), "dtype": pipe.runtime.dtype.name}
 
     def _control(self, cancel: CancelToken, work: Work, missing: Sequence[Wanted]) -> Control:
-        video = missing[0].outputs.video
         return Control(
             cancel=cancel,
             checkpoint_dir=work.folder,
             checkpoint_every=self.checkpoint_every,
             resume=self.resume or self.many,
-            preview=None if self.preview_every is None else (self.folder / PREVIEW if self.many else preview_path(video)),
+            preview=self._preview(missing[0]),
             preview_every=self.preview_every or 1,
         )
+
+    def _preview(self, want: Wanted) -> Path | None:
+        if self.preview_every is None:
+            return None
+        return want.outputs.video.with_name(f"{'batch' if self.many else want.outputs.video.stem}.preview.png")
 
     def _job(self, want: Wanted, config: GenerationConfig, manifest: Manifest | None) -> Job:
         from tpuvid.batch import Job
 
-        def on_ready(mp4: Path) -> None:
+        def on_ready(sha256: str) -> None:
             if manifest:
-                manifest.note(want.name, want.key, state="done", seed=config.seed, sha256=file_sha256(mp4))
+                manifest.note(want.name, want.key, state="done", seed=config.seed, sha256=sha256)
 
         def on_done(written: Written) -> None:
             if self.many:
@@ -301,14 +326,14 @@ class Generation:
         self, wanted: Sequence[Wanted], missing: Sequence[Wanted], failed: Mapping[str, str], manifest: Manifest | None
     ) -> int:
         """The summary of many, the pages of a sweep, and the exit code."""
+        if preview := self._preview(wanted[0]):
+            preview.unlink(missing_ok=True)
         if manifest is None:
             (want,) = wanted
-            preview_path(want.outputs.video).unlink(missing_ok=True)
             want.work.drop(want.work.folder)
             if not missing:
                 click.echo(f"video: {want.outputs.video} (there already)")
             return 0
-        (self.folder / PREVIEW).unlink(missing_ok=True)
         for want in missing:
             if error := failed.get(want.name):
                 manifest.note(want.name, want.key, state="failed", seed=want.config.seed, error=error)
@@ -333,17 +358,16 @@ class Generation:
             for want in wanted
         ]
 
-    def _say_stopped(self, error: BaseException, work: Work | None, missing: Sequence[Wanted]) -> None:
+    def _say_stopped(self, error: BaseException, work: Work | None) -> None:
         kept = work and (self.many or work.holds_latents())
         at = f"stopped after step {error.done} of {error.total}" if isinstance(error, Cancelled) else "interrupted"
-        click.echo(f"tpuvid: {at}; {self._how_to_go_on(missing) if kept else 'nothing is kept'}", err=True)
+        click.echo(f"tpuvid: {at}; {self._how_to_go_on() if kept else 'nothing is kept'}", err=True)
 
-    def _how_to_go_on(self, missing: Sequence[Wanted]) -> str:
+    def _how_to_go_on(self) -> str:
         """What goes on where this run ended."""
         if self.many:
             return "what is done is kept; the same command goes on"
-        drawn = {**self.settings, **self.items[0].settings}.get("seed") == -1
-        return f"what is done is kept; the same command with {f'--seed {missing[0].config.seed} ' if drawn else ''}--resume goes on"
+        return "what is done is kept; the same command with --resume goes on"
 
 
 def plan_generation(
@@ -380,10 +404,6 @@ def plan_generation(
         model=model, spec=spec, checkpoint=checkpoint, options=options, keeping=keeping, items=items, settings=settings,
         many=many, **how,
     )  # fmt: skip
-
-
-def preview_path(video: Path) -> Path:
-    return video.with_name(f"{video.stem}.{PREVIEW}")
 
 
 def say_written(outputs: Outputs, written: Written) -> None:

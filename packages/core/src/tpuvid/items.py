@@ -22,7 +22,9 @@ SETTINGS = tuple(f.name for f in fields(GenerationConfig))
 ALIASES = {"steps": "num_inference_steps", "output_name": "output"}
 STDIN = "-"
 MOST_ITEMS = 100_000
-NAME = re.compile(r"[^\0-\x1f/\\]{1,200}")
+NAME = re.compile("[^\0-\x1f/\\\\\ud800-\udfff]{1,200}")
+RESERVED = ("batch", "batch.preview", "sweep", "index", "stage3_frames")
+"""Names that stand in the folder for something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def read_prompts(path: str) -> list[Item]:
     elif suffix in (".jsonl", ".ndjson") or (path == STDIN and text.lstrip().startswith("{")):
         rows = _json_rows(name, text)
     else:
-        rows = ((f"{name}, line {n}", {"prompt": line.strip()}) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        rows = ((f"{name}, line {n}", {"prompt": line.strip()}) for n, line in enumerate(text.split("\n"), 1) if line.strip())
     items = [_item(where, row) for where, row in itertools.islice(rows, MOST_ITEMS + 1)]
     if not items:
         raise InputError(f"{name}: holds no prompt; needs one per line")
@@ -70,6 +72,9 @@ def read_prompts(path: str) -> list[Item]:
 def _csv_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(text.splitlines(keepends=True), strict=True, skipinitialspace=True)
     try:
+        heading = reader.fieldnames or []
+        if len(set(heading)) < len(heading):
+            raise InputError(f"{name}, line 1: gives a setting twice")
         for row in reader:
             where = f"{name}, line {reader.line_num}"
             if None in row or None in row.values():
@@ -102,6 +107,8 @@ def _item(where: str, row: Mapping[str, Any]) -> Item:
         raise InputError(f"{where}: has no prompt")
     if output is not None and not (isinstance(output, str) and NAME.fullmatch(output) and not output.startswith(".")):
         raise InputError(f"{where}: output={output!r}: needs the plain name of a file; the folder is --output-dir")
+    if output is not None and output.removesuffix(".mp4").lower() in RESERVED:
+        raise InputError(f"{where}: output={output!r}: is kept for another file of the folder; choose another name")
     text = {name: value for name, value in values.items() if isinstance(value, str)}
     return Item(values | parse_settings(text, Path(where)), where, output)
 
@@ -171,7 +178,10 @@ def _values(word: str, name: str, text: str) -> list[Any]:
             values.append(part.strip())
     if "" in values or len(set(values)) < len(values):
         raise InputError(f"sweep {word!r}: a value is empty or given twice")
-    return [parse_settings({name: value}, Path("sweep"))[name] for value in values]
+    found = [parse_settings({name: value}, Path(f"sweep {word!r}")).get(name) for value in values]
+    if None in found:
+        raise InputError(f"sweep {word!r}: None is no value; leave it out")
+    return found
 
 
 def swept(items: Sequence[Item], axes: Mapping[str, Sequence[Any]]) -> list[Item]:

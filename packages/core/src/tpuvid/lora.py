@@ -5,7 +5,6 @@ W' = W + scale · up · down (arXiv:2106.09685), computed in float32, shard by s
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tpuvid.artifacts import file_sha256
 from tpuvid.checkpoint import Weights, readable_safetensors
 from tpuvid.errors import InputError
 
@@ -52,8 +52,7 @@ def read_loras(path: str | Path | None, scale: float) -> tuple[Lora, ...]:
 @lru_cache(maxsize=8)
 def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
     """Of a file with its size and time of change, by which it is known again without reading."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 @dataclass(frozen=True, slots=True)

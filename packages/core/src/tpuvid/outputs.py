@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpuvid.artifacts import FRAMES, FramesWriter, atomic_path, check_output
+from tpuvid.artifacts import FRAMES, FramesWriter, atomic_path, check_output, file_sha256, sealed
 from tpuvid.record import make_record
 
 if TYPE_CHECKING:
@@ -50,8 +50,16 @@ class Outputs:
         for path in self.files.values():
             check_output(path, overwrite=self.overwrite)
 
-    def write(self, pipe: Pipeline, latents: Latents, *, on_ready: Callable[[Path], None] = lambda mp4: None) -> Written:
-        """Decode `latents` into the files, chunk by chunk. `on_ready` is given the mp4 while it has no name of its own yet."""
+    def write(
+        self,
+        pipe: Pipeline,
+        latents: Latents,
+        *,
+        on_chunk: Callable[[], None] = lambda: None,
+        on_ready: Callable[[str], None] = lambda sha256: None,
+    ) -> Written:
+        """Decode `latents` into the files, chunk by chunk, with a call after each; `on_ready` is given the mp4's hash before the
+        file gets its name."""
         from tpuvid.video import ContactSheet, Mp4Writer, set_metadata
 
         sheet = ContactSheet()
@@ -68,6 +76,7 @@ class Outputs:
                     sheet.add(chunk[0])
                     if frames:
                         frames.write(chunk)
+                    on_chunk()
             shape = 1, video.frames, *chunk.shape[2:]
             config, history = pipe.decoded(latents, shape)
             record = make_record(
@@ -82,6 +91,9 @@ class Outputs:
             sheet.save(temporary["contact sheet"])
             if self.metadata:
                 set_metadata(temporary["video"], record)
-                temporary["settings"].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            on_ready(temporary["video"])
+            digest = file_sha256(temporary["video"])
+            if self.metadata:
+                beside = sealed({n: v for n, v in record.items() if n != "checksum"} | {"video_sha256": digest})
+                temporary["settings"].write_text(json.dumps(beside, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            on_ready(digest)
         return Written(record, video.frames)

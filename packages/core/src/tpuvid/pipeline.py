@@ -14,7 +14,7 @@ import numpy as np
 import tpuvid
 from tpuvid.artifacts import tensors_digest
 from tpuvid.checkpoint import Checkpoint, check_origin, resolve_model
-from tpuvid.control import Control
+from tpuvid.control import Cancelled, Control
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.following import Follower
 from tpuvid.lora import read_loras
@@ -108,7 +108,10 @@ class Pipeline:
         self.verify()
         config = self.resolve(config)
         self.check_pack(config)
-        return self.decode(self.denoise_config(self.encode_config(config), config, on_step=on_step, control=control))
+        latents = self.denoise_config(self.encode_config(config), config, on_step=on_step, control=control)
+        if control and control.cancel.cancelled:  # in the last step
+            raise Cancelled(config.num_inference_steps, config.num_inference_steps, None, config.seed)
+        return self.decode(latents)
 
     def encode(self, prompt: str, negative_prompt: str = "", *, max_sequence_length: int | None = None) -> Conditioning:
         """Stage 1: embed the prompt and the negative prompt."""
@@ -170,8 +173,14 @@ class Pipeline:
         Weights are read from memory once for all of them, and a mesh's dp splits them. Which videos share a batch may change
         the last bits of each. Raises `InputError` as `denoise` does; that latents are finite is left to `Latents.check`.
         """
+        if not configs or len(configs) != len(conditionings):
+            raise InputError(
+                f"{len(conditionings)} embeddings and {len(configs)} settings: a batch needs one of each per video"
+            )
         configs = [self.resolve(config) for config in configs]
         config = configs[0]
+        if other := next((c.prompt for c, e in zip(configs, conditionings) if c.prompt != e.prompt), None):
+            raise InputError(f"the embeddings are not of the prompt {other[:80]!r}; encode it")
         if len({batch_key(config) for config in configs}) != 1:
             raise InputError("the videos of a batch differ in more than prompts and seeds; denoise them apart")
         for conditioning in conditionings:

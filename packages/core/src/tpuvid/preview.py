@@ -18,7 +18,7 @@ import numpy as np
 from tpuvid.artifacts import atomic_path, digest_of, write_json
 from tpuvid.cache_folder import cache_folder
 from tpuvid.checkpoint import Checkpoint, weight_files
-from tpuvid.errors import InputError, TpuvidError
+from tpuvid.errors import InputError
 from tpuvid.video import to_uint8
 
 CLIPS, FRAMES, SIDE = 32, 9, 128
@@ -70,7 +70,7 @@ class Preview:
             return
         try:
             self.show(latents())
-        except TpuvidError as error:
+        except Exception as error:  # whatever it is, the video goes on
             warnings.warn(f"preview: {error}", stacklevel=1)
 
     def show(self, latents: np.ndarray) -> None:

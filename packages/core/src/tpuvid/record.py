@@ -10,6 +10,7 @@ Flat, JSON-ready: ``model_id``, every setting of `GenerationConfig`, and
     latents_sha256, frames_sha256    of float32 [1, C, f, h, w], and of uint8 [F, H, W, 3] before they are compressed
     request      a hash of all that was asked for
     record_version, checksum         of all this
+    video_sha256                     of the mp4: in the JSON file alone
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpuvid.artifacts import check_seal, sealed, tensors_digest
+from tpuvid.artifacts import check_seal, file_sha256, sealed, tensors_digest
 from tpuvid.errors import InputError
 from tpuvid.registry import registry
 
@@ -79,9 +80,12 @@ def read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: is no file; give an .mp4 that tpuvid made, or the .json beside it")
     record = read_json(path, remedy) if path.suffix == ".json" else read_metadata(path)
-    if record is None and path.with_suffix(".json").is_file():
-        path = path.with_suffix(".json")
-        record = read_json(path, remedy)
+    beside = path.with_suffix(".json")
+    if record is None and beside.is_file():
+        record = read_json(beside, remedy)
+        if record.get("video_sha256") != file_sha256(path):
+            raise InputError(f"{path}: holds no record of how it was made, and {beside.name} is another video's")
+        path = beside
     if record is None or "record_version" not in record:
         raise InputError(f"{path}: holds no record of how it was made (another tool's, or --no-metadata)")
     if record["record_version"] != RECORD_VERSION:
@@ -90,6 +94,20 @@ def read_record(path: Path) -> dict[str, Any]:
         )
     check_seal(path, record, remedy)
     return record
+
+
+def is_written_as(video: Path, request: str) -> bool:
+    """Whether `video` stands there as it was written for `request`, by the file beside it."""
+    try:
+        record = read_record(video.with_suffix(".json"))
+        return record.get("request") == request and record.get("video_sha256") == file_sha256(video)
+    except (InputError, OSError):
+        return False
+
+
+def printable(text: str) -> str:
+    """For a terminal, what a stranger's file says: control characters are replaced."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def versions(*packages: str | None) -> dict[str, str]:

@@ -82,15 +82,15 @@ class Recorded:
         if "prompt" not in settings:
             raise InputError(f"{path}: its record leaves out the prompts (--no-prompt-in-metadata); give --prompt")
         options, loras = record.get("options"), record.get("loras")
-        if not isinstance(options, dict) or not isinstance(loras, list) or not isinstance(record.get("model_id"), str):
+        if not _well_formed(record):
             raise InputError(f"{path}: its record is incomplete; take the .json beside it, or another copy")
         name = model or record["model_id"]
         try:
             spec, checkpoint = resolve_model(name)
         except InputError as error:
             raise InputError(f"{path}: was made by {name}, which can't be had here ({error}); pass --model") from None
-        if len(loras) > 1 or not all(isinstance(lora, dict) and {"path", "scale"} <= set(lora) for lora in loras):
-            raise InputError(f"{path}: its record names LoRAs that tpuvid can't merge; make it again by hand")
+        if len(loras) > 1:
+            raise InputError(f"{path}: its record names {len(loras)} LoRAs, and tpuvid merges one; make it again by hand")
         given = {name: options.get(name) for name in OPTIONS if options.get(name) is not None}
         given |= {"lora_path": lora["path"], "lora_scale": lora["scale"]} if (lora := next(iter(loras), None)) else {}
         config = spec.configure(**settings)
@@ -136,6 +136,25 @@ class Recorded:
         for stage in now:
             found.append((f"devices of {stage}", then.get(stage, {}).get("devices"), now[stage].get("devices")))
         return _differing(found)
+
+
+def _well_formed(record: Mapping[str, Any]) -> bool:
+    """Whether everything that is read of a record is of the kind that it should be: a stranger may have written it."""
+    texts = ("dtype", "attention_backend", "mesh", "text_encoder_device")
+    options, loras, history, found = (record.get(name) for name in ("options", "loras", "history", "versions"))
+    return (
+        isinstance(record.get("model_id"), str)
+        and isinstance(options, dict)
+        and all(isinstance(options.get(name), str | None) for name in texts)
+        and isinstance(options.get("vae_tiling"), bool | None)
+        and isinstance(loras, list)
+        and all(isinstance(lora, dict) and isinstance(lora.get("path"), str) and "scale" in lora for lora in loras)
+        and not any("\0" in lora["path"] for lora in loras)
+        and isinstance(history, dict)
+        and all(isinstance(stage, dict) for stage in history.values())
+        and isinstance(found, dict)
+        and all(isinstance(version, str) for version in found.values())
+    )
 
 
 def _differing(found: list[tuple[str, Any, Any]]) -> list[Difference]:

@@ -7,7 +7,6 @@ Shapes use B batch, F/H/W pixel frames/height/width, f/h/w latent grid, C channe
 from __future__ import annotations
 
 import importlib
-import math
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +33,8 @@ OPTIONAL_SETTINGS = {
     "cache": "step cache",
     "window_size": "attention window",
 }
+LARGEST = 1e30
+"""Of what float32 has to hold."""
 MAX_SEED = 2**63 - 1  # torch.Generator.manual_seed takes an int64
 
 
@@ -134,11 +135,11 @@ def check_sampling(config: GenerationConfig) -> None:
         if not 1 <= getattr(config, name) <= most:
             raise InputError(f"{name}={getattr(config, name)}: needs a whole number from 1 to {most}")
     scale = config.guidance_scale
-    if scale is not None and not (math.isfinite(scale) and scale >= 0):
-        raise InputError(f"guidance_scale={config.guidance_scale}: needs a finite number ≥ 0; 1.0 switches guidance off")
+    if scale is not None and not 0 <= scale <= LARGEST:
+        raise InputError(f"guidance_scale={str(scale)[:40]}: needs a finite number ≥ 0; 1.0 switches guidance off")
     shift = config.flow_shift
-    if shift is not None and not (math.isfinite(shift) and shift > 0):
-        raise InputError(f"flow_shift={shift}: needs a finite number > 0; leave it out for the model's own")
+    if shift is not None and not 0 < shift <= LARGEST:
+        raise InputError(f"flow_shift={str(shift)[:40]}: needs a finite number > 0; leave it out for the model's own")
     if not -1 <= config.seed <= MAX_SEED:
         raise InputError(f"seed={config.seed}: needs a whole number from 0 to {MAX_SEED}, or -1 to draw one")
 

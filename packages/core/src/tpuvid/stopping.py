@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from tpuvid.control import EXIT_INTERRUPTED, EXIT_TERMINATED, CancelToken, Terminated
 
@@ -31,12 +32,14 @@ def stoppable() -> Iterator[CancelToken]:
 
     def in_main_thread(number: int, _: FrameType | None) -> None:
         if not _finish_step(token, number):
+            token.cancel(number)  # seen later where the exception gets lost, as it does in the collector's callbacks
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
     old_descriptor = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
     old = {n: signal.signal(n, in_main_thread) for n in numbers}
+    old_hook, sys.unraisablehook = sys.unraisablehook, _unless_stopped
     listener = threading.Thread(target=_listen, args=(ours, token, numbers), daemon=True)
     listener.start()
     try:
@@ -44,10 +47,22 @@ def stoppable() -> Iterator[CancelToken]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+        sys.unraisablehook = old_hook
         signal.set_wakeup_fd(old_descriptor)
         pythons.close()  # ends the thread
         listener.join()
         ours.close()
+
+
+def raise_if_stopped(token: CancelToken) -> None:
+    """Between two parts of the work."""
+    if token.cancelled:
+        raise Terminated if token.reason == signal.SIGTERM else KeyboardInterrupt
+
+
+def _unless_stopped(unraisable: Any) -> None:
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def exit_code(token: CancelToken, error: BaseException | None = None) -> int:
@@ -58,8 +73,7 @@ def exit_code(token: CancelToken, error: BaseException | None = None) -> int:
 def _finish_step(token: CancelToken, number: int) -> bool:
     """Cancel, if a loop is there to notice."""
     if token.in_loop and not token.cancelled:
-        token.reason = number
-        token.cancel()
+        token.cancel(number)
         print("\ntpuvid: finishing this step, then saving; once more stops at once", file=sys.stderr, flush=True)
     return token.in_loop
 

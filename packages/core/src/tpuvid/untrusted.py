@@ -4,6 +4,7 @@ that no model has. Imports neither jax nor torch."""
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ def parse_json(path: Path, text: str | bytes) -> Any:
 
 def check_size(path: Path, most: int = MOST_JSON) -> None:
     """Raise `InputError` for a file that is too large to be read as a whole."""
-    if (size := path.stat().st_size) > most:
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise InputError(f"{path}: is no plain file; download it again, from where you trust it")
+    if (size := about.st_size) > most:
         raise InputError(
             f"{path}: has {size:,} bytes, and {most:,} are the most that are read of such a file; download it again"
         )
@@ -50,19 +54,19 @@ def check_header(path: Path) -> None:
     """Raise `InputError` for a safetensors header that is larger than the file or than any model's, or gives a name twice."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if start.startswith(PICKLES):
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        if start.startswith(PICKLES) and start[8:] != b"{":  # a header of 896 bytes begins like a pickle, too
             raise InputError(
                 f"{path}: is a pickle under another name, and is not read; convert it with save_pretrained(safe_serialization=True)"
             )
-        if len(start) < 8 or length > size - 8:
+        if len(start) < 9 or length > size - 8:
             return  # truncated or foreign: safetensors says so
         if length > MOST_HEADER:
             raise InputError(
                 f"{path}: has a header of {length:,} bytes, which no model needs; download it again, from where you trust it"
             )
-        header = file.read(length)
+        header = start[8:] + file.read(length - 1)
     try:
         parse_json(path, header)
     except ValueError:
@@ -77,7 +81,12 @@ def check_links(root: Path, folder: Path) -> None:
     root = root.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     for path in [folder, *folder.rglob("*")]:
-        target = path.resolve()
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path}: leads nowhere ({error}); download it again") from None
+        if not (target.is_file() or target.is_dir()):
+            raise InputError(f"{path}: is neither a file nor a folder; download it again, from where you trust it")
         if not any(target.is_relative_to(place) for place in allowed):
             raise InputError(f"{path}: is a link out of the checkpoint (to {target}); put the file itself there")
 

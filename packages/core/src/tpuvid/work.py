@@ -12,7 +12,6 @@ The keys say everything that the content depends on. Imports neither jax nor tor
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from tpuvid.artifacts import (
     LATENTS,
     check_seal,
     digest_of,
+    file_sha256,
     load_conditioning,
     read_latents,
     save_conditioning,
@@ -54,16 +54,26 @@ class Work:
     def folder(self) -> Path:
         return self.output_dir / WORK_FOLDER / self.name
 
-    def begin(self, video: Path) -> None:
-        """Note that `video` is going to be written, before any file of it is."""
-        write_json(self.folder / BEGUN, {"video": video.name}, overwrite=True)
+    def begin(self, video: Path, seed: int) -> None:
+        """Note that `video` is going to be written, and its seed, before any work is done."""
+        write_json(self.folder / BEGUN, sealed({"video": video.name, "seed": seed}), overwrite=True)
 
     def was_begun(self, video: Path) -> bool:
         """Whether files of `video` may stand there without the mp4, which is written last."""
+        return not video.exists() and self._begun().get("video") == video.name
+
+    def seed(self) -> int | None:
+        """That of a video alone which was begun."""
+        return self._begun().get("seed")
+
+    def _begun(self) -> dict[str, Any]:
+        path = self.folder / BEGUN
         try:
-            return not video.exists() and read_json(self.folder / BEGUN).get("video") == video.name
+            value = read_json(path)
+            check_seal(path, value, "")
         except InputError:
-            return False
+            return {}
+        return value
 
     def embeddings(self, config: GenerationConfig) -> Path:
         """The folder of stage 1's file."""
@@ -150,6 +160,10 @@ class Manifest:
         """The seed that was drawn for this request when it was first made."""
         return self.drawn.setdefault(digest_of(request)[:16], draw())
 
+    def names(self) -> dict[str, str]:
+        """By key, of videos that are done."""
+        return {entry["key"]: name for name, entry in self.videos.items() if "sha256" in entry and "key" in entry}
+
     def is_done(self, name: str, key: str) -> bool:
         """Whether the video stands there as this batch has written it."""
         entry, path = self.videos.get(name, {}), self.path.parent / name
@@ -176,8 +190,3 @@ class Manifest:
     def save(self) -> None:
         value = {"format": FORMAT, "videos": self.videos, "drawn": self.drawn, "pages": self.pages}
         write_json(self.path, sealed(value), overwrite=True)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
