@@ -30,6 +30,7 @@ def run_tpuvid(model: str, platform: str, steps: int) -> dict[str, Any]:
     import jax
     import numpy as np
     from tpuvid.checkpoint import resolve_model
+    from tpuvid.control import Loop
     from tpuvid.plan.dryrun import configs_checkpoint
     from tpuvid.runtime import Runtime
 
@@ -50,7 +51,7 @@ def run_tpuvid(model: str, platform: str, steps: int) -> dict[str, Any]:
     shape = 1, config.max_sequence_length, denoiser.traced.module.config.text_dim
     text = {name: np.ones(shape, np.float32) for name in ("prompt_embeds", "negative_prompt_embeds")}
     ends: list[float] = []
-    denoiser.denoise(text, config, lambda done, total: ends.append(time.perf_counter()))
+    denoiser.denoise(text, config, Loop(seeds=(config.seed,), after_step=lambda at: ends.append(time.perf_counter())))
     stats = devices[0].memory_stats() or {}
     return {"ends": ends, "bytes": stats.get("peak_bytes_in_use"), "device": devices[0].device_kind}
 

@@ -147,10 +147,50 @@ def test_a_state_of_another_shape_is_refused(pipe, conditioning, tmp_path, monke
 
 def test_cancelling_without_a_place_keeps_nothing(pipe, conditioning):
     token = CancelToken()
-    token.cancel()
     with pytest.raises(Cancelled, match="^stopped after step 1 of 8$") as stopped:
-        pipe.denoise(conditioning, control=Control(cancel=token), **SMALL)
+        pipe.denoise(conditioning, on_step=lambda *_: token.cancel(), control=Control(cancel=token), **SMALL)
     assert stopped.value.checkpoint is None and not token.in_loop
+
+
+def test_what_is_cancelled_before_it_begins_does_not_begin(pipe, conditioning, monkeypatch):
+    token = CancelToken()
+    token.cancel()
+    with pytest.raises(Cancelled, match="after step 0 of 8"):
+        pipe.denoise(conditioning, control=Control(cancel=token), **SMALL)
+
+
+def test_a_video_cancelled_at_the_last_step_is_not_decoded(pipe, monkeypatch):
+    token = CancelToken()
+    monkeypatch.setattr(type(pipe), "decode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(Cancelled, match="after step 8 of 8"):
+        pipe.generate(
+            PROMPT, on_step=lambda done, total: done == total and token.cancel(), control=Control(cancel=token), **SMALL
+        )
+
+
+def test_checkpoints_of_a_run_that_was_not_gone_on_with_do_not_crowd_out_new_ones(pipe, conditioning, tmp_path):
+    stop_after(pipe, conditioning, tmp_path, 7, checkpoint_every=3)
+    for path in tmp_path.glob("denoising-*"):
+        damage(path, "flipped")
+    error = stop_after(pipe, conditioning, tmp_path, 2)
+    assert error.checkpoint.exists()
+    with pytest.warns(UserWarning, match="passed over"):
+        assert go_on(pipe, conditioning, tmp_path)[1][0] == 3
+
+
+def test_a_batch_needs_one_of_each(pipe, conditioning):
+    config = pipe.spec.configure(prompt=PROMPT, num_inference_steps=2, num_frames=5)
+    for conditionings, configs in (([], []), ([conditioning], [config, config])):
+        with pytest.raises(InputError, match="needs one of each"):
+            pipe.denoise_batch(conditionings, configs)
+    with pytest.raises(InputError, match="are not of the prompt 'a cat'"):
+        pipe.denoise_batch([conditioning], [replace(config, prompt="a cat")])
+
+
+def test_steps_that_a_scheduler_can_not_make_are_refused_first(pipe, forbid_weights):
+    forbid_weights()
+    with pytest.raises(InputError, match="UniPCMultistepScheduler can't make 900 steps; use fewer"):
+        pipe.generate(PROMPT, num_frames=5, num_inference_steps=900)
 
 
 def test_cancelling_at_the_last_step_is_too_late(pipe, conditioning):

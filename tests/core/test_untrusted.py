@@ -1,6 +1,7 @@
 """Checkpoints that someone has prepared: refused with a line, before any weight is loaded and with nothing run."""
 
 import json
+import os
 import re
 import shutil
 from importlib.resources import files
@@ -48,6 +49,16 @@ def link_folder_out(folder):
     (folder / "tokenizer").symlink_to(folder.parent / "tokenizer")
 
 
+def index_is_a_device(folder):
+    (folder / "model_index.json").unlink()
+    (folder / "model_index.json").symlink_to("/dev/zero")
+
+
+def index_is_elsewhere(folder):
+    (folder / "model_index.json").rename(folder.parent / "elsewhere.json")
+    (folder / "model_index.json").symlink_to(folder.parent / "elsewhere.json")
+
+
 def index_of(weight_map):
     def damage(folder):
         (folder / "transformer" / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -84,6 +95,13 @@ TENSOR = b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
         (index_of({"a": "../../elsewhere.safetensors"}), "names files outside its folder"),
         (index_of({"a": "/etc/passwd"}), "names files outside its folder"),
         (index_of([]), "has no weight_map"),
+        (index_of({"a": ["x"]}), "shards are missing"),
+        (index_of({"a": ".."}), "names files outside its folder"),
+        (lambda f: os.mkfifo(f / "vae" / "foo.json"), "is neither a file nor a folder"),
+        (lambda f: (f / "vae" / "foo.json").symlink_to("nowhere"), "leads nowhere"),
+        (index_is_a_device, "is neither a file nor a folder"),
+        (index_is_elsewhere, "is a link out of the checkpoint"),
+        (lambda f: change(f / "scheduler/scheduler_config.json", num_train_timesteps=2**40), "no model has more than"),
         (twice_in_shards, "as another shard does"),
         (header(b"{" + TENSOR + b", " + TENSOR + b"}", bytes(4)), "gives 'a' twice"),
         (header(b'{"a": {"dtype": "F32", "shape": [99999999999, 9999], "data_offsets": [0, 4]}}', bytes(4)), "no complete"),

@@ -98,6 +98,7 @@ class CogVideoXDenoiser:
         )
 
     def resolve(self, config: GenerationConfig) -> GenerationConfig:
+        make_schedule(self.scheduler_config, config.num_inference_steps)  # fails for steps that it can't make
         return config  # the checkpoint decides nothing that a setting could
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:

@@ -41,7 +41,14 @@ def advance(weights: Float[Array, "K K+1"], state: Float[Array, "K ..."], output
 
 
 def tabulate(scheduler: Any, num_inference_steps: int) -> Schedule:
-    """The `Schedule` of a diffusers scheduler; raises `ValueError` if it is not linear and deterministic."""
+    """The `Schedule` of a diffusers scheduler; raises `ValueError` if it is not linear and deterministic, or can't make so many."""
+    try:
+        return _tabulate(scheduler, num_inference_steps)
+    except (AssertionError, IndexError) as error:  # UniPC takes two steps that are rounded to one timestep for one
+        raise ValueError(f"{type(scheduler).__name__} can't make {num_inference_steps} steps; use fewer of them") from error
+
+
+def _tabulate(scheduler: Any, num_inference_steps: int) -> Schedule:
     scheduler.set_timesteps(num_inference_steps)
     if len(scheduler.timesteps) != num_inference_steps:
         raise ValueError(f"{type(scheduler).__name__} evaluates the model more than once per step; it is not supported")

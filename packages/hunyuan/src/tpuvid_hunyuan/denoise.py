@@ -115,6 +115,7 @@ class HunyuanDenoiser:
 
     def resolve(self, config: GenerationConfig) -> GenerationConfig:
         shift = self.scheduler_config.get("shift", 1.0) if config.flow_shift is None else config.flow_shift
+        make_schedule(self.scheduler_config, config.num_inference_steps, shift)  # fails for steps that it can't make
         return config.override(guidance_scale=self.guidance.resolve(config.guidance_scale), flow_shift=shift)
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:

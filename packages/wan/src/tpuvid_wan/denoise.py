@@ -70,7 +70,11 @@ class WanDenoiser:
 
     def resolve(self, config: GenerationConfig) -> GenerationConfig:
         own = self.scheduler_config.get(SCHEDULERS[self.scheduler_config["_class_name"]], 1.0)
-        return config.override(flow_shift=own) if config.flow_shift is None else config
+        config = config.override(flow_shift=own) if config.flow_shift is None else config
+        make_schedule(
+            self.scheduler_config, config.num_inference_steps, config.flow_shift
+        )  # fails for steps that it can't make
+        return config
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         check_embeds(tensors, self.traced.module.config.text_dim)
