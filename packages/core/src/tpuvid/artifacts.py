@@ -273,7 +273,7 @@ def _restore_dtype(value: np.ndarray, stored: str | None) -> np.ndarray:
     return value
 
 
-def parse_settings(raw: Mapping[str, Any], source: Path) -> dict[str, Any]:
+def parse_settings(raw: Mapping[str, Any], source: Path | str, remedy: str = "make the file again") -> dict[str, Any]:
     """Settings with today's names and types out of metadata strings or JSON; unknown keys are left out."""
     settings = {}
     for key, value in raw.items():
@@ -283,7 +283,7 @@ def parse_settings(raw: Mapping[str, Any], source: Path) -> dict[str, Any]:
         try:
             settings[name] = _TYPES[name](value)
         except (TypeError, ValueError, KeyError):
-            raise InputError(f"{source}: {key}={value!r} is no {_TYPES[name].__name__}; make the file again") from None
+            raise InputError(f"{source}: {key}={value!r} is no {_TYPES[name].__name__}; {remedy}") from None
     return settings
 
 

@@ -110,7 +110,7 @@ def _item(where: str, row: Mapping[str, Any]) -> Item:
     if output is not None and output.removesuffix(".mp4").lower() in RESERVED:
         raise InputError(f"{where}: output={output!r}: is kept for another file of the folder; choose another name")
     text = {name: value for name, value in values.items() if isinstance(value, str)}
-    return Item(values | parse_settings(text, Path(where)), where, output)
+    return Item(values | parse_settings(text, where, "change the line"), where, output)
 
 
 def _setting_name(where: str, given: str, known: Sequence[str]) -> str:
@@ -178,7 +178,7 @@ def _values(word: str, name: str, text: str) -> list[Any]:
             values.append(part.strip())
     if "" in values or len(set(values)) < len(values):
         raise InputError(f"sweep {word!r}: a value is empty or given twice")
-    found = [parse_settings({name: value}, Path(f"sweep {word!r}")).get(name) for value in values]
+    found = [parse_settings({name: value}, f"sweep {word!r}", "change the value").get(name) for value in values]
     if None in found:
         raise InputError(f"sweep {word!r}: None is no value; leave it out")
     return found

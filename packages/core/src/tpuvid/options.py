@@ -92,7 +92,7 @@ class _FilePath(click.Path):
             os.stat(value)
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                self.fail(f"{str(value)[:40]}…: is longer than a file's name can be", param, context)
+                self.fail(f"{str(value)[:40]}…: is longer than a file's name can be; choose a shorter one", param, context)
         return super().convert(value, param, context)
 
 
