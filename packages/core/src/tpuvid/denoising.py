@@ -153,8 +153,9 @@ class Sampler:
         to_latents: Callable[[np.ndarray], np.ndarray],
     ) -> Callable[[], Callable[[], np.ndarray]]:
         def fetched() -> Callable[[], np.ndarray]:
-            known, found = np.array(self.runtime.fetch(before)), self.runtime.fetch(after)
-            known[1 : 1 + len(moment.drawn)] = moment.drawn
+            known, found = self.runtime.fetch(before), self.runtime.fetch(after)
+            if len(moment.drawn):
+                known = np.concatenate([known[:1], moment.drawn, known[1 + len(moment.drawn) :]])
             return lambda: to_latents(estimate(schedule, step, known, found))
 
         return fetched
