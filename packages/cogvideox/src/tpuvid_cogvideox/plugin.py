@@ -10,6 +10,7 @@ RULES = SizeRules(frame_step=4, size_multiple=16, max_frames=161, max_size=150 *
 COGVIDEOX_1_5_5B = ModelSpec(
     model_id="cogvideox1.5-5b",
     family="cogvideox",
+    api_version=2,
     pipeline_class="CogVideoXPipeline",
     checkpoint="zai-org/CogVideoX1.5-5B",
     configs="tpuvid_cogvideox:configs/cogvideox1.5-5b",

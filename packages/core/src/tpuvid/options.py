@@ -15,7 +15,6 @@ import click
 from tpuvid.errors import InputError
 from tpuvid.layout import MeshConfig
 from tpuvid.stages import GenerationConfig
-from tpuvid.stepcache import CACHES
 
 SETTINGS = tuple(f.name for f in fields(GenerationConfig))
 
@@ -131,7 +130,7 @@ sampling_options = _options(
     click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
 )
 saving_options = _options(
-    click.option("--cache", type=click.Choice(CACHES), help="Reuse parts of one denoising step in the next ones."),
+    click.option("--cache", metavar="NAME", help="Reuse parts of one denoising step in the next ones: deepcache, or a plugin's."),
     click.option("--cache-start-step", type=int, help="First step that may be cached. [default: 11]"),
     click.option("--cache-end-step", type=int, help="From this step on, none is cached. [default: 45]"),
     click.option("--cache-step-interval", type=int, help="Between them, one step in so many is full. [default: 4]"),

@@ -1,23 +1,45 @@
-"""Which models are installed. Plugins are loaded one by one, so that a broken one is a row in a list and nothing more."""
+"""What is installed: models, decoders, step caches, tile sizes. Plugins are loaded one by one, so that a broken one is a row in a
+list and nothing more."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pluggy
 
 from tpuvid import hookspecs
 from tpuvid.errors import InputError
-from tpuvid.stages import API_VERSION, ModelSpec
+from tpuvid.stages import (
+    API_VERSION,
+    OPTIONAL_SETTINGS,
+    Conformance,
+    DecoderSpec,
+    GenerationConfig,
+    ModelSpec,
+    SizeRules,
+    check_sampling,
+)
+from tpuvid.stepcache import SETTINGS as CACHE_SETTINGS
+from tpuvid.stepcache import StepCache
 
 ENTRY_POINT_GROUP = "tpuvid"
 PLUGINS_VARIABLE = "TPUVID_PLUGINS"
+CORE = "core"
+"""The entry point of tpuvid-core's own plugin, which an allow-list doesn't have to name."""
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+LOADER = re.compile(r"[\w.]+:\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +51,18 @@ class Plugin:
     version: str
     module: str
     models: tuple[ModelSpec, ...] = ()
+    decoders: tuple[DecoderSpec, ...] = ()
+    step_caches: tuple[type[StepCache], ...] = ()
+    block_sizes: tuple[Path, ...] = ()
     error: str | None = None
+
+    @property
+    def provides(self) -> list[str]:
+        """For people: what it registers."""
+        found = [spec.model_id for spec in self.models]
+        found += [f"decoder {decoder.name}" for decoder in self.decoders]
+        found += [f"step cache {step_cache.name}" for step_cache in self.step_caches]
+        return found + ["tile sizes"] * bool(self.block_sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +99,24 @@ class Registry:
                 f"pipeline {pipeline_class!r} has no plugin; installed plugins run {', '.join(supported) or 'nothing'}{self._hint()}"
             )
 
+    def decoder(self, name: str, spec: ModelSpec) -> DecoderSpec:
+        """The decoder `name` for a model; raises `InputError` where there is none."""
+        found = [d for plugin in self.plugins for d in plugin.decoders if d.serves(spec)]
+        for decoder in found:
+            if decoder.name == name:
+                return decoder
+        names = ", ".join(sorted(d.name for d in found))
+        has = f"choose {names}, or leave it out for its own" if names else "has none but its own; leave it out"
+        raise InputError(f"decoder={name!r}: {spec.model_id} {'has no such decoder; ' if names else ''}{has}{self._hint()}")
+
+    @property
+    def step_caches(self) -> dict[str, type[StepCache]]:
+        return {step_cache.name: step_cache for plugin in self.plugins for step_cache in plugin.step_caches}
+
+    @property
+    def block_sizes(self) -> tuple[Path, ...]:
+        return tuple(path for plugin in self.plugins for path in plugin.block_sizes)
+
     def match(self, pipeline_class: str, transformer_config: dict) -> ModelSpec:
         """The spec that a checkpoint of `pipeline_class` runs with: the model that has its transformer's signature,
         or else the first one of the package that implements its family."""
@@ -98,57 +149,178 @@ def load_plugins(found: Iterable[EntryPoint], selection: str | None = None) -> R
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     plugins: list[Plugin] = []
-    owners: dict[str, list[str]] = defaultdict(list)
     for point in sorted(found, key=lambda p: p.name):
-        dist = point.dist
-        plugin = Plugin(point.name, dist.name if dist else point.module, dist.version if dist else "?", point.module)
         if not _selected(point.name, selection):
             continue
+        dist = point.dist
+        plugin = Plugin(point.name, dist.name if dist else point.module, dist.version if dist else "?", point.module)
         try:
-            models = _models_of(manager, point)
+            if dist:
+                _check_requirements(dist)
+            with redirect_stdout(sys.stderr):  # what a plugin prints is not what the command was asked for
+                plugin = replace(plugin, **_registered_by(manager, point))
         except (Exception, SystemExit) as error:  # whatever a plugin raises while it loads is its own row
-            plugin = replace(plugin, error=f"{type(error).__name__}: {error}".splitlines()[0])
-        else:
-            for spec in models:
-                owners[spec.model_id].append(plugin.package)
-            plugin = replace(plugin, models=models)
+            plugin = replace(plugin, error=(f"{type(error).__name__}: {error}".splitlines() or ["?"])[0])
         plugins.append(plugin)
     found_names = {plugin.name for plugin in plugins}
     for name in sorted(_words(selection)):
         if name.lstrip("-") not in found_names and not name.startswith("-"):
             plugins.append(Plugin(name, "?", "?", "?", error=f"{PLUGINS_VARIABLE} names it, but no such plugin is installed"))
-    conflicts = {model_id: tuple(packages) for model_id, packages in owners.items() if len(packages) > 1}
-    return Registry(tuple(_without(plugin, conflicts) for plugin in plugins), conflicts)
+    conflicts = _conflicts(plugins)
+    models = {name: packages for (kind, name), packages in conflicts.items() if kind == "model id"}
+    return Registry(tuple(_without(plugin, conflicts) for plugin in plugins), models)
 
 
-def _without(plugin: Plugin, conflicts: Mapping[str, tuple[str, ...]]) -> Plugin:
-    """The plugin less the model ids that another one registers too, and a word about it."""
-    shared = [spec.model_id for spec in plugin.models if spec.model_id in conflicts]
-    if not shared:
-        return plugin
-    models = tuple(spec for spec in plugin.models if spec.model_id not in conflicts)
-    return replace(plugin, models=models, error=f"model id {shared[0]!r} is registered by {' and '.join(conflicts[shared[0]])}")
+Named = tuple[str, str]
+"""What kind of thing, and its name, of which there may be one."""
 
 
-def _models_of(manager: pluggy.PluginManager, point: EntryPoint) -> tuple[ModelSpec, ...]:
+def _named(plugin: Plugin) -> dict[str, tuple[str, dict[str, list[Any]]]]:
+    """By the plugin's field: what kind of thing it registers there, and those things by every name that they take."""
+    found: dict[str, tuple[str, dict[str, list[Any]]]] = {}
+    for name, kind, names in (
+        ("models", "model id", lambda spec: [spec.model_id]),
+        ("decoders", "decoder", lambda decoder: [f"{decoder.name} of {model}" for model in decoder.models]),
+        ("step_caches", "step cache", lambda step_cache: [step_cache.name]),
+    ):
+        taken: dict[str, list[Any]] = defaultdict(list)
+        for thing in getattr(plugin, name):
+            for each in names(thing):
+                taken[each].append(thing)
+        found[name] = kind, taken
+    return found
+
+
+def _conflicts(plugins: Iterable[Plugin]) -> dict[Named, tuple[str, ...]]:
+    """What is registered more than once, with the packages that do."""
+    owners: dict[Named, list[str]] = defaultdict(list)
+    for plugin in plugins:
+        for kind, taken in _named(plugin).values():
+            for name, things in taken.items():
+                owners[kind, name] += [plugin.package] * len(things)
+    return {named: tuple(packages) for named, packages in owners.items() if len(packages) > 1}
+
+
+def _without(plugin: Plugin, conflicts: Mapping[Named, tuple[str, ...]]) -> Plugin:
+    """The plugin less what another one registers too, and a word about it."""
+    errors, left = [], {}
+    for name, (kind, taken) in _named(plugin).items():
+        shared = [each for each in taken if (kind, each) in conflicts]
+        lost = [thing for each in shared for thing in taken[each]]
+        left[name] = tuple(thing for thing in getattr(plugin, name) if not any(thing is other for other in lost))
+        errors += [f"{kind} {each!r} is registered by {' and '.join(conflicts[kind, each])}" for each in shared]
+    return replace(plugin, **left, error=errors[0]) if errors else plugin
+
+
+def _check_requirements(dist: Distribution) -> None:
+    """Raise `ImportError` where a package that `dist` requires is missing, or is a tpuvid package of another version than it declares."""
+    from packaging.requirements import Requirement
+
+    for text in dist.requires or ():
+        needed = Requirement(text)
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        wanted = f"{needed.name}{needed.specifier}"
+        try:
+            installed = version(needed.name)
+        except PackageNotFoundError:
+            if find_spec(needed.name.replace("-", "_")) is None:  # a fork may bring the module under another name
+                raise ImportError(f"{dist.name} needs {wanted}, which is not installed; pip install '{wanted}'") from None
+            continue
+        if needed.name.startswith("tpuvid") and not needed.specifier.contains(installed, prereleases=True):
+            raise ImportError(
+                f"{dist.name} {dist.version} needs {wanted}, and {installed} is installed; pip install -U {dist.name}, or '{wanted}'"
+            )
+
+
+def _registered_by(manager: pluggy.PluginManager, point: EntryPoint) -> dict[str, tuple[Any, ...]]:
+    """What the module of an entry point registers, checked, by the field of `Plugin`."""
     module = point.load()
     manager.register(module, name=point.name)
     try:
         manager.check_pending()  # a misspelt hook fails here instead of never being called
         others = [p for p in manager.get_plugins() if p is not module]
-        results = manager.subset_hook_caller("tpuvid_models", remove_plugins=others)()
-        models = tuple(spec for result in results for spec in result)
-        for spec in models:
-            if not isinstance(spec, ModelSpec):
-                raise TypeError(f"tpuvid_models gave {spec!r}, not a ModelSpec")
-            if spec.api_version != API_VERSION:
-                raise ValueError(
-                    f"{spec.model_id} is built for plugin API {spec.api_version}, this tpuvid has {API_VERSION}; update one of them"
-                )
+        found: dict[str, tuple[Any, ...]] = {}
+        for name, check in CHECKS.items():
+            results = manager.subset_hook_caller(f"tpuvid_{name}", remove_plugins=others)()
+            found[name] = tuple(thing for result in results for thing in result)
+            for thing in found[name]:
+                check(thing)
     except BaseException:
         manager.unregister(name=point.name)
         raise
-    return models
+    return found
+
+
+def _check_kind(hook: str, thing: Any, kind: type) -> None:
+    if not isinstance(thing, kind):
+        raise TypeError(f"{hook} gave {thing!r}, not a {kind.__name__}")
+
+
+def _check_fields(name: str, spec: Any, kinds: Mapping[type, Iterable[str]]) -> None:
+    for kind, names in kinds.items():
+        for each in names:
+            if not isinstance(value := getattr(spec, each), kind):
+                raise TypeError(f"{name}: {each}={value!r} is no {kind.__name__}")
+    for each in (f.name for f in fields(spec) if f.name.startswith("load_")):
+        if not LOADER.fullmatch(value := getattr(spec, each)):
+            raise ValueError(f"{name}: {each}={value!r} is not of the form 'package.module:Class'")
+    if spec.api_version != API_VERSION:
+        raise ValueError(f"{name} is built for plugin API {spec.api_version}, this tpuvid has {API_VERSION}; update one of them")
+
+
+def _check_model(spec: Any) -> None:
+    """Raise unless a `ModelSpec` is complete, and its defaults obey its own rules."""
+    _check_kind("tpuvid_models", spec, ModelSpec)
+    if not (isinstance(spec.model_id, str) and NAME.fullmatch(spec.model_id)):
+        raise ValueError(f"model_id={spec.model_id!r} needs letters, digits, '.', '-', '_' or '+'")
+    _check_fields(
+        spec.model_id,
+        spec,
+        {
+            str: ("family", "pipeline_class", "checkpoint", "parameters", "load_text_encoder", "load_denoiser", "load_decoder"),
+            Mapping: ("signature", "components"),
+            GenerationConfig: ("defaults",),
+            SizeRules: ("rules",),
+            Conformance | None: ("conformance",),
+        },
+    )
+    if set(spec.components) != {"encode", "denoise", "decode"}:
+        raise ValueError(f"{spec.model_id}: components of {sorted(spec.components)}, not of encode, denoise and decode")
+    if unknown := set(spec.takes) - set(OPTIONAL_SETTINGS):
+        raise ValueError(f"{spec.model_id}: takes {sorted(unknown)[0]!r}; choose from {', '.join(OPTIONAL_SETTINGS)}")
+    check_sampling(spec.defaults)
+    spec.rules.check(height=spec.defaults.height, width=spec.defaults.width, num_frames=spec.defaults.num_frames)
+
+
+def _check_decoder(decoder: Any) -> None:
+    _check_kind("tpuvid_decoders", decoder, DecoderSpec)
+    _check_fields(f"decoder {decoder.name!r}", decoder, {str: ("name", "checkpoint", "component", "load_decoder")})
+    if isinstance(decoder.models, str) or not all(isinstance(model, str) for model in decoder.models):
+        raise TypeError(f"decoder {decoder.name!r}: models={decoder.models!r} is no tuple of model ids")
+
+
+def _check_step_cache(step_cache: Any) -> None:
+    if not (isinstance(step_cache, type) and is_dataclass(step_cache) and isinstance(step_cache(), StepCache)):
+        raise TypeError(f"tpuvid_step_caches gave {step_cache!r}, not a dataclass with name, full_steps, full and cached")
+    names = {f.name for f in fields(step_cache)}
+    if not isinstance(step_cache.name, str) or not names <= set(CACHE_SETTINGS):
+        raise TypeError(f"step cache {step_cache.name!r}: its fields are {sorted(names)}; choose from {', '.join(CACHE_SETTINGS)}")
+
+
+def _check_block_sizes(path: Any) -> None:
+    _check_kind("tpuvid_block_sizes", path, Path)
+    if not path.is_file():
+        raise FileNotFoundError(f"tpuvid_block_sizes gave {path}, which does not exist")
+
+
+CHECKS = {
+    "models": _check_model,
+    "decoders": _check_decoder,
+    "step_caches": _check_step_cache,
+    "block_sizes": _check_block_sizes,
+}
+"""What may go wrong with what each hook gives."""
 
 
 def _words(selection: str | None) -> list[str]:
@@ -156,11 +328,11 @@ def _words(selection: str | None) -> list[str]:
 
 
 def _selected(name: str, selection: str | None) -> bool:
-    """TPUVID_PLUGINS is "wan,tiny" (only these) or "-wan" (all but these)."""
+    """TPUVID_PLUGINS is "wan,tiny" (only these, and core) or "-wan" (all but these)."""
     words = _words(selection)
     denied = {word[1:] for word in words if word.startswith("-")}
     allowed = {word for word in words if not word.startswith("-")}
-    return name not in denied and (not allowed or name in allowed)
+    return name not in denied and (not allowed or name in allowed or name == CORE)
 
 
 @cache

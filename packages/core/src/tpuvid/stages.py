@@ -250,6 +250,19 @@ class Decoder(Stage, Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Conformance:
+    """What `tpuvid plugin check` runs a family with, on a CPU. Each callable is named "module:callable" and imported when it is called."""
+
+    random_checkpoint: str
+    """Called with a folder (Path): writes a small checkpoint of random weights into it, in the layout of the family's own."""
+    settings: Mapping[str, Any]
+    """Of a small video with guidance, as `ModelSpec.configure` takes them."""
+    reference: str | None = None
+    """Called with (folder, GenerationConfig): runs the pipeline that the family must agree with, in float32, and returns numpy
+    arrays under "latents" [1, C, f, h, w], "frames" [1, F, H, W, 3] in [0, 1] and, if it likes, names of `Conditioning.tensors`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """One model, described without importing anything heavy."""
 
@@ -277,9 +290,14 @@ class ModelSpec:
     load_denoiser: str
     load_decoder: str
     """Each "module:callable", called with (Checkpoint, Runtime) when its stage first runs; gives a `Stage`."""
-    api_version: int = API_VERSION
+    api_version: int
+    """The `API_VERSION` that the package was written for, as a number: it must not follow what is installed."""
+    conformance: Conformance | None = None
+    """None: `tpuvid plugin check` runs the model's own checkpoint, where that is a folder inside a package."""
     twin: str | None = None
     """Of a folder or repository that is not registered: the registered model whose description it runs with."""
+    decoder: str | None = None
+    """The name of the `DecoderSpec` that `load_decoder` and ``components["decode"]`` have been taken from."""
 
     def configure(self, **settings: Any) -> GenerationConfig:
         """The model's defaults with `settings` (None: not given), checked; raises `InputError`."""
@@ -302,5 +320,29 @@ class ModelSpec:
 
     def load(self, stage: str, checkpoint: Checkpoint, runtime: Runtime) -> Any:
         """Import and call the loader of `stage` ("text_encoder", "denoiser" or "decoder")."""
-        module, _, name = getattr(self, f"load_{stage}").partition(":")
-        return getattr(importlib.import_module(module), name)(checkpoint, runtime)
+        return imported(getattr(self, f"load_{stage}"))(checkpoint, runtime)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec:
+    """Another decoder for registered models, which ``--decoder NAME`` puts in the place of their own."""
+
+    name: str
+    models: tuple[str, ...]
+    """The ids of the models, or the families, whose latents it decodes."""
+    checkpoint: str
+    """As of a `ModelSpec`: where the folder `component` is."""
+    component: str
+    """The folder with its config.json and weights. Named unlike the components of the models."""
+    load_decoder: str
+    """As of a `ModelSpec`."""
+    api_version: int
+
+    def serves(self, spec: ModelSpec) -> bool:
+        return bool({spec.model_id, spec.twin, spec.family} & set(self.models))
+
+
+def imported(name: str) -> Any:
+    """What "module:name" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -6,7 +6,7 @@ A cache says which steps run the whole model, what such a full step keeps, and w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tpuvid.errors import InputError
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from tpuvid.bridge import TracedModule
     from tpuvid.stages import GenerationConfig
 
-CACHES = ("deepcache",)
+SETTINGS = ("start_step", "end_step", "step_interval")
+"""What a cache may let the user choose; each is ``cache_…`` in a `GenerationConfig`."""
 
 
 @runtime_checkable
@@ -76,36 +77,54 @@ class DeepCache:
 
 def step_cache(config: GenerationConfig) -> StepCache:
     """The cache that a checked config asks for."""
-    if config.cache is None:
-        return Uncached()
-    return DeepCache(config.cache_start_step, config.cache_end_step, config.cache_step_interval)
+    return Uncached() if config.cache is None else _made(config)
 
 
 def fill_cache_settings(config: GenerationConfig) -> GenerationConfig:
     """`config` with the defaults of its cache where they are not given.
 
-    Raises `InputError` for settings of no cache, or with which no step would be cached.
+    Raises `InputError` for an unknown cache, settings that it doesn't have, or with which no step would be cached.
     """
-    given = {name: getattr(config, f"cache_{name}") for name in DeepCache.__slots__}
+    given = _given(config)
     if config.cache is None:
-        if names := [name for name, value in given.items() if value is not None]:
-            raise InputError(
-                f"cache_{names[0]}={given[names[0]]}: no cache is switched on; add cache=deepcache or leave it out"
-            )
+        if given:
+            name, value = next(iter(given.items()))
+            raise InputError(f"cache_{name}={value}: no cache is switched on; add cache=deepcache or leave it out")
         return config
-    if config.cache not in CACHES:
-        raise InputError(f"cache={config.cache!r}: choose from {', '.join(CACHES)}")
     for name, value in given.items():
         least = 1 if name == "step_interval" else 0
-        if value is not None and (type(value) is not int or value < least):
+        if type(value) is not int or value < least:
             raise InputError(f"cache_{name}={value!r}: needs a whole number ≥ {least}")
-    cache = DeepCache(**{name: value for name, value in given.items() if value is not None})
+    cache = _made(config)
+    settings = {f"cache_{name}": getattr(cache, name) for name in _settings(cache)}
     if all(cache.full_steps(config.num_inference_steps)):
+        said = ", ".join(f"{name}={value}" for name, value in settings.items()) or f"cache={config.cache}"
         raise InputError(
-            f"cache_start_step={cache.start_step}, cache_end_step={cache.end_step}, cache_step_interval={cache.step_interval}: "
-            f"none of {config.num_inference_steps} steps would be cached; start earlier, end later or widen the interval"
+            f"{said}: none of {config.num_inference_steps} steps would be cached; start earlier, end later or widen the interval"
         )
-    return config.override(**{f"cache_{name}": getattr(cache, name) for name in DeepCache.__slots__})
+    return config.override(**settings)
+
+
+def _given(config: GenerationConfig) -> dict[str, Any]:
+    values = {name: getattr(config, f"cache_{name}") for name in SETTINGS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _settings(cache: StepCache | type[StepCache]) -> list[str]:
+    return [field.name for field in fields(cache)]
+
+
+def _made(config: GenerationConfig) -> StepCache:
+    """Of the registered class."""
+    from tpuvid.registry import registry
+
+    known = registry().step_caches
+    if config.cache not in known:
+        raise InputError(f"cache={config.cache!r}: choose from {', '.join(sorted(known)) or 'none: no plugin registers one'}")
+    made, given = known[config.cache], _given(config)
+    if other := next((name for name in given if name not in _settings(made)), None):
+        raise InputError(f"cache_{other}={given[other]}: {config.cache} has no such setting; leave it out")
+    return made(**given)
 
 
 def ranges(steps: Iterable[int]) -> str:

@@ -9,6 +9,7 @@ RULES = SizeRules(frame_step=4, size_multiple=16, max_frames=4 * 1023 + 1, max_s
 
 COMMON = dict(
     family="hunyuan",
+    api_version=2,
     pipeline_class="HunyuanVideo15Pipeline",
     parameters="8.3B",
     rules=RULES,

@@ -13,6 +13,7 @@ FLOW_SHIFTS = ((600_000, 5.0), (300_000, 3.0))
 
 COMMON = dict(
     family="wan",
+    api_version=2,
     pipeline_class="WanPipeline",
     rules=RULES,
     takes=("flow_shift", "cache", "window_size"),
