@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -47,9 +47,13 @@ class Checkpoint:
     repo_id: str | None = None
     loras: tuple[Lora, ...] = ()
     """To be merged into the diffusion model."""
+    others: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """Components that another checkpoint has, with that one."""
 
     def component(self, name: str) -> Path:
         """The folder of component `name` ("vae", "scheduler", …); raises `InputError` where it is missing."""
+        if name in self.others:
+            return self.others[name].component(name)
         path = (self.folder or _download(self.repo_id, f"{name}/*")) / name
         if not path.is_dir():
             raise InputError(f"{path}: the checkpoint has no {name!r} folder; download the checkpoint again")
@@ -57,6 +61,8 @@ class Checkpoint:
 
     def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
         """One JSON file of a component; of a Hub repository, that file alone is fetched."""
+        if component in self.others:
+            return self.others[component].config(component, file)
         root = self.folder or _download(self.repo_id, f"{component}/{file}")
         return read_json(root / component / file)
 
@@ -67,6 +73,8 @@ class Checkpoint:
 
     def revision(self, component: str) -> str | None:
         """The commit that a Hub repository's component was fetched at; None for a folder."""
+        if component in self.others:
+            return self.others[component].revision(component)
         if self.repo_id is None:
             return None
         snapshot = self.component(component).parent
@@ -132,17 +140,29 @@ def _fingerprint(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()[:32]
 
 
-def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
-    """What `model` means: a registered id, a local diffusers folder, or a Hub id ("owner/name").
+def resolve_model(model: str, *, decoder: str | None = None) -> tuple[ModelSpec, Checkpoint]:
+    """What `model` means: a registered id, a local diffusers folder, or a Hub id ("owner/name"); with a registered `decoder` in
+    the place of its own.
 
-    Raises `InputError` where it is none of them, or its family has no plugin.
+    Raises `InputError` where it is none of them, its family has no plugin, or there is no such decoder for it.
     """
+    spec, checkpoint = _resolved(model)
+    if decoder is None:
+        return spec, checkpoint
+    found = registry().decoder(decoder, spec)
+    spec = replace(
+        spec, decoder=decoder, load_decoder=found.load_decoder, components={**spec.components, "decode": (found.component,)}
+    )
+    return spec, replace(checkpoint, others={found.component: _registered_checkpoint(decoder, found.checkpoint)})
+
+
+def _resolved(model: str) -> tuple[ModelSpec, Checkpoint]:
     known = registry()
     if not model:
         raise InputError("model is empty; give a registered id, a diffusers folder or a Hub id")
     if model in known.models:
         spec = known.models[model]
-        return spec, _registered_checkpoint(spec)
+        return spec, _registered_checkpoint(spec.model_id, spec.checkpoint)
     path = Path(model).expanduser()
     try:
         path.exists()
@@ -159,7 +179,7 @@ def resolve_model(model: str) -> tuple[ModelSpec, Checkpoint]:
     if HUB_ID.fullmatch(model):
         for spec in known.models.values():
             if spec.checkpoint == model:
-                return spec, _registered_checkpoint(spec)
+                return spec, _registered_checkpoint(spec.model_id, spec.checkpoint)
         return _identify(Checkpoint(model, repo_id=model))
     return known.get(model), Checkpoint(model)  # raises: nothing is registered by that name
 
@@ -178,11 +198,12 @@ def check_origin(what: str, made: Conditioning | Latents, spec: ModelSpec, check
         )
 
 
-def _registered_checkpoint(spec: ModelSpec) -> Checkpoint:
-    package, colon, folder = spec.checkpoint.partition(":")
+def _registered_checkpoint(name: str, checkpoint: str) -> Checkpoint:
+    """Of a `ModelSpec` or a `DecoderSpec`."""
+    package, colon, folder = checkpoint.partition(":")
     if colon:
-        return Checkpoint(spec.model_id, folder=Path(str(files(package))) / folder)
-    return Checkpoint(spec.model_id, repo_id=spec.checkpoint)
+        return Checkpoint(name, folder=Path(str(files(package))) / folder)
+    return Checkpoint(name, repo_id=checkpoint)
 
 
 def _identify(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:

@@ -20,6 +20,7 @@ from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.options import (
     config_option,
     control_options,
+    decoder_option,
     echo_table,
     encoder_options,
     fps_option,
@@ -102,6 +103,7 @@ def list_models(as_json: bool) -> None:
             "model": s.model_id, "family": s.family, "parameters": s.parameters,
             "size": f"{s.defaults.width}x{s.defaults.height}", "frames": s.defaults.num_frames,
             "steps": s.defaults.num_inference_steps, "checkpoint": s.checkpoint, "package": f"{p.package} {p.version}",
+            "decoders": ", ".join(["own", *(d.name for q in registry().plugins for d in q.decoders if d.serves(s))]),
         }
         for p in registry().plugins
         for s in p.models
@@ -145,6 +147,7 @@ def list_models(as_json: bool) -> None:
 @save_frames_option
 @metadata_options
 @vae_tiling_option
+@decoder_option
 @pack_options
 @overwrite_option
 @encoder_options
@@ -268,6 +271,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpo
 @save_frames_option
 @metadata_options
 @vae_tiling_option
+@decoder_option
 @pack_options
 @overwrite_option
 @runtime_options
@@ -286,8 +290,8 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
     beside_model = beside.pop("model_id", None)
     if len(array) != 1:
         raise InputError(f"{file.path}: holds {len(array)} videos; decode takes one, split the file")
-    model, spec, checkpoint = _stage_model(model, file.path, file.model_id or beside_model)
     given_settings, options = split(given)
+    model, spec, checkpoint = _stage_model(model, file.path, file.model_id or beside_model, decoder=options["decoder"])
     options |= _read_pack(options)
     config = spec.defaults.override(**(beside | dict(file.settings) | given_settings))
     check_sampling(config)
@@ -401,18 +405,21 @@ def _load(model: str, options: Mapping[str, Any]) -> Pipeline:
         return tpuvid.load(model, progress=progress, **options)
 
 
-def _stage_model(given: str | None, file: Path, recorded: str | None) -> tuple[str, ModelSpec, Checkpoint]:
+def _stage_model(
+    given: str | None, file: Path, recorded: str | None, *, decoder: str | None = None
+) -> tuple[str, ModelSpec, Checkpoint]:
     """The model that a stage runs with: what the user says, or else what made the stage file."""
     from tpuvid.checkpoint import resolve_model
 
     if given is not None:
-        return given, *resolve_model(given)
+        return given, *resolve_model(given, decoder=decoder)
     if not recorded:
         raise InputError(f"{file}: names no model; pass --model")
     try:
-        return recorded, *resolve_model(recorded)
+        resolve_model(recorded)
     except TpuvidError as error:
         raise InputError(f"{file}: was made by {recorded}, which can't be had here ({error}); pass --model") from None
+    return recorded, *resolve_model(recorded, decoder=decoder)
 
 
 for command in COMMANDS:

@@ -130,7 +130,7 @@ class Generation:
     def wanted(self, manifest: Manifest | None) -> list[Wanted]:
         """Every video, with its name; raises `InputError` for one that can't be made or written."""
         origin, keeping = self.origin(), self.keeping
-        how = [self.options["vae_tiling"], keeping.metadata, keeping.prompt_in_metadata]
+        how = [self.options["vae_tiling"], self.spec.decoder, keeping.metadata, keeping.prompt_in_metadata]
         asked = [self._asked(item) for item in self.items]
         name = "batch" if self.many else f"video-{digest_of([origin, without_fps(asked[0])])[:16]}"
         work = Work(self.folder, name)
@@ -388,7 +388,7 @@ def plan_generation(
     if keeping.output and keeping.output_dir:
         raise InputError(f"give either --output={keeping.output} or --output-dir={keeping.output_dir}")
     axes = parse_sweep(sweep)
-    spec, checkpoint = resolve_model(model)
+    spec, checkpoint = resolve_model(model, decoder=options["decoder"])
     items = [Item({"prompt": prompt})] if prompts is None else read_prompts(prompts)
     items = swept(several(items, num_videos, settings.get("seed", spec.defaults.seed)), axes)
     many = prompts is not None or len(items) > 1

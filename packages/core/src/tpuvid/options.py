@@ -180,6 +180,7 @@ loop_options = _options(
 vae_tiling_option = click.option(
     "--vae-tiling", is_flag=True, help="Decode in overlapping tiles: less device memory, slightly other frames."
 )
+decoder_option = click.option("--decoder", help="Another decoder than the model's own; tpuvid list-models says which there are.")
 pack_options = _options(
     click.option("--pack", type=path_type, help="File of tpuvid compile: its programs need not be compiled."),
     click.option("--trust-pack", is_flag=True, help="Run the machine code in --pack: say so if you made it or trust who did."),

@@ -55,6 +55,7 @@ CONCERNS = {
     "mesh": ("denoise",),
     "text_encoder_device": ("encode",),
     "vae_tiling": ("decode",),
+    "decoder": ("decode",),
 }
 """Fields that only some stages' programs depend on."""
 FLAGS = ("height", "width", "num_frames", "max_sequence_length", "cache", "window_size", "mesh", "dtype", "attention_backend",
@@ -65,7 +66,7 @@ VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 APART = {
     "artifacts", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "lora", "options", "packs",
-    "pipeline", "profiling", "progress", "registry", "stages", "testing", "video", "weights",
+    "pipeline", "plugin", "profiling", "progress", "registry", "stages", "testing", "video", "weights",
 }  # fmt: skip
 """Modules of tpuvid whose code enters no program; any other's change makes a pack another's, `plan` aside."""
 BOOKKEEPING = re.compile(
@@ -347,6 +348,7 @@ def settings_key(spec: ModelSpec, config: GenerationConfig) -> dict[str, Any]:
         "guidance": "on" if config.do_classifier_free_guidance else "off",
         "cache": config.cache or "none",
         "window_size": config.window_size or "none",
+        "decoder": spec.decoder or "own",
     }
 
 
@@ -423,6 +425,7 @@ def _remedy(name: str, theirs: Any) -> str:
         "vae_tiling": {"on": "pass --vae-tiling", "off": "leave out --vae-tiling"},
         "cache": {"none": "leave out --cache"},
         "window_size": {"none": "leave out --window-size"},
+        "decoder": {"own": "leave out --decoder"},
     }
     switch = switches.get(name, {}).get(str(theirs))
     return f"{switch}, or {AGAIN}" if switch else AGAIN

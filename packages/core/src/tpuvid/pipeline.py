@@ -40,6 +40,7 @@ def load(
     lora_path: str | Path | None = None,
     lora_scale: float = 1.0,
     vae_tiling: bool = False,
+    decoder: str | None = None,
     pack: str | Path | Pack | None = None,
     trust_pack: bool = False,
     keep_loaded: bool = True,
@@ -57,6 +58,7 @@ def load(
         profile: folder for a JAX profile of steady denoising steps, to be opened in XProf or Perfetto.
         lora_path: safetensors file of a LoRA, merged into the diffusion model with strength `lora_scale`.
         vae_tiling: decode in overlapping tiles, as diffusers' ``vae.enable_tiling()``: less device memory, another video.
+        decoder: the name of a registered decoder, in the place of the model's own.
         pack: file of ``tpuvid compile``, whose programs need not be compiled; what it lacks is compiled, and the history says so.
         trust_pack: the pack holds machine code; without this it is checked, and then refused.
         keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
@@ -67,7 +69,7 @@ def load(
     Raises:
         InputError: unknown model, incomplete checkpoint, damaged pack, or options that this machine can't run.
     """
-    spec, checkpoint = resolve_model(model)
+    spec, checkpoint = resolve_model(model, decoder=decoder)
     checkpoint = replace(checkpoint, loras=read_loras(lora_path, lora_scale))
     if isinstance(pack, str | Path):
         pack = read_pack(pack, trusted=trust_pack)

@@ -4,7 +4,7 @@ nor torch.
 Flat, JSON-ready: ``model_id``, every setting of `GenerationConfig`, and
 
     checkpoint, revision, fingerprint, loras    the weights: where they were, commit of the Hub, hash
-    options      dtype, attention_backend, mesh, text_encoder_device, vae_tiling
+    options      dtype, attention_backend, mesh, text_encoder_device, vae_tiling, decoder
     versions     of Python and of the packages that compute
     history      by stage: devices and layout, step cache, seconds
     latents_sha256, frames_sha256    of float32 [1, C, f, h, w], and of uint8 [F, H, W, 3] before they are compressed
@@ -53,7 +53,7 @@ def make_record(
         "revision": denoised.get("revision"),
         "fingerprint": latents.fingerprint,
         "loras": denoised.get("loras", []),
-        "options": pipe.runtime.asked(),
+        "options": pipe.runtime.asked() | {"decoder": pipe.spec.decoder},
         "versions": versions(registry().package_of(pipe.spec.twin or pipe.spec.model_id)),
         "history": history,
         "latents_sha256": latents_digest(latents),

@@ -20,7 +20,7 @@ from tpuvid.stages import GenerationConfig, ModelSpec
 if TYPE_CHECKING:
     from tpuvid.pipeline import Pipeline
 
-OPTIONS = ("dtype", "attention_backend", "mesh", "text_encoder_device", "vae_tiling")
+OPTIONS = ("dtype", "attention_backend", "mesh", "text_encoder_device", "vae_tiling", "decoder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class Recorded:
             raise InputError(f"{path}: its record is incomplete; take the .json beside it, or another copy")
         name = model or record["model_id"]
         try:
-            spec, checkpoint = resolve_model(name)
+            spec, checkpoint = resolve_model(name, decoder=options.get("decoder"))
         except InputError as error:
             raise InputError(f"{path}: was made by {name}, which can't be had here ({error}); pass --model") from None
         if len(loras) > 1:
@@ -140,7 +140,7 @@ class Recorded:
 
 def _well_formed(record: Mapping[str, Any]) -> bool:
     """Whether everything that is read of a record is of the kind that it should be: a stranger may have written it."""
-    texts = ("dtype", "attention_backend", "mesh", "text_encoder_device")
+    texts = ("dtype", "attention_backend", "mesh", "text_encoder_device", "decoder")
     options, loras, history, found = (record.get(name) for name in ("options", "loras", "history", "versions"))
     return (
         isinstance(record.get("model_id"), str)
