@@ -79,8 +79,9 @@ def test_wheel_works_alone(package, wheels, tmp_path):
         assert (tmp_path / "clip.mp4").stat().st_size > 1000
 
 
-def test_the_tile_sizes_are_packed(wheels):
-    assert "tpuvid/kernels/block_sizes.json" in zipfile.ZipFile(wheels["core"]).namelist()
+@pytest.mark.parametrize("package", ["wan", "cogvideox", "hunyuan"])
+def test_the_tile_sizes_are_packed(wheels, package):
+    assert f"tpuvid_{package}/block_sizes.json" in zipfile.ZipFile(wheels[package]).namelist()
 
 
 def test_siblings_are_in_lockstep():

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ from tpuvid.errors import InputError
 from tpuvid.kernels import recorded_attention
 from tpuvid.kernels.block_sizes import (
     LONG,
-    TABLE,
     VARIABLE,
     AttentionShape,
     Blocks,
@@ -17,10 +17,12 @@ from tpuvid.kernels.block_sizes import (
     block_rows,
     flash_blocks,
     read_rows,
+    tables_in_use,
 )
 from tpuvid.kernels.flash import attention_flash
+from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.plan.topologies import parse_topology
-from tpuvid.runtime import Runtime
+from tpuvid.runtime import Runtime, plugin_tables
 
 CHIP = "TPU v6 lite"
 
@@ -44,12 +46,29 @@ def table(tmp_path, monkeypatch):
     return write
 
 
-def test_the_package_brings_rows_with_provenance():
-    rows = read_rows(TABLE)
+def test_model_packages_bring_rows_with_provenance():
+    """The hook tpuvid_block_sizes, and what the kernel makes of it."""
+    assert {path.parent.name for path in plugin_tables()} == {"tpuvid_wan", "tpuvid_cogvideox", "tpuvid_hunyuan"}
+    rows = [row for path in plugin_tables() for row in read_rows(path)]
     assert len({(r.chip, r.shape) for r in rows}) == len(rows) > 0
+    runtime = Runtime.create()
     for r in rows:
         assert r.predicted_ms > 0 and r.date and r.jax and r.libtpu and r.command.startswith("tpuvid tune attention --")
-        assert flash_blocks(r.queries, r.keys, r.head_dim, heads=r.heads, chip=r.chip) == r.blocks
+        with runtime.scope(make_mesh(MeshConfig(), runtime.devices)):
+            assert flash_blocks(r.queries, r.keys, r.head_dim, heads=r.heads, chip=r.chip) == r.blocks
+    assert not block_rows(), "outside a run there are no plugins"
+
+
+def test_a_plugins_broken_table_is_left_out(tmp_path, monkeypatch):
+    (good := tmp_path / "good.json").write_text(json.dumps([row((256, 256, 128))._asdict()]))
+    (bad := tmp_path / "bad.json").write_text("[{}]")
+    monkeypatch.setattr("tpuvid.runtime.registry", lambda: SimpleNamespace(block_sizes=(bad, good)))
+    plugin_tables.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="left out: .*bad.json: is no table"):
+            assert plugin_tables() == (good,)
+    finally:
+        plugin_tables.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -82,11 +101,12 @@ def test_other_lengths_take_the_default(table):
 
 
 def test_the_users_row_comes_before_the_packages(table):
-    shipped = read_rows(TABLE)[0]
+    shipped = read_rows(plugin_tables()[0])[0]
     table(row((256, 256, 128), heads=99, queries=shipped.queries, keys=shipped.keys, head_dim=shipped.head_dim))
     shape = dict(heads=shipped.heads, chip=CHIP)
-    assert flash_blocks(shipped.queries, shipped.keys, shipped.head_dim, **shape) == (256, 256, 128)
-    assert len(block_rows()) == len(read_rows(TABLE))
+    with tables_in_use(plugin_tables()[:1]):
+        assert flash_blocks(shipped.queries, shipped.keys, shipped.head_dim, **shape) == (256, 256, 128)
+        assert len(block_rows()) == len(read_rows(plugin_tables()[0]))
 
 
 @pytest.mark.parametrize(

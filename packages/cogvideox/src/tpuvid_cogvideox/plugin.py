@@ -1,5 +1,7 @@
 """The CogVideoX text-to-video models. Imports neither jax nor torch."""
 
+from pathlib import Path
+
 from tpuvid.hookspecs import hookimpl
 from tpuvid.stages import GenerationConfig, ModelSpec, SizeRules
 
@@ -26,6 +28,11 @@ COGVIDEOX_1_5_5B = ModelSpec(
     load_denoiser="tpuvid_cogvideox.denoise:CogVideoXDenoiser",
     load_decoder="tpuvid_cogvideox.decode:CogVideoXDecoder",
 )
+
+
+@hookimpl
+def tpuvid_block_sizes():
+    return [Path(__file__).with_name("block_sizes.json")]
 
 
 @hookimpl

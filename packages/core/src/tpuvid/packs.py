@@ -353,7 +353,7 @@ def settings_key(spec: ModelSpec, config: GenerationConfig) -> dict[str, Any]:
 
 
 def _own_block_sizes() -> str:
-    """A hash of the user's table of tile sizes; the package's counts with the kernels."""
+    """A hash of the user's table of tile sizes. Those of model packages may differ: a pack is as fast as where it was made."""
     path = os.environ.get("TPUVID_BLOCK_SIZES")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path else "none"
 

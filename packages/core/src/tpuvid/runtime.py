@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,13 @@ from tpuvid.artifacts import check_folder
 from tpuvid.cache_folder import cache_folder
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.kernels import placed_on
-from tpuvid.kernels.block_sizes import block_rows
+from tpuvid.kernels.block_sizes import block_rows, read_rows, tables_in_use
 from tpuvid.kernels.placement import WINDOWED_BACKENDS
 from tpuvid.mesh import MeshConfig, Rule, default_mesh_config, make_mesh, split_sizes
 from tpuvid.packs import Pack, signature
 from tpuvid.plan.topologies import CHIPS
 from tpuvid.progress import Progress
+from tpuvid.registry import registry
 
 if TYPE_CHECKING:
     from tpuvid.bridge import TracedModule
@@ -37,6 +40,19 @@ LEAST_EFFORT = -1.0
 TEXT_ENCODER_DEVICES = ("device", "cpu")
 REPLICATED = 0.6
 """Of a device's memory, what copies of all weights may take: activations of a video need the rest."""
+
+
+@cache
+def plugin_tables() -> tuple[Path, ...]:
+    """The tables of tile sizes that plugins bring. What is no table is left out, with a warning: programs run without it."""
+    found = []
+    for path in registry().block_sizes:
+        try:
+            read_rows(path)
+            found.append(path)
+        except ValueError as error:
+            warnings.warn(f"a plugin's tile sizes are left out: {error}", stacklevel=2)
+    return tuple(found)
 
 
 def default_dtype() -> str:
@@ -153,7 +169,10 @@ class Runtime:
         precision = "highest" if self.dtype == np.float32 else None
         elsewhere = mesh.devices.flat[0].platform != self.devices[0].platform  # the text encoder on the CPU
         try:
-            with placed_on(mesh, "auto" if elsewhere else self.attention_backend), jax.default_matmul_precision(precision):
+            with ExitStack() as entered:
+                entered.enter_context(placed_on(mesh, "auto" if elsewhere else self.attention_backend))
+                entered.enter_context(tables_in_use(plugin_tables()))
+                entered.enter_context(jax.default_matmul_precision(precision))
                 yield
         except ValueError as error:
             if "attention backend" in str(error):

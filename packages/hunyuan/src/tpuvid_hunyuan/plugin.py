@@ -1,5 +1,7 @@
 """The HunyuanVideo 1.5 text-to-video models. Imports neither jax nor torch."""
 
+from pathlib import Path
+
 from tpuvid.hookspecs import hookimpl
 from tpuvid.stages import GenerationConfig, ModelSpec, SizeRules
 
@@ -43,6 +45,11 @@ HUNYUAN_480P = ModelSpec(
     defaults=GenerationConfig(height=480, width=848, **SAMPLING),
     **COMMON,
 )
+
+
+@hookimpl
+def tpuvid_block_sizes():
+    return [Path(__file__).with_name("block_sizes.json")]
 
 
 @hookimpl

@@ -1,5 +1,7 @@
 """The Wan 2.1 text-to-video models. Imports neither jax nor torch."""
 
+from pathlib import Path
+
 from tpuvid.hookspecs import hookimpl
 from tpuvid.stages import GenerationConfig, ModelSpec, SizeRules
 
@@ -44,6 +46,11 @@ WAN_1_3B = ModelSpec(
     flow_shifts=FLOW_SHIFTS,
     **COMMON,
 )
+
+
+@hookimpl
+def tpuvid_block_sizes():
+    return [Path(__file__).with_name("block_sizes.json")]
 
 
 @hookimpl

@@ -1,11 +1,14 @@
-"""Tile sizes of the flash kernel, as data with provenance: the rows of block_sizes.json, and the user's own.
+"""Tile sizes of the flash kernel, as data with provenance: rows that model packages bring (`tables_in_use`), and the user's own.
 
-`tpuvid tune attention` writes them; the variable TPUVID_BLOCK_SIZES names a file of rows that come before the package's.
+`tpuvid tune attention` writes them: into this package's table, or a file that the variable TPUVID_BLOCK_SIZES then names. The
+user's rows come before the package's, and those before the models'.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +60,9 @@ class Row(NamedTuple):
 
 LANES = 128
 TABLE = Path(__file__).with_name("block_sizes.json")
+"""Written by `tpuvid tune attention`; not there until it has been."""
 VARIABLE = "TPUVID_BLOCK_SIZES"
+_tables: ContextVar[tuple[Path, ...]] = ContextVar("tables", default=())
 LONG = Blocks(q=2048, kv=4096, kv_compute=1024)
 """Where no row is of the shape. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 26.2 ms per call (2026-11)."""
 
@@ -77,14 +82,26 @@ def flash_blocks(queries: int, keys: int, dim: int, *, heads: int | None = None,
     return Blocks(round_up(LONG.q // widths), round_up(LONG.kv // widths), round_up(LONG.kv_compute // widths))
 
 
+@contextmanager
+def tables_in_use(tables: Sequence[Path]) -> Iterator[None]:
+    """Within it, the rows of these files apply too, where there is no other for a shape."""
+    token = _tables.set(tuple(tables))
+    try:
+        yield
+    finally:
+        _tables.reset(token)
+
+
 def block_rows() -> Sequence[Row]:
-    """Every row that applies here: the user's, then the package's for shapes that those don't have.
+    """Every row that applies here: of each table for shapes that those before it don't have.
 
     Raises `ValueError` for a file that is no table.
     """
-    own = _cached_rows(Path(os.environ[VARIABLE])) if os.environ.get(VARIABLE) else ()
-    taken = {(r.chip, r.shape._replace(heads=0)) for r in own}
-    return [*own, *(r for r in _cached_rows(TABLE) if (r.chip, r.shape._replace(heads=0)) not in taken)]
+    found: list[Row] = []
+    for table in (*filter(None, [os.environ.get(VARIABLE)]), *[TABLE] * TABLE.exists(), *_tables.get()):
+        taken = {(r.chip, r.shape._replace(heads=0)) for r in found}
+        found += [r for r in _cached_rows(Path(table)) if (r.chip, r.shape._replace(heads=0)) not in taken]
+    return found
 
 
 def read_rows(path: Path) -> list[Row]:
