@@ -21,12 +21,11 @@ ALL_LOADED = "import sys, tpuvid; p = tpuvid.load(sys.argv[1]); p.generate('a re
 def make_checkpoint(folder: Path) -> None:
     """A text encoder and a diffusion model of the real kinds, wide enough that their weights outweigh the libraries."""
     from diffusers import WanTransformer3DModel
-    from shared.words import WORDS
     from transformers import UMT5Config, UMT5EncoderModel
-    from wan.random_checkpoint import RandomWan
+    from tpuvid_wan.conformance import RandomWan
 
     RandomWan(text_dim=1024).save(folder)
-    umt5 = UMT5Config(vocab_size=len(WORDS), d_model=1024, d_kv=64, d_ff=4096, num_layers=16, num_heads=16)
+    umt5 = UMT5Config(vocab_size=384, d_model=1024, d_kv=64, d_ff=4096, num_layers=16, num_heads=16)
     UMT5EncoderModel(umt5).save_pretrained(folder / "text_encoder")
     WanTransformer3DModel(
         num_attention_heads=16, attention_head_dim=64, in_channels=4, out_channels=4, text_dim=1024, ffn_dim=4096, num_layers=20

@@ -1,6 +1,6 @@
 import pytest
 import tpuvid
-from cogvideox.random_checkpoint import RandomCogVideoX
+from tpuvid_cogvideox.conformance import RandomCogVideoX
 
 SMALL = dict(height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7)
 

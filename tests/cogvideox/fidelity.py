@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 import tpuvid
-from cogvideox.random_checkpoint import RandomCogVideoX
-from diffusers import CogVideoXPipeline
+from tpuvid_cogvideox.conformance import RandomCogVideoX, run_stock, stock_pipeline
 from shared.fidelity import Case, Fidelity, compare_stages, print_table, relative
 from shared.stock_deepcache import deepcached
 
@@ -71,30 +70,18 @@ def measure(case: Case, folder: Path) -> Fidelity:
     """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
     source = str(case.checkpoint.save(folder))
     pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1", vae_tiling=case.vae_tiling)
-    reference = CogVideoXPipeline.from_pretrained(source, torch_dtype=torch.float32)
-    reference.set_progress_bar_config(disable=True)
+    config = pipe.spec.configure(prompt=case.prompt, negative_prompt=case.negative_prompt, **case.settings)
+    reference = stock_pipeline(source)
     if case.vae_tiling:
         reference.vae.enable_tiling()
-    settings = {"max_sequence_length": 226} | case.settings
-
-    config = pipe.spec.configure(**settings)
 
     def stock(output_type: str):
-        arguments = {k: v for k, v in settings.items() if k not in ("seed", "flow_shift") and not k.startswith("cache")}
-        generator = torch.Generator().manual_seed(config.seed)
-        calls = 1
-        transformer = reference.transformer
-        with deepcached(
-            transformer, transformer.transformer_blocks, config, carries=("hidden_states", "encoder_hidden_states"), calls=calls
-        ):
-            output = reference(case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments)
-        return output.frames
+        transformer, carries = reference.transformer, ("hidden_states", "encoder_hidden_states")
+        with deepcached(transformer, transformer.transformer_blocks, config, carries=carries, calls=1):
+            return run_stock(reference, config, output_type)
 
     latents, frames = stock("latent"), stock("np")
-    # with output_type="latent" the stock pipeline leaves the additional frames in
-    real = (settings["num_frames"] - 1) // 4 + 1
-    latents = latents[:, latents.shape[1] - real :].permute(0, 2, 1, 3, 4).numpy()
-    length = settings["max_sequence_length"]
+    length = config.max_sequence_length
     with torch.no_grad():
         embeds, _ = reference.encode_prompt(case.prompt, do_classifier_free_guidance=False, max_sequence_length=length)
 

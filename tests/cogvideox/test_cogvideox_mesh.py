@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 from cogvideox.conftest import SMALL
-from cogvideox.random_checkpoint import RandomCogVideoX
+from tpuvid_cogvideox.conformance import RandomCogVideoX
 from diffusers import CogVideoXTransformer3DModel
 from jax.sharding import Mesh
 from shared.mesh_parity import on_eight_devices

@@ -9,7 +9,7 @@ import sentencepiece
 import torch
 import tpuvid
 from cogvideox.conftest import SMALL
-from cogvideox.random_checkpoint import RandomCogVideoX
+from tpuvid_cogvideox.conformance import RandomCogVideoX
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.numpy import save_file
 from tpuvid import InputError, testing

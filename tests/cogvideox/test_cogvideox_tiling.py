@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tpuvid
-from cogvideox.random_checkpoint import RandomCogVideoX
+from tpuvid_cogvideox.conformance import RandomCogVideoX
 from diffusers import AutoencoderKLCogVideoX
 from shared.decoding import check_tiles, chunks_of, random_latents, stock_frames
 from tpuvid.stages import Latents

@@ -62,7 +62,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(pipe, conditioning, tmp_path, setting
 
 
 def test_the_noise_of_a_stochastic_scheduler_goes_on_too(tmp_path):
-    from cogvideox.random_checkpoint import RandomCogVideoX
+    from tpuvid_cogvideox.conformance import RandomCogVideoX
 
     pipe = tpuvid.load(str(RandomCogVideoX(dpm=True).save(tmp_path / "model")))
     conditioning = pipe.encode("a cat")
@@ -269,8 +269,8 @@ def test_a_preview_is_an_animated_png(pipe, conditioning, tmp_path, monkeypatch)
 @pytest.mark.parametrize("family", ["cogvideox", "hunyuan"])
 def test_other_families_have_previews_too(family, tmp_path, monkeypatch):
     """Latents that lie otherwise while they are denoised; VAEs that compress otherwise."""
-    from cogvideox.random_checkpoint import RandomCogVideoX
-    from hunyuan.random_checkpoint import RandomHunyuan
+    from tpuvid_cogvideox.conformance import RandomCogVideoX
+    from tpuvid_hunyuan.conformance import RandomHunyuan
 
     monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))
     checkpoint = {"cogvideox": RandomCogVideoX(), "hunyuan": RandomHunyuan()}[family]

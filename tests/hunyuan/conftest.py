@@ -1,6 +1,6 @@
 import pytest
 import tpuvid
-from hunyuan.random_checkpoint import RandomHunyuan
+from tpuvid_hunyuan.conformance import RandomHunyuan
 
 SMALL = dict(height=32, width=48, num_frames=5, num_inference_steps=3, guidance_scale=3.0, seed=7)
 

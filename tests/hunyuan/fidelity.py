@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 import tpuvid
-from diffusers import HunyuanVideo15Pipeline
-from hunyuan.random_checkpoint import RandomHunyuan
+from tpuvid_hunyuan.conformance import RandomHunyuan, run_stock, stock_pipeline, stock_streams
 from shared.fidelity import Case, Fidelity, compare_stages, print_table, relative
 from shared.stock_deepcache import deepcached
 
@@ -88,37 +86,22 @@ def measure(case: Case, folder: Path) -> Fidelity:
     """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
     source = str(case.checkpoint.save(folder))
     pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1", vae_tiling=case.vae_tiling)
-    settings = case.settings
-    reference = HunyuanVideo15Pipeline.from_pretrained(source, torch_dtype=torch.float32)
-    reference.set_progress_bar_config(disable=True)
+    config = pipe.spec.configure(prompt=case.prompt, negative_prompt=case.negative_prompt, **case.settings)
+    reference = stock_pipeline(source, config)
     if case.vae_tiling:
         reference.vae.enable_tiling()
-    reference.tokenizer_max_length = settings["max_sequence_length"]
-    if "flow_shift" in settings:
-        reference.scheduler = reference.scheduler.from_config(reference.scheduler.config, shift=settings["flow_shift"])
-
-    config = pipe.spec.configure(**settings)
 
     def stock(output_type: str) -> np.ndarray:
-        # made anew: the stock pipeline asks a guider whether it guides while that still stands at the last run's last step
-        reference.guider = reference.guider.new(guidance_scale=settings.get("guidance_scale", 6.0))
-        arguments = {k: settings[k] for k in ("height", "width", "num_frames", "num_inference_steps")}
-        generator = torch.Generator().manual_seed(settings["seed"])
         transformer, carries = reference.transformer, ("hidden_states", "encoder_hidden_states")
         with deepcached(transformer, transformer.transformer_blocks, config, carries=carries, calls=2):
-            frames = reference(
-                case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments
-            ).frames
-        return frames.numpy() if output_type == "latent" else frames
+            return run_stock(reference, config, output_type)
 
     latents, frames = stock("latent"), stock("np")
-    with torch.no_grad():
-        streams = {sign: reference.encode_prompt(p) for sign, p in (("", case.prompt), ("negative_", case.negative_prompt))}
-
-    conditioning = pipe.encode(case.prompt, case.negative_prompt, max_sequence_length=settings["max_sequence_length"])
+    streams = {sign: stock_streams(reference, p) for sign, p in (("", case.prompt), ("negative_", case.negative_prompt))}
+    conditioning = pipe.encode(case.prompt, case.negative_prompt, max_sequence_length=config.max_sequence_length)
     embeds = []
     for sign, expected in streams.items():
-        for name, tensor in zip(("embeds", "embeds_mask", "embeds_2", "embeds_mask_2"), expected, strict=True):
+        for name, tensor in expected.items():
             found = conditioning.tensors[f"{sign}prompt_{name}"]
             if "mask" in name:
                 np.testing.assert_array_equal(found, tensor.numpy())

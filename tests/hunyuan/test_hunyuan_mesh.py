@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from diffusers import HunyuanVideo15Transformer3DModel
 from hunyuan.conftest import SMALL
-from hunyuan.random_checkpoint import RandomHunyuan
+from tpuvid_hunyuan.conformance import RandomHunyuan
 from jax.sharding import Mesh
 from shared.mesh_parity import on_eight_devices
 from tpuvid import t5

@@ -1,6 +1,6 @@
 import pytest
 import tpuvid
-from wan.random_checkpoint import RandomWan
+from tpuvid_wan.conformance import RandomWan
 
 SMALL = dict(height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7)
 

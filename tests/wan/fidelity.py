@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 import tpuvid
-from diffusers import WanPipeline
 from shared.fidelity import Case, Fidelity, compare_stages, print_table, relative
 from shared.stock_deepcache import deepcached
-from wan.random_checkpoint import RandomWan
+from tpuvid_wan.conformance import RandomWan, run_stock, stock_pipeline
 
 CASES = (
     Case("two heads, UniPC", RandomWan(), dict(height=48, width=80, num_frames=9, num_inference_steps=6, guidance_scale=3.0, seed=3)),
@@ -52,27 +51,19 @@ def measure(case: Case, folder: Path) -> Fidelity:
     else:
         pipe = tpuvid.load(case.checkpoint, dtype="float32", mesh="dp=1,tp=1")
         source = str(pipe.checkpoint.folder)
-    reference = WanPipeline.from_pretrained(source, torch_dtype=torch.float32)
-    reference.set_progress_bar_config(disable=True)
+    config = pipe.spec.configure(prompt=case.prompt, negative_prompt=case.negative_prompt, **case.settings)
+    reference = stock_pipeline(source, config)
     if case.vae_tiling:
         reference.vae.enable_tiling()
-    settings = dict(case.settings)
-    if shift := settings.get("flow_shift"):
-        reference.scheduler = type(reference.scheduler).from_config(reference.scheduler.config, flow_shift=shift)
-
-    config = pipe.spec.configure(**settings)
 
     def stock(output_type: str):
-        arguments = {k: v for k, v in settings.items() if k not in ("seed", "flow_shift") and not k.startswith("cache")}
-        generator = torch.Generator().manual_seed(config.seed)
         calls = 2 if config.do_classifier_free_guidance else 1
         transformer = reference.transformer
         with deepcached(transformer, transformer.blocks, config, carries=("hidden_states",), calls=calls):
-            output = reference(case.prompt, case.negative_prompt, generator=generator, output_type=output_type, **arguments)
-        return output.frames
+            return run_stock(reference, config, output_type)
 
-    latents, frames = stock("latent").numpy(), stock("np")
-    length = settings.get("max_sequence_length", 512)
+    latents, frames = stock("latent"), stock("np")
+    length = config.max_sequence_length
     with torch.no_grad():
         embeds, _ = reference.encode_prompt(case.prompt, do_classifier_free_guidance=False, max_sequence_length=length)
 

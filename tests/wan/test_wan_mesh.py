@@ -8,7 +8,7 @@ from tpuvid_wan.denoise import BLOCKS
 from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
 from tpuvid_wan.sharding import TRANSFORMER
 from wan.conftest import SMALL
-from wan.random_checkpoint import RandomWan
+from tpuvid_wan.conformance import RandomWan
 
 
 @pytest.fixture(scope="module")

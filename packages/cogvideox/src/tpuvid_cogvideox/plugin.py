@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import GenerationConfig, ModelSpec, SizeRules
+from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
 
 # 4n+1 frames and multiples of 16 pixels: 4× time and 8× space in the VAE, 2×2 patches in the transformer, whose rotary
 # table has 150 positions along each axis (sample_height and sample_width of 300 latents). 161 frames: the model card's most.
@@ -24,6 +24,11 @@ COGVIDEOX_1_5_5B = ModelSpec(
     rules=RULES,
     takes=("use_dynamic_cfg", "cache", "window_size"),
     components={"encode": ("tokenizer", "text_encoder"), "denoise": ("transformer", "scheduler"), "decode": ("vae",)},
+    conformance=Conformance(
+        random_checkpoint="tpuvid_cogvideox.conformance:random_checkpoint",
+        reference="tpuvid_cogvideox.conformance:reference",
+        settings=dict(height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=40),
+    ),
     load_text_encoder="tpuvid_cogvideox.encode:CogVideoXTextEncoder",
     load_denoiser="tpuvid_cogvideox.denoise:CogVideoXDenoiser",
     load_decoder="tpuvid_cogvideox.decode:CogVideoXDecoder",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import GenerationConfig, ModelSpec, SizeRules
+from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
 
 # 4n+1 frames and multiples of 16 pixels: 4× time and 16× space in the VAE, patches of one latent. Rotary positions are
 # computed, not looked up, so the limits are only those of good sense.
@@ -21,6 +21,11 @@ COMMON = dict(
         "denoise": ("transformer", "scheduler", "guider"),
         "decode": ("vae",),
     },
+    conformance=Conformance(
+        random_checkpoint="tpuvid_hunyuan.conformance:random_checkpoint",
+        reference="tpuvid_hunyuan.conformance:reference",
+        settings=dict(height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=60),
+    ),
     load_text_encoder="tpuvid_hunyuan.encode:HunyuanTextEncoder",
     load_denoiser="tpuvid_hunyuan.denoise:HunyuanDenoiser",
     load_decoder="tpuvid_hunyuan.decode:HunyuanDecoder",

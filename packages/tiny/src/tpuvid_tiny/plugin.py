@@ -11,6 +11,7 @@ WAN_TINY = dataclasses.replace(
     model_id="wan-tiny",
     checkpoint="tpuvid_tiny:checkpoint",
     parameters="3.9M",
+    conformance=None,
     signature={"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32, "in_channels": 16},
     defaults=GenerationConfig(height=64, width=64, num_frames=17, fps=8, num_inference_steps=24, guidance_scale=4.0),
 )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import GenerationConfig, ModelSpec, SizeRules
+from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
 
 # 4n+1 frames and multiples of 16 pixels: 4× time and 8× space in the VAE, 2×2 patches in the transformer, whose rotary
 # table has 1024 positions along each axis (rope_max_seq_len).
@@ -20,6 +20,11 @@ COMMON = dict(
     rules=RULES,
     takes=("flow_shift", "cache", "window_size"),
     components={"encode": ("tokenizer", "text_encoder"), "denoise": ("transformer", "scheduler"), "decode": ("vae",)},
+    conformance=Conformance(
+        random_checkpoint="tpuvid_wan.conformance:random_checkpoint",
+        reference="tpuvid_wan.conformance:reference",
+        settings=dict(height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=40),
+    ),
     load_text_encoder="tpuvid_wan.encode:WanTextEncoder",
     load_denoiser="tpuvid_wan.denoise:WanDenoiser",
     load_decoder="tpuvid_wan.decode:WanDecoder",

@@ -1,8 +1,9 @@
-"""Small random HunyuanVideo 1.5 checkpoints in the ordinary diffusers layout, for tests."""
+"""What HunyuanVideo 1.5 is checked with: small random checkpoints in the ordinary diffusers layout, and the stock pipeline."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
@@ -11,8 +12,9 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
-from shared.spread import spread
 from tokenizers import pre_tokenizers
+from tpuvid.stages import GenerationConfig
+from tpuvid.testing import spread
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5Config, T5EncoderModel
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -78,6 +80,45 @@ class RandomHunyuan:
             guider=ClassifierFreeGuidance(**{"guidance_scale": 6.0} | self.guider),
         ).save_pretrained(folder)  # fmt: skip
         return folder
+
+
+def random_checkpoint(folder: Path) -> None:
+    RandomHunyuan(heads=4).save(folder)
+
+
+def reference(folder: Path, config: GenerationConfig) -> dict[str, np.ndarray]:
+    """`HunyuanVideo15Pipeline` of diffusers."""
+    pipe = stock_pipeline(folder, config)
+    found = {name: run_stock(pipe, config, kind) for name, kind in (("latents", "latent"), ("frames", "np"))}
+    return found | {f"prompt_{name}": tensor.numpy() for name, tensor in stock_streams(pipe, config.prompt).items()}
+
+
+def stock_pipeline(folder: Path, config: GenerationConfig) -> HunyuanVideo15Pipeline:
+    """In float32, with the config's length of prompts and shift, if it gives one."""
+    pipe = HunyuanVideo15Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.tokenizer_max_length = config.max_sequence_length
+    if config.flow_shift is not None:
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, shift=config.flow_shift)
+    return pipe
+
+
+def stock_streams(pipe: HunyuanVideo15Pipeline, prompt: str) -> dict[str, torch.Tensor]:
+    """Of one prompt: embeddings and masks of both text encoders."""
+    with torch.no_grad():
+        return dict(zip(("embeds", "embeds_mask", "embeds_2", "embeds_mask_2"), pipe.encode_prompt(prompt), strict=True))
+
+
+def run_stock(pipe: HunyuanVideo15Pipeline, config: GenerationConfig, output_type: str) -> np.ndarray:
+    """Latents ("latent") or frames ("np")."""
+    # made anew: the stock pipeline asks a guider whether it guides while that still stands at the last run's last step
+    own = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+    pipe.guider = pipe.guider.new(**own)
+    frames = pipe(
+        config.prompt, config.negative_prompt, height=config.height, width=config.width, num_frames=config.num_frames,
+        num_inference_steps=config.num_inference_steps, generator=torch.Generator().manual_seed(config.seed), output_type=output_type,
+    ).frames  # fmt: skip
+    return np.asarray(frames)
 
 
 def _sections(half: int) -> list[int]:

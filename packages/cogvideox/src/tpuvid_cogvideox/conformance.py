@@ -1,8 +1,9 @@
-"""Small random CogVideoX checkpoints in the ordinary diffusers layout, for tests."""
+"""What CogVideoX is checked with: small random checkpoints in the ordinary diffusers layout, and the stock pipeline."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -11,9 +12,9 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
-from shared.spread import spread
-from shared.words import WORDS, t5_tokenizer
-from transformers import T5Config, T5EncoderModel
+from tpuvid.stages import GenerationConfig
+from tpuvid.testing import spread
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class RandomCogVideoX:
         torch.manual_seed(self.seed)
         text_encoder = T5EncoderModel(
             T5Config(
-                vocab_size=len(WORDS), d_model=self.text_dim, d_kv=8, d_ff=40, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu",
+                vocab_size=384, d_model=self.text_dim, d_kv=8, d_ff=40, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu",
                 relative_attention_num_buckets=8, relative_attention_max_distance=20, pad_token_id=0, eos_token_id=1,
             )
         )  # fmt: skip
@@ -60,5 +61,39 @@ class RandomCogVideoX:
             prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=self.snr_shift_scale,
             timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
         )  # fmt: skip
-        CogVideoXPipeline(t5_tokenizer(), text_encoder, vae, transformer, scheduler).save_pretrained(folder)
+        CogVideoXPipeline(ByT5Tokenizer(), text_encoder, vae, transformer, scheduler).save_pretrained(folder)
         return folder
+
+
+def random_checkpoint(folder: Path) -> None:
+    RandomCogVideoX(heads=4).save(folder)
+
+
+def reference(folder: Path, config: GenerationConfig) -> dict[str, np.ndarray]:
+    """`CogVideoXPipeline` of diffusers."""
+    pipe = stock_pipeline(folder)
+    length = config.max_sequence_length
+    with torch.no_grad():
+        embeds, _ = pipe.encode_prompt(config.prompt, do_classifier_free_guidance=False, max_sequence_length=length)
+    found = {name: run_stock(pipe, config, kind) for name, kind in (("latents", "latent"), ("frames", "np"))}
+    return found | {"prompt_embeds": embeds.numpy()}
+
+
+def stock_pipeline(folder: Path) -> CogVideoXPipeline:
+    """In float32."""
+    pipe = CogVideoXPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_stock(pipe: CogVideoXPipeline, config: GenerationConfig, output_type: str) -> np.ndarray:
+    """Latents ("latent", [B, C, f, h, w] without the additional frames) or frames ("np")."""
+    frames = pipe(
+        config.prompt, config.negative_prompt, height=config.height, width=config.width, num_frames=config.num_frames,
+        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale, use_dynamic_cfg=config.use_dynamic_cfg,
+        max_sequence_length=config.max_sequence_length, generator=torch.Generator().manual_seed(config.seed), output_type=output_type,
+    ).frames  # fmt: skip
+    if output_type != "latent":
+        return np.asarray(frames)
+    real = (config.num_frames - 1) // 4 + 1
+    return frames[:, frames.shape[1] - real :].permute(0, 2, 1, 3, 4).numpy()

@@ -1,0 +1,95 @@
+"""Which models are checked, and the process that checks them: on a CPU, with eight devices of which XLA only pretends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tpuvid.errors import InputError
+from tpuvid.plan.jobs import Jobs, scratch_folder
+from tpuvid.registry import Plugin, registry
+from tpuvid.stages import ModelSpec
+from tpuvid.testing.sheet import Result, Sheet
+
+DEVICES = 8
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "true",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def check(
+    what: str | None = None,
+    *,
+    checkpoint: Path | None = None,
+    on_title: Callable[[str], None] = lambda title: None,
+    on_result: Callable[[Result], None] = lambda result: None,
+) -> list[Sheet]:
+    """The score sheets of `what`: a distribution, a plugin's name or a model's id; None: of all plugins that are installed.
+
+    `checkpoint`: a small diffusers folder to run, in the place of the one that the model's `Conformance` makes. The functions are
+    told of each sheet and each result as it comes. Raises `InputError` where nothing of that name is installed.
+    """
+    plugins = _named(what)
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise InputError(f"{checkpoint}: is no folder; give a small diffusers checkpoint")
+    sheets = []
+    for title, run in _subjects(plugins, what, checkpoint):
+        on_title(title)
+        results = []
+        for result in run():
+            on_result(result)
+            results.append(result)
+        sheets.append(Sheet(title, results))
+    return sheets
+
+
+def _named(what: str | None) -> list[Plugin]:
+    plugins = [p for p in registry().plugins if p.models or p.error]
+    if what is None:
+        if not plugins:
+            raise InputError("no models are installed; pip install -e . in the folder of your plugin, or pip install tpuvid-wan")
+        return plugins
+    name = what.replace("_", "-").lower()
+    found = [p for p in plugins if name in (p.name, p.package.replace("_", "-").lower())]
+    found = found or [p for p in plugins if any(spec.model_id == what for spec in p.models)]
+    if not found:
+        known = ", ".join(f"{p.package} ({', '.join(s.model_id for s in p.models) or p.name})" for p in plugins)
+        raise InputError(f"plugin {what!r} is not installed, or has no models; installed: {known or 'none'}")
+    return found
+
+
+Run = Callable[[], Iterator[Result]]
+
+
+def _subjects(plugins: Sequence[Plugin], what: str | None, checkpoint: Path | None) -> Iterator[tuple[str, Run]]:
+    """Models of one plugin that the same code runs are one subject."""
+    for plugin in plugins:
+        package = f"{plugin.package} {plugin.version}"
+        if plugin.error:
+            error = plugin.error
+            yield f"{plugin.name} ({package})", lambda error=error: iter([Result("loads", False, error)])
+        groups: dict[tuple, list[ModelSpec]] = {}
+        for spec in plugin.models:
+            if what not in {s.model_id for s in plugin.models} or spec.model_id == what:
+                groups.setdefault(_run_by(spec), []).append(spec)
+        for specs in groups.values():
+            ids = [spec.model_id for spec in specs]
+            yield f"{', '.join(ids)} ({package})", lambda ids=ids: _in_a_process(ids, checkpoint)
+
+
+def _run_by(spec: ModelSpec) -> tuple:
+    own = spec.checkpoint if spec.conformance is None else spec.conformance.random_checkpoint
+    return spec.load_text_encoder, spec.load_denoiser, spec.load_decoder, own
+
+
+def _in_a_process(model_ids: Sequence[str], checkpoint: Path | None) -> Iterator[Result]:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+    with scratch_folder() as scratch, Jobs(scratch) as jobs:
+        argument = {"models": list(model_ids), "checkpoint": checkpoint and str(checkpoint.resolve()), "folder": str(scratch)}
+        jobs.start("check", "tpuvid.testing.suite:run", argument, ENVIRONMENT | {"XLA_FLAGS": flags})
+        for _, event in jobs.events():
+            if "check" in event:
+                yield Result(**event)
