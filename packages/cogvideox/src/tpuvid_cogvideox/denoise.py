@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import numpy as np
@@ -70,13 +70,18 @@ def dynamic_scales(config: GenerationConfig, schedule: Schedule) -> Float[np.nda
 
 
 class CogVideoXDenoiser:
+    rules: ClassVar = TRANSFORMER
+
+    def build(self, config: Mapping[str, Any]) -> CogVideoXTransformer3DModel:
+        """The module of transformer/config.json, without weights."""
+        return build(lambda: CogVideoXTransformer3DModel.from_config(config))
+
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         if checkpoint.loras:
             raise InputError(f"lora_path={checkpoint.loras[0].path}: tpuvid-cogvideox doesn't merge LoRA files; leave it out")
         self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
         self.runtime = runtime
-        config = checkpoint.config("transformer")
-        module = build(lambda: CogVideoXTransformer3DModel.from_config(config))
+        module = self.build(checkpoint.config("transformer"))
         self.config = module.config
         if not self.config.use_rotary_positional_embeddings or self.config.use_learned_positional_embeddings:
             raise InputError(
@@ -84,7 +89,7 @@ class CogVideoXDenoiser:
             )
         module.set_attn_processor(SplitTokenAttention())
         self.traced = TracedModule(module, scan={"transformer_blocks": BLOCKS})
-        self.mesh = runtime.denoiser_mesh(self.traced, self.config.num_attention_heads, TRANSFORMER)
+        self.mesh = runtime.denoiser_mesh(self.traced, self.config.num_attention_heads, self.rules)
         self.checkpoint = checkpoint
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime)
 
@@ -94,7 +99,7 @@ class CogVideoXDenoiser:
 
     def load(self) -> None:
         self.params = load_parameters(
-            self.traced, self.checkpoint.weights("transformer"), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype
+            self.traced, self.checkpoint.weights("transformer"), mesh=self.mesh, rules=self.rules, dtype=self.runtime.dtype
         )
 
     def resolve(self, config: GenerationConfig) -> GenerationConfig:

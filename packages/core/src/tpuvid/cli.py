@@ -44,6 +44,7 @@ from tpuvid.options import (
     vae_tiling_option,
 )
 from tpuvid.plan.commands import COMMANDS
+from tpuvid.plugin.commands import plugin
 from tpuvid.registry import registry
 
 if TYPE_CHECKING:
@@ -422,5 +423,5 @@ def _stage_model(
     return recorded, *resolve_model(recorded, decoder=decoder)
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, plugin):
     cli.add_command(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import diffusers
 import jax
@@ -24,7 +25,7 @@ from tpuvid.weights import load_parameters, match_parameters
 
 from tpuvid_wan.lora import adapt
 from tpuvid_wan.sharding import TRANSFORMER
-from tpuvid_wan.transformer import build_transformer
+from tpuvid_wan.transformer import TextToVideoTransformer, build_transformer
 
 SCHEDULERS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 """By class: what its configuration calls the shift."""
@@ -45,14 +46,20 @@ def make_schedule(config: Mapping, num_inference_steps: int, flow_shift: float |
 
 
 class WanDenoiser:
+    rules: ClassVar = TRANSFORMER
+
+    def build(self) -> TextToVideoTransformer:
+        """The module of `config`, without weights."""
+        return build_transformer(self.config)
+
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         self.config = checkpoint.config("transformer")
         self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
         self.runtime = runtime
-        module = build_transformer(self.config)
+        module = self.build()
         keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
         self.traced = TracedModule(module, scan={"blocks": BLOCKS}, keep_in_fp32=keep)
-        self.mesh = runtime.denoiser_mesh(self.traced, module.config.num_attention_heads, TRANSFORMER)
+        self.mesh = runtime.denoiser_mesh(self.traced, module.config.num_attention_heads, self.rules)
         self.checkpoint = checkpoint
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime)
         self.once = runtime.programs(self.mesh, effort=LEAST_EFFORT)
@@ -62,7 +69,7 @@ class WanDenoiser:
         make_schedule(self.scheduler_config, 2, None)
 
     def load(self) -> None:
-        self.params = load_parameters(self.traced, self._weights(), mesh=self.mesh, rules=TRANSFORMER, dtype=self.runtime.dtype)
+        self.params = load_parameters(self.traced, self._weights(), mesh=self.mesh, rules=self.rules, dtype=self.runtime.dtype)
         self.params |= self.runtime.put(self.traced.buffers(), replicated(self.mesh))
 
     def _weights(self) -> Weights:

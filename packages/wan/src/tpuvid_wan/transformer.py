@@ -26,9 +26,11 @@ class TextToVideoTransformer(WanTransformer3DModel):
         return self.blocks.map(lambda block: keys_values(block.attn2, text))
 
 
-def build_transformer(config: Mapping[str, Any]) -> TextToVideoTransformer:
+def build_transformer(
+    config: Mapping[str, Any], kind: type[TextToVideoTransformer] = TextToVideoTransformer
+) -> TextToVideoTransformer:
     """The module of transformer/config.json."""
-    module = build(lambda: TextToVideoTransformer.from_config(config))
+    module = build(lambda: kind.from_config(config))
     module.set_attn_processor(SplitTokenAttention())
     module.condition_embedder.text_embedder.forward = lambda keys_values: keys_values  # these are past it
     return module
