@@ -1,21 +1,15 @@
-"""wan-tiny through tpuvid: it conforms, and the mp4 that the demo writes shows what the prompt says."""
+"""wan-tiny through tpuvid: the mp4 that the demo writes shows what the prompt says."""
 
 import json
 
 import av
 import numpy as np
 import pytest
-from tpuvid import testing
 from tpuvid.cli import run
 from tpuvid_tiny.grammar import Scene
 from tpuvid_tiny.score import read_clip
 
 DEMO = Scene("red", "circle", "moving right", "black")
-
-
-def test_conforms(tmp_path):
-    testing.check_spec("wan-tiny")
-    testing.check_model("wan-tiny", tmp_path, num_inference_steps=2, num_frames=5)
 
 
 @pytest.mark.parametrize("scene", [DEMO, Scene("blue", "square", "growing", "white")], ids=Scene.caption)

@@ -216,7 +216,7 @@ def check_bad_input(subject: Subject) -> str:
             with _refused(what):
                 pipe.decode(replace(latents, latents=array))
         damaged = 0
-        for what, edit in (("a missing weight", _drop_one), ("a weight of another shape", _reshape_one)):
+        for what, edit in (("missing weights", _drop_half), ("weights of other shapes", _reshape_all)):
             for component in ("transformer", "text_encoder", "vae"):
                 if component in sum(subject.spec.components.values(), ()):
                     with _refused(f"{what} of the {component}"):
@@ -245,18 +245,14 @@ def _damaged(subject: Subject, component: str, edit: Callable[[dict[str, np.ndar
     return folder
 
 
-def _drop_one(tensors: dict[str, np.ndarray]) -> None:
-    """One that the half of a VAE that decodes has, too."""
-    del tensors[_last(tensors)]
+def _drop_half(tensors: dict[str, np.ndarray]) -> None:
+    """Not one: it might be among those that the model has no use for."""
+    for name in sorted(tensors)[::2]:
+        del tensors[name]
 
 
-def _reshape_one(tensors: dict[str, np.ndarray]) -> None:
-    name = _last(tensors)
-    tensors[name] = np.concatenate([tensors[name], tensors[name]])
-
-
-def _last(tensors: Mapping[str, np.ndarray]) -> str:
-    return sorted(name for name in tensors if not name.startswith(("encoder.mid", "encoder.down", "encoder.conv", "quant")))[-1]
+def _reshape_all(tensors: dict[str, np.ndarray]) -> None:
+    tensors |= {name: np.concatenate([x, x]) if x.ndim else x[None] for name, x in tensors.items()}
 
 
 def check_shapes(subject: Subject) -> str:
@@ -266,17 +262,18 @@ def check_shapes(subject: Subject) -> str:
     assert "prompt_embeds" in subject.conditioning.tensors, "the text encoder gives no prompt_embeds"
     latents, video = subject.latents.latents, subject.video
     assert latents.dtype == np.float32 and latents.ndim == 5, f"latents are {latents.dtype} {list(latents.shape)}"
-    _check_frames(video)
+    config = video.config
+    _check_frames(video, config.height, config.width, subject.settings.get("num_frames", config.num_frames))
     assert video.frames.std() > 0, "every pixel is the same"
     embeds = list(subject.conditioning.tensors["prompt_embeds"].shape)
     return f"prompt_embeds {embeds}, latents {list(latents.shape)}, frames {list(video.frames.shape)}"
 
 
-def _check_frames(video: Video) -> None:
-    config, frames = video.config, video.frames
-    assert frames.shape == (1, config.num_frames, config.height, config.width, 3) or (
-        frames.shape[1] > config.num_frames and frames.shape[2:] == (config.height, config.width, 3)
-    ), f"frames are {list(frames.shape)} for {config.num_frames} of {config.height}×{config.width}"
+def _check_frames(video: Video, height: int, width: int, num_frames: int) -> None:
+    """Of the size that was asked for, and as many (CogVideoX may make a few more of as many latents)."""
+    frames = video.frames
+    as_asked = frames.shape[0] == 1 and frames.shape[1] >= num_frames and frames.shape[2:] == (height, width, 3)
+    assert as_asked, f"frames are {list(frames.shape)} for {num_frames} of {width}×{height}"
     assert frames.dtype == np.float32 and 0 <= frames.min() and frames.max() <= 1, "frames are not float32 in [0, 1]"
 
 
@@ -286,7 +283,8 @@ def check_rules(subject: Subject) -> str:
     step, multiple = rules.frame_step, rules.size_multiple
     sizes = [(multiple, multiple, 1), (2 * multiple, 3 * multiple, 1 + step)]
     for height, width, num_frames in sizes:
-        _check_frames(subject.generate(height=height, width=width, num_frames=num_frames, num_inference_steps=2))
+        asked = {"height": height, "width": width, "num_frames": num_frames}
+        _check_frames(subject.generate(**asked, num_inference_steps=2), **asked)
     return "; ".join(f"{width}×{height}, {frames} frames" for height, width, frames in sizes)
 
 
@@ -398,12 +396,12 @@ def check_decoders(subject: Subject) -> str:
         raise NothingToCheck("no other decoder is registered for it")
     if subject.spec.conformance is not None or subject.checkpoint is not None:
         raise NothingToCheck(f"{', '.join(decoders)} decode the model's own latents, which aren't here")
+    own = subject.video.frames
     for name in decoders:
         spec, checkpoint = resolve_model(subject.spec.model_id, decoder=name)
         pipe = Pipeline(spec, checkpoint, Runtime.create(dtype="float32", devices=jax.devices()[:1]))
         video = pipe.decode(replace(subject.latents, model_id=""))
-        assert video.frames.shape == subject.video.frames.shape, f"{name}: frames are {list(video.frames.shape)}"
-        _check_frames(video)
+        _check_frames(video, *own.shape[2:4], own.shape[1])
     return f"{', '.join(decoders)}: frames as large and as many as the model's own"
 
 
