@@ -40,7 +40,7 @@ benchmark: setup
 
 # The site of docs/, in site/. Whatever is not right in a page or a link stops it.
 docs: setup
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo site/index.html
 
 # The wheels of all packages, in dist/.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
+import click
+from tpuvid.cli import cli
 from tpuvid.registry import Plugin, registry
-from tpuvid.stages import OPTIONAL_SETTINGS, ModelSpec
+from tpuvid.stages import OPTIONAL_SETTINGS
 
 ROOT = Path(__file__).parents[1]
 FLAGS = {name: f"`--{name.replace('_', '-')}`" for name in OPTIONAL_SETTINGS}
@@ -34,12 +37,22 @@ def models() -> str:
     for plugin in workspace_plugins():
         for spec in plugin.models:
             d = spec.defaults
-            guidance = "the checkpoint's" if d.guidance_scale is None else f"{d.guidance_scale:g}"
+            guidance = "its own" if d.guidance_scale is None else f"{d.guidance_scale:g}"
             rows.append([
                 f"`{spec.model_id}`", f"`{plugin.package}`", spec.family, spec.parameters, f"{d.width}×{d.height}",
-                f"{d.num_frames} at {d.fps}/s", str(d.num_inference_steps), guidance, _weights(spec),
+                f"{d.num_frames} at {d.fps}/s", str(d.num_inference_steps), guidance,
             ])  # fmt: skip
-    return table(["model", "package", "family", "parameters", "size", "frames", "steps", "guidance", "weights"], rows)
+    return table(["model", "package", "family", "parameters", "size", "frames", "steps", "guidance"], rows)
+
+
+def weights() -> str:
+    """Where each model's weights come from."""
+    rows = []
+    for plugin in workspace_plugins():
+        for spec in plugin.models:
+            where = f"in `{plugin.package}`" if ":" in spec.checkpoint else f"`{spec.checkpoint}`"
+            rows.append([f"`{spec.model_id}`", where, f"`{spec.pipeline_class}`"])
+    return table(["model", "weights", "pipeline"], rows)
 
 
 def features() -> str:
@@ -70,17 +83,35 @@ def packages() -> str:
     return table(["package", "what", "models"], sorted(rows))
 
 
-def _weights(spec: ModelSpec) -> str:
-    return "in the package" if ":" in spec.checkpoint else f"`{spec.checkpoint}`"
-
-
-GENERATED: dict[str, Callable[[], str]] = {"models": models, "features": features, "packages": packages}
+GENERATED: dict[str, Callable[[], str]] = {"models": models, "features": features, "weights": weights, "packages": packages}
 """By the comment that each takes the place of."""
 
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.M)
 OUTSIDE = re.compile(r"\[([^]]+)\]\((\.\./[^)\s]+)\)")
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
+    if len(MARKER.findall(markdown)) > 1:
+        page.meta["hide"] = ["toc"]  # the tables need its place
     markdown = MARKER.sub(lambda found: GENERATED[found[1]](), markdown)
     return OUTSIDE.sub(lambda found: f"{found[1]} (`{found[2].lstrip('./')}` in the repository)", markdown)
+
+
+def on_config(config: Any) -> Any:
+    """mkdocs-click 0.9 doesn't know how click 8.5 says that an option has no default."""
+    for option in _options(cli):
+        if str(option.default) == "Sentinel.UNSET":
+            option.default = None
+    return config
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """And marks it up by half."""
+    return html.replace("<td>_required</td>", "<td>required</td>").replace("<td>None</td>", "<td></td>")
+
+
+def _options(command: click.Command) -> Iterator[click.Parameter]:
+    yield from command.params
+    yield command.get_help_option(click.Context(command, help_option_names=["-h", "--help"]))  # click keeps the one that it makes
+    for each in getattr(command, "commands", {}).values():
+        yield from _options(each)
