@@ -112,6 +112,6 @@ def on_page_content(html: str, **_: object) -> str:
 
 def _options(command: click.Command) -> Iterator[click.Parameter]:
     yield from command.params
-    yield command.get_help_option(click.Context(command, help_option_names=["-h", "--help"]))  # click keeps the one that it makes
+    yield command.get_help_option(click.Context(command, help_option_names=["-h", "--help"]))  # click keeps what it makes
     for each in getattr(command, "commands", {}).values():
         yield from _options(each)

@@ -9,8 +9,8 @@ A fenced block's language says what it is; its title, which the site shows above
     ```sh title="needs a TPU"                    not run, of which weights of the Hub are a part
     ```python                                    run after the page's blocks before it, in one namespace
     ```text title="prints"                       lines that the block before printed
-    ```csv title="prompts.csv"                   a file that the blocks after it find
-    ```text                                      shown, nothing more; so are toml and yaml, which must be such
+    ```csv title="prompts.csv"                   a file that the blocks after it find; of any language but sh
+    ```text                                      shown, nothing more; so are csv, json, toml and yaml, which must be such
 
 There are no other fences, and no commands in indented blocks. Whether a block is run or not, its commands are looked at
 (`check_command`): a flag that no longer exists, a model that isn't registered or a size that it can't have is found in each.
@@ -38,7 +38,8 @@ from tpuvid.registry import registry
 ROOT = Path(__file__).parents[2]
 NEEDS_TPU, NEEDS_LIBTPU, NEEDS_LONG = "needs a TPU", "needs libtpu", "needs libtpu, many minutes"
 EXIT_CODE = re.compile(r"exit code (\d+)")
-FILE_NAME = re.compile(r"[\w-]+\.\w+")
+FILE_NAME = re.compile(r"(?:[\w-]+/)*[\w-]+\.\w+")
+LANGUAGES = ("sh", "python", "text", "toml", "yaml", "json", "csv")
 FENCE = re.compile(r" *(`{3,})\s*([\w-]*)\s*(.*)")
 PROGRAMS = ("tpuvid", "make", "pip", "python", "uv", "cd", "scripts/setup.sh")
 TYPED = re.compile(rf"( {{4,}}|\t)\$? ?({'|'.join(map(re.escape, PROGRAMS))}) \S")
@@ -104,16 +105,17 @@ def blocks(page: str, text: str | None = None) -> list[Block]:
 def check_block(block: Block) -> None:
     """Raise `Wrong` for a block that is neither run, nor marked, nor no command; and for commands that can't be."""
     titles = {"sh": (NEEDS_TPU, NEEDS_LIBTPU, NEEDS_LONG), "python": (NEEDS_TPU,), "text": ("prints",)}
-    if block.language not in ("sh", "python", "text", "toml", "yaml", "csv"):
-        raise Wrong(f"{block.where}: a fence of {block.language or 'no language'}; see tests/docs/blocks.py for those that are there")
-    shown = block.language in ("text", "toml", "yaml", "csv") and block.is_file
-    known = block.title in ("", *titles.get(block.language, ())) or (block.language == "sh" and EXIT_CODE.fullmatch(block.title))
-    if not (known or shown):
+    if block.language not in LANGUAGES:
+        raise Wrong(f"{block.where}: a fence of {block.language or 'no language'}; tests/docs/blocks.py says which there are")
+    shown = block.language != "sh" and block.is_file
+    known = block.title in ("", *titles.get(block.language, ()))
+    ends = block.language == "sh" and EXIT_CODE.fullmatch(block.title)
+    if not (known or shown or ends):
         raise Wrong(f"{block.where}: title={block.title!r} is none of those in tests/docs/blocks.py")
     try:
         if block.language == "toml":
             tomllib.loads(block.text)
-        if block.language == "yaml":
+        if block.language in ("yaml", "json"):
             yaml.safe_load(block.text)
         if block.language == "python":
             compile(block.text, block.where, "exec")
