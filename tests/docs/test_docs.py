@@ -13,6 +13,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from docs.blocks import (
@@ -63,17 +65,7 @@ def test_whatever_a_page_says_can_be_typed(page):
 @pytest.mark.parametrize("page", RUN)
 def test_what_a_page_says_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace: dict = {"__name__": "__main__"}
-    printed = ""
-    for block in blocks(page):
-        if block.is_file:
-            (tmp_path / block.title).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / block.title).write_text(block.text + "\n", "utf-8")
-        elif block.title == "prints":
-            missing = [line for line in block.text.splitlines() if line not in printed.splitlines()]
-            assert not missing, f"{block.where}: {missing[0]!r} is not in\n{printed}"
-        elif is_run(block):
-            printed = typed(block) if block.language == "sh" else executed(block, namespace)
+    run_all(blocks(page), tmp_path)
 
 
 @pytest.mark.aot
@@ -84,6 +76,20 @@ def test_what_a_page_says_about_tpus_runs(page, tmp_path, monkeypatch):
         if block.title == NEEDS_LIBTPU and block.text not in COMPILED:
             typed(block)
             COMPILED.add(block.text)
+
+
+def run_all(page: Iterable[Block], folder: Path) -> None:
+    namespace: dict = {"__name__": "__main__"}
+    printed = ""
+    for block in page:
+        if block.is_file:
+            (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.title).write_text(block.text + "\n", "utf-8")
+        elif block.title == "prints":
+            missing = [line for line in block.text.splitlines() if line not in printed.splitlines()]
+            assert not missing, f"{block.where}: {missing[0]!r} is not in\n{printed}"
+        elif is_run(block):
+            printed = typed(block) if block.language == "sh" else executed(block, namespace)
 
 
 def typed(block: Block) -> str:
@@ -150,6 +156,21 @@ def test_what_cannot_be_typed_is_found(text, says):
             check_block(block)
             for command in block.commands():
                 check_command(command, block.where)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("```sh\ntpuvid inspect nothing.mp4\n```", "exit code 2"),
+        ('```sh title="exit code 2"\ntpuvid --version\n```', "exit code 0"),
+        ('```sh\ntpuvid --version\n```\n```text title="prints"\nno version\n```', "'no version' is not in"),
+        ("```python\nassert False, 'wrong'\n```", "wrong"),
+    ],
+)
+def test_what_does_not_run_is_found(text, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=says):
+        run_all(blocks("page.md", text), tmp_path)
 
 
 def prose(page: str) -> str:
