@@ -1,7 +1,7 @@
 # The two commands: make demo, make test. Each sets up what it needs.
 # What this may be set to in a container keeps every process from reusing what another has compiled of the imported packages.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: setup demo test test-aot torture fidelity benchmark clean
+.PHONY: setup demo test test-aot torture fidelity benchmark docs dist clean
 BIN := .venv/bin
 STAMP := .venv/.set-up
 
@@ -38,5 +38,15 @@ benchmark: setup
 	$(BIN)/python -W ignore benchmarks/deepcache.py
 	PYTHONPATH=tests $(BIN)/python -W ignore benchmarks/stage_memory.py
 
+# The site of docs/, in site/. Whatever is not right in a page or a link stops it.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo site/index.html
+
+# The wheels of all packages, in dist/.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist packages/*
+
 clean:
-	rm -rf .venv dist
+	rm -rf .venv dist site
