@@ -1,14 +1,12 @@
 """Each package as a user gets it: built to a wheel, installed into an empty environment outside the workspace."""
 
-import os
-import shutil
 import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from shared.wheels import build_wheel, install, outside
 
 ROOT = Path(__file__).parents[1]
 ORDER = {
@@ -23,47 +21,16 @@ HUNYUAN = ["hunyuanvideo-1.5-t2v-720p", "hunyuanvideo-1.5-t2v-480p"]
 MODELS = {"core": [], "wan": WAN, "cogvideox": ["cogvideox1.5-5b"], "hunyuan": HUNYUAN, "tiny": [*WAN, "wan-tiny"]}
 
 
-def uv(*arguments, **options):
-    program = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory):
-    """Built from copies, so that nothing but what git would ship can be picked up from the workspace root."""
     out = tmp_path_factory.mktemp("wheels")
-    for package in ORDER:
-        copy = tmp_path_factory.mktemp("source") / package
-        shutil.copytree(ROOT / "packages" / package, copy, ignore=shutil.ignore_patterns("__pycache__", "dist"))
-        uv("build", "--quiet", "--wheel", "--no-build-isolation", "--python", sys.executable, "--out-dir", out, copy, cwd=copy)
-    return {package: next(out.glob(f"tpuvid_{package}-*.whl")) for package in ORDER}
+    return {package: build_wheel(ROOT / "packages" / package, tmp_path_factory.mktemp("source"), out) for package in ORDER}
 
 
 @pytest.mark.parametrize("package", list(ORDER))
 def test_wheel_works_alone(package, wheels, tmp_path):
-    """Dependencies are those of this environment, at their versions; siblings come as wheels; the workspace is not in sight."""
-    python = tmp_path / "venv" / "bin" / "python"
-    uv("venv", "--quiet", "--python", sys.executable, tmp_path / "venv", cwd=tmp_path)
-    pins = [line for line in uv("pip", "freeze", "--python", sys.executable).splitlines() if "==" in line]
-    (tmp_path / "pins.txt").write_text("\n".join(p for p in pins if not p.startswith("tpuvid")))
-    links = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS")
-    find = ["--find-links", links] if links else []
-    uv(
-        "pip",
-        "install",
-        "--quiet",
-        "--python",
-        python,
-        *find,
-        "--constraint",
-        tmp_path / "pins.txt",
-        *(wheels[p] for p in ORDER[package]),
-        cwd=tmp_path,
-    )
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    command = [str(python.with_name("tpuvid"))]
+    env = outside()
+    command = [str(install([wheels[p] for p in ORDER[package]], tmp_path) / "tpuvid")]
     listed = subprocess.run([*command, "list-models"], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert listed.returncode == 0 and listed.stderr == ""
     for model in {model for models in MODELS.values() for model in models}:

@@ -86,7 +86,7 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, forbid
         pipe.decode(replace(latents, latents=np.zeros((1, 16, 3, 4, 6), np.float32)))
     lora = tmp_path / "lora.safetensors"
     save_file({"a": np.zeros(1, np.float32)}, lora)
-    with pytest.raises(InputError, match="doesn't merge LoRA files"):
+    with pytest.raises(InputError, match="merges no LoRA files"):
         tpuvid.load(str(checkpoint), lora_path=lora).denoise(conditioning, **SMALL)
 
 

@@ -77,8 +77,6 @@ class CogVideoXDenoiser:
         return build(lambda: CogVideoXTransformer3DModel.from_config(config))
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
-        if checkpoint.loras:
-            raise InputError(f"lora_path={checkpoint.loras[0].path}: tpuvid-cogvideox doesn't merge LoRA files; leave it out")
         self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
         self.runtime = runtime
         module = self.build(checkpoint.config("transformer"))

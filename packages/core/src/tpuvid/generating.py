@@ -29,7 +29,7 @@ from tpuvid.record import is_written_as
 from tpuvid.stages import GenerationConfig, History, ModelSpec
 from tpuvid.stopping import exit_code, stoppable
 from tpuvid.sweep import INDEX_PAGE, SHEET, Cell, write_pages
-from tpuvid.work import BATCH, Manifest, Work, without_fps
+from tpuvid.work import BATCH, Manifest, Work
 
 if TYPE_CHECKING:
     from tpuvid.batch import Job
@@ -132,7 +132,7 @@ class Generation:
         origin, keeping = self.origin(), self.keeping
         how = [self.options["vae_tiling"], self.spec.decoder, keeping.metadata, keeping.prompt_in_metadata]
         asked = [self._asked(item) for item in self.items]
-        name = "batch" if self.many else f"video-{digest_of([origin, without_fps(asked[0])])[:16]}"
+        name = "batch" if self.many else f"video-{digest_of([origin, asked[0].to_dict()])[:16]}"
         work = Work(self.folder, name)
         configs = self._with_seeds(asked, manifest, work)
         keys = [digest_of([origin, how, config.to_dict()])[:16] for config in configs]

@@ -71,6 +71,8 @@ def load(
     """
     spec, checkpoint = resolve_model(model, decoder=decoder)
     checkpoint = replace(checkpoint, loras=read_loras(lora_path, lora_scale))
+    if checkpoint.loras and "lora" not in spec.takes:
+        raise InputError(f"lora_path={lora_path}: {spec.model_id} merges no LoRA files; leave it out")
     if isinstance(pack, str | Path):
         pack = read_pack(pack, trusted=trust_pack)
     enable_compilation_cache()
@@ -228,7 +230,7 @@ class Pipeline:
             "fingerprint": self.checkpoint.fingerprint(),
             "loras": self.checkpoint.lora_record(),
             "dtype": self.runtime.dtype.name,
-            "settings": [config.to_dict() | {"fps": None} for config in configs],
+            "settings": [config.to_dict() for config in configs],
             "conditioning": tensors_digest(tensors),
         }
         checkpoints = Checkpoints(control.checkpoint_dir, run) if control.checkpoint_dir else None

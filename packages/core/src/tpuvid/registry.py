@@ -23,6 +23,7 @@ from tpuvid import hookspecs
 from tpuvid.errors import InputError
 from tpuvid.stages import (
     API_VERSION,
+    OPTIONAL_FEATURES,
     OPTIONAL_SETTINGS,
     Conformance,
     DecoderSpec,
@@ -287,8 +288,9 @@ def _check_model(spec: Any) -> None:
     )
     if set(spec.components) != {"encode", "denoise", "decode"}:
         raise ValueError(f"{spec.model_id}: components of {sorted(spec.components)}, not of encode, denoise and decode")
-    if unknown := set(spec.takes) - set(OPTIONAL_SETTINGS):
-        raise ValueError(f"{spec.model_id}: takes {sorted(unknown)[0]!r}; choose from {', '.join(OPTIONAL_SETTINGS)}")
+    known = OPTIONAL_SETTINGS | OPTIONAL_FEATURES
+    if unknown := set(spec.takes) - set(known):
+        raise ValueError(f"{spec.model_id}: takes {sorted(unknown)[0]!r}; choose from {', '.join(known)}")
     check_sampling(spec.defaults)
     spec.rules.check(height=spec.defaults.height, width=spec.defaults.width, num_frames=spec.defaults.num_frames)
 

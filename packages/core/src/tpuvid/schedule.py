@@ -40,20 +40,21 @@ def advance(weights: Float[Array, "K K+1"], state: Float[Array, "K ..."], output
     return jnp.einsum("ij,j...->i...", weights, known, precision="highest")
 
 
-def tabulate(scheduler: Any, num_inference_steps: int) -> Schedule:
-    """The `Schedule` of a diffusers scheduler; raises `ValueError` if it is not linear and deterministic, or can't make so many."""
+def tabulate(scheduler: Any, num_inference_steps: int, **timesteps: Any) -> Schedule:
+    """The `Schedule` of a diffusers scheduler; `timesteps` are what a pipeline tells its ``set_timesteps`` instead of the number of
+    steps ("sigmas", "mu"). Raises `ValueError` if it is not linear and deterministic, or can't make so many."""
     try:
-        return _tabulate(scheduler, num_inference_steps)
+        return _tabulate(scheduler, num_inference_steps, timesteps or {"num_inference_steps": num_inference_steps})
     except (AssertionError, IndexError) as error:  # UniPC takes two steps that are rounded to one timestep for one
         raise ValueError(f"{type(scheduler).__name__} can't make {num_inference_steps} steps; use fewer of them") from error
 
 
-def _tabulate(scheduler: Any, num_inference_steps: int) -> Schedule:
-    scheduler.set_timesteps(num_inference_steps)
+def _tabulate(scheduler: Any, num_inference_steps: int, timesteps: dict[str, Any]) -> Schedule:
+    scheduler.set_timesteps(**timesteps)
     if len(scheduler.timesteps) != num_inference_steps:
         raise ValueError(f"{type(scheduler).__name__} evaluates the model more than once per step; it is not supported")
     slots = _count_memories(scheduler, num_inference_steps)
-    scheduler.set_timesteps(num_inference_steps)
+    scheduler.set_timesteps(**timesteps)
     size = slots + 2  # sample, memories, model output
     generator = torch.Generator().manual_seed(0)
     rows = []

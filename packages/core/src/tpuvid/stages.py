@@ -33,6 +33,10 @@ OPTIONAL_SETTINGS = {
     "cache": "step cache",
     "window_size": "attention window",
 }
+OPTIONAL_FEATURES = {
+    "lora": "merges LoRA files",
+    "fps": "denoises for a frame rate, so that its latents can't be played at another",
+}
 LARGEST = 1e30
 """Of what float32 has to hold."""
 MAX_SEED = 2**63 - 1  # torch.Generator.manual_seed takes an int64
@@ -283,7 +287,7 @@ class ModelSpec:
     flow_shifts: tuple[tuple[int, float], ...] = ()
     """(least pixels per frame, flow_shift), largest first; below the last, the checkpoint's own shift holds."""
     takes: tuple[str, ...] = ()
-    """Of the settings that only some models have (`OPTIONAL_SETTINGS`), those that this one has."""
+    """Of what only some models have (`OPTIONAL_SETTINGS`, `OPTIONAL_FEATURES`), what this one has."""
     components: Mapping[str, tuple[str, ...]]
     """The checkpoint's subfolders that each of the stages "encode", "denoise" and "decode" needs."""
     load_text_encoder: str

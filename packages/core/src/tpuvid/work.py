@@ -83,7 +83,7 @@ class Work:
 
     def latents(self, config: GenerationConfig) -> Path:
         """The folder of stage 2's file."""
-        return self._folder("latents", without_fps(config))
+        return self._folder("latents", config.to_dict())
 
     def _folder(self, kind: str, asked: Mapping[str, Any]) -> Path:
         return self.folder / f"{kind}-{self._key(asked)}"
@@ -115,11 +115,6 @@ class Work:
             shutil.rmtree(folder, ignore_errors=True)
         remove_if_empty(self.folder)
         remove_if_empty(self.folder.parent)
-
-
-def without_fps(config: GenerationConfig) -> dict[str, Any]:
-    """What latents depend on."""
-    return config.to_dict() | {"fps": None}
 
 
 def _whole(load: Callable[[Path], Any], path: Path) -> Any:

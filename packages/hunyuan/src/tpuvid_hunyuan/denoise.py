@@ -34,15 +34,8 @@ BLOCKS = Scan(2, tokens={"hidden_states": 1, "encoder_hidden_states": 1, "freqs_
 VAE_TIME, VAE_SPACE = 4, 16  # pixels per latent of every HunyuanVideo 1.5 VAE
 
 
-class EulerSteps(FlowMatchEulerDiscreteScheduler):
-    """The stock scheduler at the noise levels that the pipeline gives it."""
-
-    def set_timesteps(self, num_inference_steps: int) -> None:
-        super().set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1])
-
-
 def make_schedule(config: Mapping, num_inference_steps: int, flow_shift: float | None) -> Schedule:
-    """The checkpoint's own scheduler, with another shift where one is given."""
+    """The checkpoint's own scheduler, at the noise levels that the pipeline gives it; with another shift where one is given."""
     name = config.get("_class_name")
     if name != "FlowMatchEulerDiscreteScheduler":
         raise InputError(
@@ -50,7 +43,8 @@ def make_schedule(config: Mapping, num_inference_steps: int, flow_shift: float |
         )
     changes = {} if flow_shift is None else {"shift": flow_shift}
     try:
-        return tabulate(EulerSteps.from_config(config, **changes), num_inference_steps)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, **changes)
+        return tabulate(scheduler, num_inference_steps, sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1])
     except ValueError as error:
         raise InputError(f"scheduler_config.json: {error}; change the setting") from None
 
@@ -94,8 +88,6 @@ class Inputs(NamedTuple):
 
 class HunyuanDenoiser:
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
-        if checkpoint.loras:
-            raise InputError(f"lora_path={checkpoint.loras[0].path}: tpuvid-hunyuan doesn't merge LoRA files; leave it out")
         self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
         self.guidance = Guidance.from_config(checkpoint.config("guider", "guider_config.json"))
         self.runtime, self.checkpoint = runtime, checkpoint

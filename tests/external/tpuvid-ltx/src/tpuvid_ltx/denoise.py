@@ -1,7 +1,6 @@
 """Stage 2 of LTX-Video: noise → latents by flow matching. Source: `LTXPipeline.__call__` of diffusers."""
 
 from collections.abc import Mapping
-from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +35,8 @@ def make_schedule(config: Mapping, steps: int, grid: tuple[int, int, int]) -> Sc
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     own = scheduler.config
     mu = calculate_shift(np.prod(grid), own.base_image_seq_len, own.max_image_seq_len, own.base_shift, own.max_shift)
-    scheduler.set_timesteps = partial(scheduler.set_timesteps, sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     try:
-        return tabulate(scheduler, steps)
+        return tabulate(scheduler, steps, sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     except ValueError as error:
         raise InputError(f"num_inference_steps={steps}: {error}; change it, or scheduler_config.json") from None
 
@@ -50,8 +48,6 @@ def latent_grid(config: GenerationConfig) -> tuple[int, int, int]:
 
 class LTXDenoiser:
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
-        if checkpoint.loras:
-            raise InputError(f"lora_path={checkpoint.loras[0].path}: tpuvid-ltx doesn't merge LoRA files; leave it out")
         self.checkpoint, self.runtime = checkpoint, runtime
         self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
         module = build(lambda: LTXVideoTransformer3DModel.from_config(checkpoint.config("transformer")))

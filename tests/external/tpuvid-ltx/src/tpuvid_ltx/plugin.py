@@ -19,7 +19,7 @@ LTX_VIDEO = ModelSpec(
     ),
     # 8× time and 32× space in the VAE. Rotary positions are computed, so the limits are only those of good sense.
     rules=SizeRules(frame_step=8, size_multiple=32, max_frames=8 * 255 + 1, max_size=32 * 128),
-    takes=("cache", "window_size"),
+    takes=("cache", "window_size", "fps"),
     components={"encode": ("tokenizer", "text_encoder"), "denoise": ("transformer", "scheduler"), "decode": ("vae",)},
     load_text_encoder="tpuvid_ltx.encode:LTXTextEncoder",
     load_denoiser="tpuvid_ltx.denoise:LTXDenoiser",
