@@ -41,6 +41,8 @@ LATENTS, FRAMES = "B C n h w", "B n H W 3"
 class VaeDecoder(ABC):
     """A `tpuvid.stages.Decoder`; a family says how latents are scaled back and how they become chunks of frames."""
 
+    component: ClassVar[str] = "vae"
+    """The checkpoint's folder with its config and weights; a `tpuvid.stages.DecoderSpec` has its own."""
     stock_vae: ClassVar[type]
     """The class of diffusers that encodes too: what previews are fitted with."""
 
@@ -77,10 +79,10 @@ class VaeDecoder(ABC):
         """Frames on the device, first to last, as `to_frames` gives them."""
 
     def verify(self) -> None:
-        match_parameters(self.traced, self.checkpoint.weights("vae"), ignore=self.unused)
+        match_parameters(self.traced, self.checkpoint.weights(self.component), ignore=self.unused)
 
     def load(self) -> None:
-        weights, dtype = self.checkpoint.weights("vae"), self.runtime.dtype
+        weights, dtype = self.checkpoint.weights(self.component), self.runtime.dtype
         self.params = load_parameters(self.traced, weights, mesh=self.mesh, dtype=dtype, ignore=self.unused)
 
     def check(self, latents: np.ndarray) -> None:
