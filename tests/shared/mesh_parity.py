@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 MESHES = ("dp=1", "dp=2,tp=4", "sp=3", "sp=8", None, "dp=2,sp=4,fsdp")
 """None: dp=2,sp=4. Three parts divide neither heads nor tokens; eight share four heads."""
@@ -18,9 +20,18 @@ def on_eight_devices(folder: Path, settings: dict, weight: str) -> dict:
     Under "strips", by size: the relative error of frames, and into how many strips they were split. Under "batch": those of two
     videos in one batch over dp=4, against each alone on one device.
     """
+    return _in_child("main", str(folder), settings, weight)
+
+
+def strips_on_eight_devices(model: str, decoder: str) -> list[dict]:
+    """The "strips" alone, of the first two sizes, by another decoder than the model's own."""
+    return _in_child("in_strips", model, decoder, SIZES[:2])
+
+
+def _in_child(function: str, *args: Any) -> Any:
     env = {k: v for k, v in os.environ.items() if not k.startswith("TPUVID_")}
     env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "ignore", "-m", "shared.mesh_parity", str(folder), json.dumps(settings), weight]
+    command = [sys.executable, "-W", "ignore", "-m", "shared.mesh_parity", function, json.dumps(args)]
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -68,18 +79,18 @@ def in_batch(folder: str, settings: dict) -> dict:
     return {"errors": errors, "mesh": dict(together._opened["denoise"].mesh.shape)}
 
 
-def in_strips(folder: str) -> list[dict]:
+def in_strips(model: str, decoder: str | None = None, sizes: Sequence[tuple[int, int]] = SIZES) -> list[dict]:
     import jax
     import numpy as np
     from tpuvid.checkpoint import resolve_model
     from tpuvid.runtime import Runtime
 
-    spec, checkpoint = resolve_model(folder)
+    spec, checkpoint = resolve_model(model, decoder=decoder)
     decoders = [spec.load("decoder", checkpoint, Runtime.create(devices=jax.devices()[:n])) for n in (8, 1)]
     for decoder in decoders:
         decoder.load()
     results = []
-    for size in SIZES:
+    for size in sizes:
         latents = np.random.default_rng(0).standard_normal((1, decoders[0].channels, 3, *size), np.float32)
         found, expected = (np.concatenate(list(decoder.decode(latents)), axis=1) for decoder in decoders)
         assert found.shape == expected.shape
@@ -89,5 +100,5 @@ def in_strips(folder: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    folder, settings, weight = sys.argv[1:]
-    print(json.dumps(main(folder, json.loads(settings), weight)))
+    function, args = sys.argv[1:]
+    print(json.dumps({"main": main, "in_strips": in_strips}[function](*json.loads(args))))

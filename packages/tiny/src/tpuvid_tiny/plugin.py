@@ -1,9 +1,10 @@
-"""wan-tiny: a trained Wan 2.1 checkpoint small enough to ship in this package. Imports neither jax nor torch."""
+"""wan-tiny: a trained Wan 2.1 checkpoint small enough to ship in this package, and a faster decoder for it. Imports neither jax
+nor torch."""
 
 import dataclasses
 
 from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import GenerationConfig
+from tpuvid.stages import DecoderSpec, GenerationConfig
 from tpuvid_wan.plugin import WAN_1_3B
 
 WAN_TINY = dataclasses.replace(
@@ -16,7 +17,21 @@ WAN_TINY = dataclasses.replace(
     defaults=GenerationConfig(height=64, width=64, num_frames=17, fps=8, num_inference_steps=24, guidance_scale=4.0),
 )
 
+PREVIEW = DecoderSpec(
+    name="preview",
+    models=(WAN_TINY.model_id,),
+    checkpoint="tpuvid_tiny:decoders",
+    component="preview",
+    load_decoder="tpuvid_tiny.decode:PreviewDecoder",
+    api_version=2,
+)
+
 
 @hookimpl
 def tpuvid_models():
     return [WAN_TINY]
+
+
+@hookimpl
+def tpuvid_decoders():
+    return [PREVIEW]
