@@ -33,7 +33,7 @@ is not quite what the VAE's encoder makes."""
 
 @torch.no_grad()
 def draw(vae: AutoencoderKLWan, clips: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-    """Latents [K, C, f, h, w] of clips (the mode), and what the VAE makes of them: pixels [K, 3, F, H, W] in [−1, 1], bfloat16."""
+    """Latents [K, C, f, h, w] of clips (the mode), and what the VAE makes of them: bfloat16 [K, 3, F, H, W] in [−1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     latents, pixels = [], []

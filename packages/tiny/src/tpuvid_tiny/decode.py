@@ -1,9 +1,9 @@
 """Stage 3 of wan-tiny, fast and a bit worse: a small network that has learnt to draw what the VAE's decoder draws.
 
 A latent frame, the one before it and the first one give four video frames; the first latent frame gives one. Nothing else is
-remembered, so all frames of a chunk are one batch. The first one says what colour things have, which later ones need not: without
-it, a red cross has turned magenta. After the idea of TAEHV (https://github.com/madebyollin/taehv); trained by
-``training/train_preview.py``.
+remembered, so all frames of a chunk are one batch. The VAE, which remembers, need not say in later latents what colour things
+have: without the first one, a red cross has turned magenta. After the idea of TAEHV (https://github.com/madebyollin/taehv);
+trained by ``training/train_preview.py``.
 """
 
 from __future__ import annotations
