@@ -78,8 +78,8 @@ def test_a_broken_plugin_is_one_row_and_the_others_work(plugin, contents, reason
 def test_a_duplicate_id_is_nobodys(plugin):
     """Neither package may take it from the other; what else they register works."""
     registry = load_plugins([plugin("a", tpuvid_models=models(WAN_14B)), plugin("b", tpuvid_models=models(WAN_14B, WAN_1_3B))])
-    assert [p.name for p in registry.broken] == ["a", "b"]
-    assert all("'wan2.1-t2v-14b' is registered by fake_a and fake_b" in p.error for p in registry.broken)
+    (problem,) = registry.problems
+    assert "model id 'wan2.1-t2v-14b' is registered by fake_a and fake_b; uninstall one" in problem
     assert set(registry.models) == {WAN_1_3B.model_id}
     with pytest.raises(InputError, match="registered by fake_a and fake_b; uninstall one"):
         registry.get(WAN_14B.model_id)

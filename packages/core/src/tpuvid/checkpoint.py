@@ -90,6 +90,10 @@ class Checkpoint:
         stats = ((path, path.stat()) for path in sorted(self.folder.glob("*/*")) if path.suffix in FINGERPRINTED)
         return _fingerprint(self.folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
+    def others_record(self) -> dict[str, str]:
+        """Of components that another checkpoint has: its fingerprint, or the repository."""
+        return {name: other.fingerprint() or other.source for name, other in self.others.items()}
+
     def lora_record(self) -> list[dict[str, Any]]:
         """The LoRAs, with a hash of each file."""
         return [{"path": str(lora.path), "scale": lora.scale, "sha256": lora.sha256()} for lora in self.loras]

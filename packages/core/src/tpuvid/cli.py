@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,21 +105,22 @@ def list_models(as_json: bool) -> None:
             "model": s.model_id, "family": s.family, "parameters": s.parameters,
             "size": f"{s.defaults.width}x{s.defaults.height}", "frames": s.defaults.num_frames,
             "steps": s.defaults.num_inference_steps, "checkpoint": s.checkpoint, "package": f"{p.package} {p.version}",
-            "decoders": ", ".join(["own", *(d.name for q in registry().plugins for d in q.decoders if d.serves(s))]),
+            "decoders": ["own", *(d.name for q in registry().plugins for d in q.decoders if d.serves(s))],
         }
         for p in registry().plugins
         for s in p.models
     ]  # fmt: skip
-    broken = [{"plugin": p.name, "package": f"{p.package} {p.version}", "error": p.error} for p in registry().broken]
     if as_json:
-        click.echo(json.dumps({"models": rows, "broken": broken}, indent=2))
+        broken = [{"plugin": p.name, "package": f"{p.package} {p.version}", "error": p.error} for p in registry().broken]
+        conflicts = [asdict(conflict) for conflict in registry().conflicts]
+        click.echo(json.dumps({"models": rows, "broken": broken, "conflicts": conflicts}, indent=2))
         return
     if not rows:
         click.echo("no models installed; try: pip install tpuvid-wan")
     else:
-        echo_table([list(rows[0]), *([str(v) for v in row.values()] for row in rows)])
-    for plugin in broken:
-        click.echo(f"warning: plugin {plugin['plugin']} ({plugin['package']}) does not load: {plugin['error']}", err=True)
+        echo_table([list(rows[0]), *([", ".join(v) if isinstance(v, list) else str(v) for v in row.values()] for row in rows)])
+    for problem in registry().problems:
+        click.echo(f"warning: {problem}", err=True)
 
 
 @cli.command()

@@ -22,7 +22,7 @@ def examine() -> dict[str, Any]:
     """Versions, devices, plugins and problems, as JSON-ready data."""
     versions = {name: installed_version(name) for name in PACKAGES}
     problems = [f"{name} is not installed" for name in ("jax", "torch", "torchax", "av") if not versions[name]]
-    problems += [f"plugin {p.name} ({p.package}) does not load: {p.error}" for p in registry().broken]
+    problems += registry().problems
     if not registry().models:
         problems.append("no model is registered; pip install tpuvid-wan")
     problems += [f"{name} is not installed, and the installed models need it" for name in ("diffusers", "transformers")
@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
                 "name": p.name,
                 "package": p.package,
                 "version": p.version,
-                "models": [m.model_id for m in p.models],
+                "provides": p.provides,
                 "error": p.error,
             }
             for p in registry().plugins
@@ -100,7 +100,7 @@ def render(report: dict[str, Any]) -> str:
     lines += [f"{name}={value}" for name, value in report["environment"].items()]
     lines.append("plugins:")
     for plugin in report["plugins"]:
-        state = plugin["error"] or ", ".join(plugin["models"])
+        state = plugin["error"] or ", ".join(plugin["provides"]) or "nothing"
         lines.append(f"  {'✗' if plugin['error'] else '✓'} {plugin['name']} ({plugin['package']} {plugin['version']}): {state}")
     lines += [f"problem: {p}" for p in report["problems"]] or ["no problems found"]
     return "\n".join(lines)

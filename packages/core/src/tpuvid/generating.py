@@ -130,7 +130,7 @@ class Generation:
     def wanted(self, manifest: Manifest | None) -> list[Wanted]:
         """Every video, with its name; raises `InputError` for one that can't be made or written."""
         origin, keeping = self.origin(), self.keeping
-        how = [self.options["vae_tiling"], self.spec.decoder, keeping.metadata, keeping.prompt_in_metadata]
+        how = [self.options["vae_tiling"], self.checkpoint.others_record(), keeping.metadata, keeping.prompt_in_metadata]
         asked = [self._asked(item) for item in self.items]
         name = "batch" if self.many else f"video-{digest_of([origin, asked[0].to_dict()])[:16]}"
         work = Work(self.folder, name)

@@ -238,6 +238,7 @@ class Pipeline:
         if control.preview:
             from tpuvid.preview import Preview
 
+            self.checkpoint.require(("vae",))  # also where another decoder runs
             with self.runtime.progress.phase("fit preview"):
                 preview = Preview.fit(self.checkpoint, self._open("decode"), control.preview)
         return Follower(control, configs[0].num_inference_steps, on_step, checkpoints, preview)

@@ -4,6 +4,7 @@ nor torch.
 Flat, JSON-ready: ``model_id``, every setting of `GenerationConfig`, and
 
     checkpoint, revision, fingerprint, loras    the weights: where they were, commit of the Hub, hash
+    others       the hashes of components that are not the checkpoint's own: another decoder
     options      dtype, attention_backend, mesh, text_encoder_device, vae_tiling, decoder
     versions     of Python and of the packages that compute
     history      by stage: devices and layout, step cache, seconds
@@ -53,8 +54,9 @@ def make_record(
         "revision": denoised.get("revision"),
         "fingerprint": latents.fingerprint,
         "loras": denoised.get("loras", []),
+        "others": pipe.checkpoint.others_record(),
         "options": pipe.runtime.asked() | {"decoder": pipe.spec.decoder},
-        "versions": versions(registry().package_of(pipe.spec.twin or pipe.spec.model_id)),
+        "versions": versions(*registry().packages_of(pipe.spec)),
         "history": history,
         "latents_sha256": latents_digest(latents),
         "frames_sha256": frames_sha256,

@@ -10,7 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
@@ -67,10 +67,23 @@ class Plugin:
 
 
 @dataclass(frozen=True, slots=True)
+class Conflict:
+    """What several packages register, or one twice: none of them gets it."""
+
+    kind: str
+    """ "model id", "decoder" or "step cache"."""
+    name: str
+    packages: tuple[str, ...]
+
+    def __str__(self) -> str:
+        packages = " and ".join(self.packages)
+        return f"{self.kind} {self.name!r} is registered by {packages}; uninstall one, or exclude it with {PLUGINS_VARIABLE}=-name"
+
+
+@dataclass(frozen=True, slots=True)
 class Registry:
     plugins: tuple[Plugin, ...]
-    conflicts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Model ids that several packages register, with those packages: none of them gets it."""
+    conflicts: tuple[Conflict, ...] = ()
 
     @property
     def models(self) -> dict[str, ModelSpec]:
@@ -80,16 +93,19 @@ class Registry:
     def broken(self) -> list[Plugin]:
         return [plugin for plugin in self.plugins if plugin.error]
 
+    @property
+    def problems(self) -> list[str]:
+        """For people: a line for each plugin that doesn't load, and for each conflict."""
+        broken = [f"plugin {p.name} ({p.package} {p.version}) does not load: {p.error}" for p in self.broken]
+        return broken + [str(conflict) for conflict in self.conflicts]
+
     def get(self, model_id: str) -> ModelSpec:
         """The spec registered as `model_id`; raises `InputError` with the nearest names."""
         models = self.models
         if model_id in models:
             return models[model_id]
-        if model_id in self.conflicts:
-            packages = " and ".join(self.conflicts[model_id])
-            raise InputError(
-                f"model {model_id!r} is registered by {packages}; uninstall one, or exclude it with {PLUGINS_VARIABLE}=-name"
-            )
+        if conflict := next((c for c in self.conflicts if (c.kind, c.name) == ("model id", model_id)), None):
+            raise InputError(str(conflict))
         raise InputError(f"model {model_id!r} is not known; {_suggest(model_id, models)}{self._hint()}")
 
     def require_class(self, pipeline_class: str) -> None:
@@ -129,9 +145,14 @@ class Registry:
         own = [spec for plugin, spec in family if spec.load_denoiser.split(".")[0] == plugin.module.split(".")[0]]
         return (own or [spec for _, spec in family])[0]
 
-    def package_of(self, model_id: str) -> str | None:
-        """The distribution that registers `model_id`."""
-        return next((p.package for p in self.plugins if any(s.model_id == model_id for s in p.models)), None)
+    def packages_of(self, spec: ModelSpec) -> list[str]:
+        """The distributions that register the model, and the decoder that it runs with."""
+        model_id = spec.twin or spec.model_id
+        return [
+            p.package
+            for p in self.plugins
+            if any(s.model_id == model_id for s in p.models) or any(d.name == spec.decoder and d.serves(spec) for d in p.decoders)
+        ]
 
     def _hint(self) -> str:
         names = ", ".join(plugin.package for plugin in self.broken)
@@ -168,12 +189,7 @@ def load_plugins(found: Iterable[EntryPoint], selection: str | None = None) -> R
         if name.lstrip("-") not in found_names and not name.startswith("-"):
             plugins.append(Plugin(name, "?", "?", "?", error=f"{PLUGINS_VARIABLE} names it, but no such plugin is installed"))
     conflicts = _conflicts(plugins)
-    models = {name: packages for (kind, name), packages in conflicts.items() if kind == "model id"}
-    return Registry(tuple(_without(plugin, conflicts) for plugin in plugins), models)
-
-
-Named = tuple[str, str]
-"""What kind of thing, and its name, of which there may be one."""
+    return Registry(tuple(_without(plugin, conflicts) for plugin in plugins), conflicts)
 
 
 def _named(plugin: Plugin) -> dict[str, tuple[str, dict[str, list[Any]]]]:
@@ -192,25 +208,23 @@ def _named(plugin: Plugin) -> dict[str, tuple[str, dict[str, list[Any]]]]:
     return found
 
 
-def _conflicts(plugins: Iterable[Plugin]) -> dict[Named, tuple[str, ...]]:
-    """What is registered more than once, with the packages that do."""
-    owners: dict[Named, list[str]] = defaultdict(list)
+def _conflicts(plugins: Iterable[Plugin]) -> tuple[Conflict, ...]:
+    owners: dict[tuple[str, str], list[str]] = defaultdict(list)
     for plugin in plugins:
         for kind, taken in _named(plugin).values():
             for name, things in taken.items():
                 owners[kind, name] += [plugin.package] * len(things)
-    return {named: tuple(packages) for named, packages in owners.items() if len(packages) > 1}
+    return tuple(Conflict(*named, tuple(packages)) for named, packages in owners.items() if len(packages) > 1)
 
 
-def _without(plugin: Plugin, conflicts: Mapping[Named, tuple[str, ...]]) -> Plugin:
-    """The plugin less what another one registers too, and a word about it."""
-    errors, left = [], {}
+def _without(plugin: Plugin, conflicts: Iterable[Conflict]) -> Plugin:
+    """The plugin less what is in a conflict."""
+    disputed = {(conflict.kind, conflict.name) for conflict in conflicts}
+    left = {}
     for name, (kind, taken) in _named(plugin).items():
-        shared = [each for each in taken if (kind, each) in conflicts]
-        lost = [thing for each in shared for thing in taken[each]]
+        lost = [thing for each, things in taken.items() if (kind, each) in disputed for thing in things]
         left[name] = tuple(thing for thing in getattr(plugin, name) if not any(thing is other for other in lost))
-        errors += [f"{kind} {each!r} is registered by {' and '.join(conflicts[kind, each])}" for each in shared]
-    return replace(plugin, **left, error=errors[0]) if errors else plugin
+    return replace(plugin, **left)
 
 
 def _check_requirements(dist: Distribution) -> None:

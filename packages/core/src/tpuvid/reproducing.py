@@ -101,9 +101,11 @@ class Recorded:
     def differences(self) -> list[Difference]:
         """In versions and weights, before anything is loaded."""
         then = self.record.get("versions", {})
-        now = versions(registry().package_of(self.spec.twin or self.spec.model_id))
+        now = versions(*registry().packages_of(self.spec))
         found = [(name, then.get(name), now.get(name)) for name in sorted({*then, *now})]
         found.append(("weights", self.record.get("fingerprint"), self.checkpoint.fingerprint()))
+        then_others, now_others = self.record.get("others", {}), self.checkpoint.others_record()
+        found += [(f"weights of {name}", then_others.get(name), now) for name, now in now_others.items()]
         if "lora_path" in self.options:
             (lora,) = read_loras(self.options["lora_path"], self.options["lora_scale"])
             found.append((f"LoRA {lora.path}", self.record["loras"][0].get("sha256"), lora.sha256()))
@@ -152,6 +154,7 @@ def _well_formed(record: Mapping[str, Any]) -> bool:
         and not any("\0" in lora["path"] for lora in loras)
         and isinstance(history, dict)
         and all(isinstance(stage, dict) for stage in history.values())
+        and isinstance(record.get("others", {}), dict)
         and isinstance(found, dict)
         and all(isinstance(version, str) for version in found.values())
     )

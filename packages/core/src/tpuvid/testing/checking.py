@@ -47,7 +47,8 @@ def check(
 
 
 def _named(what: str | None) -> list[Plugin]:
-    plugins = [p for p in registry().plugins if p.models or p.error]
+    disputed = {package for conflict in registry().conflicts for package in conflict.packages}
+    plugins = [p for p in registry().plugins if p.models or p.error or p.package in disputed]
     if what is None:
         if not plugins:
             raise InputError("no models are installed; pip install -e . in the folder of your plugin, or pip install tpuvid-wan")
@@ -71,6 +72,9 @@ def _subjects(plugins: Sequence[Plugin], what: str | None, checkpoint: Path | No
         if plugin.error:
             error = plugin.error
             yield f"{plugin.name} ({package})", lambda error=error: iter([Result("loads", False, error)])
+        for conflict in registry().conflicts:
+            if plugin.package in conflict.packages:
+                yield f"{plugin.name} ({package})", lambda said=str(conflict): iter([Result("loads", False, said)])
         groups: dict[tuple, list[ModelSpec]] = {}
         for spec in plugin.models:
             if what not in {s.model_id for s in plugin.models} or spec.model_id == what:
