@@ -21,8 +21,8 @@ ALL_LOADED = "import sys, tpuvid; p = tpuvid.load(sys.argv[1]); p.generate('a re
 def make_checkpoint(folder: Path) -> None:
     """A text encoder and a diffusion model of the real kinds, wide enough that their weights outweigh the libraries."""
     from diffusers import WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
     from tpuvid_wan.conformance import RandomWan
+    from transformers import UMT5Config, UMT5EncoderModel
 
     RandomWan(text_dim=1024).save(folder)
     umt5 = UMT5Config(vocab_size=384, d_model=1024, d_kv=64, d_ff=4096, num_layers=16, num_heads=16)

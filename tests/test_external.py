@@ -20,7 +20,9 @@ def environment(tmp_path_factory):
     scripts = install(wheels, folder)
 
     def run(program, *arguments):
-        return subprocess.run([str(scripts / program), *map(str, arguments)], env=outside(), cwd=folder, capture_output=True, text=True)
+        return subprocess.run(
+            [str(scripts / program), *map(str, arguments)], env=outside(), cwd=folder, capture_output=True, text=True
+        )
 
     return folder, run
 
@@ -29,7 +31,9 @@ def test_it_is_small_and_stands_alone():
     sources = sorted((LTX / "src").rglob("*.py"))
     assert sum(len(path.read_text().splitlines()) for path in sources) < 300
     assert all(len(line) <= 128 for path in sources for line in path.read_text().splitlines())
-    assert not any(name in path.read_text() for path in sources for name in ("tpuvid_wan", "tpuvid_cogvideox", "tpuvid_hunyuan", "torchax"))
+    assert not any(
+        name in path.read_text() for path in sources for name in ("tpuvid_wan", "tpuvid_cogvideox", "tpuvid_hunyuan", "torchax")
+    )
     assert "ltx" not in (ROOT / "pyproject.toml").read_text()
 
 
@@ -43,10 +47,14 @@ def test_it_is_listed(environment):
 def test_it_generates_and_denoises_for_its_frame_rate(environment):
     """LTX-Video's positions are in seconds: latents of another rate are other latents, and no decode may say otherwise."""
     folder, run = environment
-    made = run("python", "-c", "from pathlib import Path; from tpuvid_ltx.conformance import random_checkpoint as r; r(Path('random'))")
+    made = run(
+        "python", "-c", "from pathlib import Path; from tpuvid_ltx.conformance import random_checkpoint as r; r(Path('random'))"
+    )
     assert made.returncode == 0, made.stderr
     small = ["--height", 64, "--width", 64, "--num-frames", 9, "--steps", 2]
-    done = run("tpuvid", "generate", "--model", "random", "--prompt", "a cat", *small, "--sweep", "fps=8,25", "--output-dir", "clips")
+    done = run(
+        "tpuvid", "generate", "--model", "random", "--prompt", "a cat", *small, "--sweep", "fps=8,25", "--output-dir", "clips"
+    )
     assert done.returncode == 0, done.stderr
     records = [json.loads(path.read_text()) for path in sorted((folder / "clips").glob("*fps*.json"))]
     assert len(records) == 2 and len({record["latents_sha256"] for record in records}) == 2

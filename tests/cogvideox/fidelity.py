@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 import tpuvid
-from tpuvid_cogvideox.conformance import RandomCogVideoX, run_stock, stock_pipeline
 from shared.fidelity import Case, Fidelity, compare_stages, print_table, relative
 from shared.stock_deepcache import deepcached
+from tpuvid_cogvideox.conformance import RandomCogVideoX, run_stock, stock_pipeline
 
 CASES = (
     Case(

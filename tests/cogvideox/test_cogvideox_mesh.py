@@ -2,13 +2,13 @@ import jax
 import numpy as np
 import pytest
 from cogvideox.conftest import SMALL
-from tpuvid_cogvideox.conformance import RandomCogVideoX
 from diffusers import CogVideoXTransformer3DModel
 from jax.sharding import Mesh
 from shared.mesh_parity import on_eight_devices
 from tpuvid import t5
 from tpuvid.bridge import TracedModule, build
 from tpuvid.mesh import shard_parameters
+from tpuvid_cogvideox.conformance import RandomCogVideoX
 from tpuvid_cogvideox.denoise import BLOCKS
 from tpuvid_cogvideox.plugin import COGVIDEOX_1_5_5B
 from tpuvid_cogvideox.sharding import TRANSFORMER

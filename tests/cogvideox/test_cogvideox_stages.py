@@ -9,7 +9,6 @@ import sentencepiece
 import torch
 import tpuvid
 from cogvideox.conftest import SMALL
-from tpuvid_cogvideox.conformance import RandomCogVideoX
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.numpy import save_file
 from tpuvid import InputError
@@ -17,6 +16,7 @@ from tpuvid.checkpoint import resolve_model
 from tpuvid.cli import run
 from tpuvid.runtime import Runtime
 from tpuvid.stages import Latents
+from tpuvid_cogvideox.conformance import RandomCogVideoX
 from tpuvid_cogvideox.denoise import CogVideoXDenoiser
 from tpuvid_cogvideox.encode import CogVideoXTextEncoder
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import tpuvid
-from tpuvid_cogvideox.conformance import RandomCogVideoX
 from diffusers import AutoencoderKLCogVideoX
 from shared.decoding import check_tiles, chunks_of, random_latents, stock_frames
 from tpuvid.stages import Latents
+from tpuvid_cogvideox.conformance import RandomCogVideoX
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 import json
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 import tpuvid_wan.decode
 import tpuvid_wan.denoise
 import tpuvid_wan.encode
 from tpuvid import testing
-from tpuvid.checkpoint import Weights
 from tpuvid.cli import run
 from tpuvid.denoising import Sampler
 from tpuvid.errors import InputError
@@ -31,7 +29,9 @@ SPEC = replace(
     WAN_14B,
     conformance=Conformance(
         random_checkpoint=f"{__name__}:one_block",
-        settings=dict(height=16, width=16, num_frames=5, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=50),
+        settings=dict(
+            height=16, width=16, num_frames=5, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=50
+        ),
         reference="tpuvid_wan.conformance:reference",
     ),
 )
@@ -78,7 +78,9 @@ def begins_anew(monkeypatch, subject):
 
 def other_state(monkeypatch, subject):
     begin = Sampler._begin
-    monkeypatch.setattr(Sampler, "_begin", lambda self, *args: (lambda step, state: (step, state * (1 + 0.01 * step)))(*begin(self, *args)))
+    monkeypatch.setattr(
+        Sampler, "_begin", lambda self, *args: (lambda step, state: (step, state * (1 + 0.01 * step)))(*begin(self, *args))
+    )
 
 
 def unchecked(monkeypatch, subject):
@@ -146,7 +148,9 @@ def missing_loader(monkeypatch, subject):
 
 
 def no_refusal(monkeypatch, subject):
-    subject.specs = [replace(SPEC, takes=("flow_shift", "cache", "window_size"), rules=replace(SPEC.rules, max_size=10**9, size_multiple=1))]
+    subject.specs = [
+        replace(SPEC, takes=("flow_shift", "cache", "window_size"), rules=replace(SPEC.rules, max_size=10**9, size_multiple=1))
+    ]
     monkeypatch.setattr("tpuvid.stages.check_sampling", lambda config: None)
 
 
@@ -209,7 +213,9 @@ def test_a_plugin_that_does_not_load_fails(monkeypatch, capsys):
     monkeypatch.setattr(checking, "registry", lambda: Registry((broken,)))
     assert run(["plugin", "check", "zoo"]) == 1
     out = capsys.readouterr().out
-    assert "zoo (tpuvid-zoo 1.0)" in out and "FAIL  loads" in out and "no giraffe" in out and "does not conform (1 failed)" in out
+    assert (
+        "zoo (tpuvid-zoo 1.0)" in out and "FAIL  loads" in out and "no giraffe" in out and "does not conform (1 failed)" in out
+    )
     assert run(["plugin", "check", "zoo", "--json"]) == 1
     (sheet,) = json.loads(capsys.readouterr().out)
     assert sheet["passed"] is False and sheet["results"][0]["check"] == "loads"

@@ -71,19 +71,32 @@ BROKEN = {
     "no list": (returns("3"), "TypeError: 'int' object is not iterable"),
     "no spec": (returns("['giraffe']"), "not a ModelSpec"),
     "misspelt hook": (returns("[]", hook="modelz"), "tpuvid_modelz"),
-    "another API": (returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', api_version=1)]"), "giraffe is built for plugin API 1"),
+    "another API": (
+        returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', api_version=1)]"),
+        "giraffe is built for plugin API 1",
+    ),
     "no API": (
-        returns("[ModelSpec(**{f.name: getattr(WAN_1_3B, f.name) for f in dataclasses.fields(ModelSpec) if f.name != 'api_version'})]"),
+        returns(
+            "[ModelSpec(**{f.name: getattr(WAN_1_3B, f.name) for f in dataclasses.fields(ModelSpec) if f.name != 'api_version'})]"
+        ),
         "missing 1 required keyword-only argument: 'api_version'",
     ),
     "terminal codes": (returns("[dataclasses.replace(WAN_1_3B, model_id='\\x1b[31mred')]"), "needs letters, digits"),
-    "defaults are no config": (returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', defaults={'height': 3})]"), "defaults={'height': 3}"),
+    "defaults are no config": (
+        returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', defaults={'height': 3})]"),
+        "defaults={'height': 3}",
+    ),
     "defaults break its rules": (
-        returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', defaults=dataclasses.replace(WAN_1_3B.defaults, num_frames=80))]"),
+        returns(
+            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', defaults=dataclasses.replace(WAN_1_3B.defaults, num_frames=80))]"
+        ),
         "num_frames=80: needs 4n+1 frames",
     ),
     "takes what isn't": (returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', takes=('wings',))]"), "takes 'wings'"),
-    "loader without a class": (returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', load_decoder='x')]"), "load_decoder='x'"),
+    "loader without a class": (
+        returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', load_decoder='x')]"),
+        "load_decoder='x'",
+    ),
     "tile sizes are gone": (returns("[Path('nowhere.json')]", hook="block_sizes"), "nowhere.json, which does not exist"),
     "no cache": (returns("[3]", hook="step_caches"), "tpuvid_step_caches gave 3"),
     "no decoder": (returns("[WAN_1_3B]", hook="decoders"), "not a DecoderSpec"),
@@ -106,7 +119,9 @@ def test_doctor_names_it_and_the_others_run(zoo):
     assert done.returncode == 1 and "plugin zoo (tpuvid-zoo 1.0) does not load: RuntimeError: no" in report["problems"]
     (plugin,) = [plugin for plugin in report["plugins"] if plugin["name"] == "zoo"]
     assert plugin["error"] == "RuntimeError: no" and plugin["provides"] == []
-    made = zoo.run("generate", "--model", "wan-tiny", "--prompt", "a red circle", "--steps", "1", "--num-frames", "1", "-o", "a.mp4")
+    made = zoo.run(
+        "generate", "--model", "wan-tiny", "--prompt", "a red circle", "--steps", "1", "--num-frames", "1", "-o", "a.mp4"
+    )
     assert made.returncode == 0, made.stderr
     missing = zoo.run("generate", "--model", "giraffe", "--prompt", "x")
     assert missing.returncode == 2 and "not loaded: tpuvid-zoo; see tpuvid doctor" in missing.stderr
@@ -121,7 +136,10 @@ def test_what_it_prints_is_not_what_was_asked_for(zoo):
 @pytest.mark.parametrize(
     "requires, reason",
     [
-        ("tpuvid-core>=0.2,<0.3", "tpuvid-zoo 1.0 needs tpuvid-core<0.3,>=0.2, and 0.1.0 is installed; pip install -U tpuvid-zoo"),
+        (
+            "tpuvid-core>=0.2,<0.3",
+            "tpuvid-zoo 1.0 needs tpuvid-core<0.3,>=0.2, and 0.1.0 is installed; pip install -U tpuvid-zoo",
+        ),
         ("tpuvid-core==0.0.9", "needs tpuvid-core==0.0.9, and 0.1.0 is installed"),
         ("tpuvid-wan>1", "needs tpuvid-wan>1, and 0.1.0 is installed"),
         ("giraffes>=2", "tpuvid-zoo needs giraffes>=2, which is not installed; pip install 'giraffes>=2'"),
@@ -143,7 +161,10 @@ def test_what_fits_or_is_not_needed_loads(zoo, requires):
 @pytest.mark.parametrize(
     "source, said",
     [
-        (returns("[dataclasses.replace(WAN_1_3B, model_id='wan-tiny')]"), "model id 'wan-tiny' is registered by tpuvid-tiny and tpuvid-zoo"),
+        (
+            returns("[dataclasses.replace(WAN_1_3B, model_id='wan-tiny')]"),
+            "model id 'wan-tiny' is registered by tpuvid-tiny and tpuvid-zoo",
+        ),
         (returns("[DeepCache]", hook="step_caches"), "step cache 'deepcache' is registered by tpuvid-core and tpuvid-zoo"),
         (
             returns("[dataclasses.replace(PREVIEW)]", hook="decoders", imports="from tpuvid_tiny.plugin import PREVIEW"),

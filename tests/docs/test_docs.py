@@ -35,8 +35,8 @@ from tpuvid.cli import run
 sys.path.insert(0, str(ROOT / "scripts"))
 from docs_hooks import workspace_plugins  # noqa: E402
 
-RUN_ELSEWHERE = {"docs/plugins.md", "docs/extending.md"}
-"""They write a package and install it: tests of their own run them. Here what they say of tpuvid and make is checked."""
+RUN_ELSEWHERE = {"docs/plugins.md"}
+"""It writes a package and installs it: test_tutorial.py runs it. Here what it says of tpuvid and make is checked."""
 
 
 def is_run(block: Block) -> bool:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import tpuvid
-from tpuvid_hunyuan.conformance import RandomHunyuan, run_stock, stock_pipeline, stock_streams
 from shared.fidelity import Case, Fidelity, compare_stages, print_table, relative
 from shared.stock_deepcache import deepcached
+from tpuvid_hunyuan.conformance import RandomHunyuan, run_stock, stock_pipeline, stock_streams
 
 CASES = (
     Case(

@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 from diffusers import HunyuanVideo15Transformer3DModel
 from hunyuan.conftest import SMALL
-from tpuvid_hunyuan.conformance import RandomHunyuan
 from jax.sharding import Mesh
 from shared.mesh_parity import on_eight_devices
 from tpuvid import t5
 from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.mesh import shard_parameters
+from tpuvid_hunyuan.conformance import RandomHunyuan
 from tpuvid_hunyuan.denoise import BLOCKS
 from tpuvid_hunyuan.encode import text_module
 from tpuvid_hunyuan.plugin import HUNYUAN_480P, HUNYUAN_720P

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,39 @@ def install(wheels: list[Path], folder: Path) -> Path:
 def outside() -> dict[str, str]:
     """The environment of a process that must not find the workspace."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+class Installed:
+    """A package in an environment of its own, which sees everything of this one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        uv("venv", "--quiet", "--python", sys.executable, folder / "venv", cwd=folder)
+        self.python = folder / "venv" / "bin" / "python"
+        (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
+        parents = [path for path in site.getsitepackages() if Path(path).is_dir()]
+        (packages / "parent.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in parents))
+
+    def install(self, package: Path) -> None:
+        uv(
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            self.python,
+            "--no-deps",
+            "--no-build-isolation",
+            "-e",
+            package,
+            cwd=self.folder,
+        )
+
+    def run(self, *arguments, code: int = 0, **variables) -> str:
+        """Python with `arguments` must end with exit code `code`; what it printed."""
+        command = [str(self.python), "-W", "ignore", *map(str, arguments)]
+        done = subprocess.run(command, env=outside() | variables, cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    def tpuvid(self, *arguments, code: int = 0) -> str:
+        return self.run("-c", "from tpuvid.cli import main; main()", *arguments, code=code)

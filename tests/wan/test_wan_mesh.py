@@ -4,11 +4,11 @@ from shared.mesh_parity import on_eight_devices
 from tpuvid import t5
 from tpuvid.bridge import TracedModule, build
 from tpuvid.mesh import shard_parameters
+from tpuvid_wan.conformance import RandomWan
 from tpuvid_wan.denoise import BLOCKS
 from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
 from tpuvid_wan.sharding import TRANSFORMER
 from wan.conftest import SMALL
-from tpuvid_wan.conformance import RandomWan
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,9 @@ COGVIDEOX_1_5_5B = ModelSpec(
     conformance=Conformance(
         random_checkpoint="tpuvid_cogvideox.conformance:random_checkpoint",
         reference="tpuvid_cogvideox.conformance:reference",
-        settings=dict(height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=40),
+        settings=dict(
+            height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=40
+        ),
     ),
     load_text_encoder="tpuvid_cogvideox.encode:CogVideoXTextEncoder",
     load_denoiser="tpuvid_cogvideox.denoise:CogVideoXDenoiser",

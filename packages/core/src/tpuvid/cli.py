@@ -299,7 +299,9 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
     config = spec.defaults.override(**(beside | dict(file.settings) | given_settings))
     check_sampling(config)
     if "fps" in spec.takes and (denoised := dict(file.settings).get("fps", config.fps)) != config.fps:
-        raise InputError(f"fps={config.fps}: {spec.model_id} denoised these latents for {denoised}; leave it out, or denoise again")
+        raise InputError(
+            f"fps={config.fps}: {spec.model_id} denoised these latents for {denoised}; leave it out, or denoise again"
+        )
     outputs = Outputs(
         video=(output_dir or input_dir) / "output_video.mp4", overwrite=overwrite, save_frames=save_frames,
         metadata=not no_metadata, prompt_in_metadata=not no_prompt_in_metadata,

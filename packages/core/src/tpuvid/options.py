@@ -130,7 +130,9 @@ sampling_options = _options(
     click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
 )
 saving_options = _options(
-    click.option("--cache", metavar="NAME", help="Reuse parts of one denoising step in the next ones: deepcache, or a plugin's."),
+    click.option(
+        "--cache", metavar="NAME", help="Reuse parts of one denoising step in the next ones: deepcache, or a plugin's."
+    ),
     click.option("--cache-start-step", type=int, help="First step that may be cached. [default: 11]"),
     click.option("--cache-end-step", type=int, help="From this step on, none is cached. [default: 45]"),
     click.option("--cache-step-interval", type=int, help="Between them, one step in so many is full. [default: 4]"),
@@ -180,7 +182,9 @@ loop_options = _options(
 vae_tiling_option = click.option(
     "--vae-tiling", is_flag=True, help="Decode in overlapping tiles: less device memory, slightly other frames."
 )
-decoder_option = click.option("--decoder", help="Another decoder than the model's own; tpuvid list-models says which there are.")
+decoder_option = click.option(
+    "--decoder", help="Another decoder than the model's own; tpuvid list-models says which there are."
+)
 pack_options = _options(
     click.option("--pack", type=path_type, help="File of tpuvid compile: its programs need not be compiled."),
     click.option("--trust-pack", is_flag=True, help="Run the machine code in --pack: say so if you made it or trust who did."),

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -77,7 +77,9 @@ class Conflict:
 
     def __str__(self) -> str:
         packages = " and ".join(self.packages)
-        return f"{self.kind} {self.name!r} is registered by {packages}; uninstall one, or exclude it with {PLUGINS_VARIABLE}=-name"
+        return (
+            f"{self.kind} {self.name!r} is registered by {packages}; uninstall one, or exclude it with {PLUGINS_VARIABLE}=-name"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ class Registry:
         return [
             p.package
             for p in self.plugins
-            if any(s.model_id == model_id for s in p.models) or any(d.name == spec.decoder and d.serves(spec) for d in p.decoders)
+            if any(s.model_id == model_id for s in p.models)
+            or any(d.name == spec.decoder and d.serves(spec) for d in p.decoders)
         ]
 
     def _hint(self) -> str:
@@ -281,7 +284,9 @@ def _check_fields(name: str, spec: Any, kinds: Mapping[type, Iterable[str]]) -> 
         if not LOADER.fullmatch(value := getattr(spec, each)):
             raise ValueError(f"{name}: {each}={value!r} is not of the form 'package.module:Class'")
     if spec.api_version != API_VERSION:
-        raise ValueError(f"{name} is built for plugin API {spec.api_version}, this tpuvid has {API_VERSION}; update one of them")
+        raise ValueError(
+            f"{name} is built for plugin API {spec.api_version}, this tpuvid has {API_VERSION}; update one of them"
+        )
 
 
 def _check_model(spec: Any) -> None:
@@ -321,7 +326,9 @@ def _check_step_cache(step_cache: Any) -> None:
         raise TypeError(f"tpuvid_step_caches gave {step_cache!r}, not a dataclass with name, full_steps, full and cached")
     names = {f.name for f in fields(step_cache)}
     if not isinstance(step_cache.name, str) or not names <= set(CACHE_SETTINGS):
-        raise TypeError(f"step cache {step_cache.name!r}: its fields are {sorted(names)}; choose from {', '.join(CACHE_SETTINGS)}")
+        raise TypeError(
+            f"step cache {step_cache.name!r}: its fields are {sorted(names)}; choose from {', '.join(CACHE_SETTINGS)}"
+        )
 
 
 def _check_block_sizes(path: Any) -> None:

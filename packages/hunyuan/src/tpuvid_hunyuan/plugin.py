@@ -24,7 +24,9 @@ COMMON = dict(
     conformance=Conformance(
         random_checkpoint="tpuvid_hunyuan.conformance:random_checkpoint",
         reference="tpuvid_hunyuan.conformance:reference",
-        settings=dict(height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=60),
+        settings=dict(
+            height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=60
+        ),
     ),
     load_text_encoder="tpuvid_hunyuan.encode:HunyuanTextEncoder",
     load_denoiser="tpuvid_hunyuan.denoise:HunyuanDenoiser",

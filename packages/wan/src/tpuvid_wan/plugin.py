@@ -23,7 +23,9 @@ COMMON = dict(
     conformance=Conformance(
         random_checkpoint="tpuvid_wan.conformance:random_checkpoint",
         reference="tpuvid_wan.conformance:reference",
-        settings=dict(height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=40),
+        settings=dict(
+            height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=40
+        ),
     ),
     load_text_encoder="tpuvid_wan.encode:WanTextEncoder",
     load_denoiser="tpuvid_wan.denoise:WanDenoiser",

@@ -40,7 +40,9 @@ def new_plugin(name: str, family: str, parent: Path) -> Path:
         raise InputError(f"name={name!r}: an installed plugin or model has it; choose another")
     for package in FAMILIES[family]:
         if not any(p.package == package and not p.error for p in known.plugins):
-            raise InputError(f"family={family!r}: changes the stages of {package}, which is not installed; pip install {package}")
+            raise InputError(
+                f"family={family!r}: changes the stages of {package}, which is not installed; pip install {package}"
+            )
     folder = parent / f"tpuvid-{name}"
     check_output(folder / "1", overwrite=True)
     if folder.exists():
@@ -102,10 +104,14 @@ def _make_checkpoint(source: Path, module: str) -> None:
     path = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
     folder = source / module / "checkpoint"
     command = [sys.executable, "-W", "ignore", "-m", f"{module}.conformance", str(folder)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True
+    )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise TpuvidError(f"the random checkpoint can't be made here: {said}; pip install diffusers transformers, and try again")
+        raise TpuvidError(
+            f"the random checkpoint can't be made here: {said}; pip install diffusers transformers, and try again"
+        )
 
 
 def _umask() -> int:

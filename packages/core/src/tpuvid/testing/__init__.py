@@ -1,10 +1,10 @@
 """The conformance suite that ``tpuvid plugin check`` runs, for a package's own tests too. Imports neither jax nor torch.
 
-    from tpuvid import testing
+from tpuvid import testing
 
-    def test_conformance():
-        for sheet in testing.check("tpuvid-mymodel"):
-            assert sheet.passed, sheet.render()
+def test_conformance():
+    for sheet in testing.check("tpuvid-mymodel"):
+        assert sheet.passed, sheet.render()
 """
 
 from tpuvid.testing.checking import check

@@ -51,7 +51,9 @@ def _named(what: str | None) -> list[Plugin]:
     plugins = [p for p in registry().plugins if p.models or p.error or p.package in disputed]
     if what is None:
         if not plugins:
-            raise InputError("no models are installed; pip install -e . in the folder of your plugin, or pip install tpuvid-wan")
+            raise InputError(
+                "no models are installed; pip install -e . in the folder of your plugin, or pip install tpuvid-wan"
+            )
         return plugins
     name = what.replace("_", "-").lower()
     found = [p for p in plugins if name in (p.name, p.package.replace("_", "-").lower())]

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from tpuvid.artifacts import load_conditioning, load_latents, save_conditioning, save_latents
 from tpuvid.checkpoint import Checkpoint, ConfigsOnly, Weights, resolve_model, weight_files
-from tpuvid.control import CancelToken, Cancelled, Control
+from tpuvid.control import Cancelled, CancelToken, Control
 from tpuvid.errors import InputError
 from tpuvid.mesh import MeshConfig
 from tpuvid.outputs import Outputs
@@ -33,7 +33,6 @@ from tpuvid.record import read_record
 from tpuvid.registry import registry
 from tpuvid.runtime import Runtime, enable_compilation_cache
 from tpuvid.stages import OPTIONAL_SETTINGS, Conditioning, GenerationConfig, Latents, ModelSpec, Video, imported
-from tpuvid.testing.sheet import Result
 from tpuvid.video import video_size
 
 PROMPT, OTHER_PROMPT, NEGATIVE_PROMPT = 'a red cat under a sign that says "MOON"', "a blue dog on the grass", "blurry"
@@ -184,7 +183,9 @@ def check_light(subject: Subject) -> str:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr.splitlines()[-1]
-    assert done.stdout.strip() == "[]", f"the module of the entry point imports {done.stdout.strip()}; import them in the stages"
+    assert done.stdout.strip() == "[]", (
+        f"the module of the entry point imports {done.stdout.strip()}; import them in the stages"
+    )
     return f"known in {time.perf_counter() - start:.2f} s, without {', '.join(HEAVY[:3])} and the like"
 
 
@@ -192,7 +193,9 @@ def check_found(subject: Subject) -> str:
     """A checkpoint folder is run by this package because of what its files say."""
     spec, _ = resolve_model(str(subject.folder))
     own, found = subject.spec.load_denoiser, spec.load_denoiser
-    assert found == own, f"--model FOLDER would run {found}; write a _class_name into model_index.json that no other package has"
+    assert found == own, (
+        f"--model FOLDER would run {found}; write a _class_name into model_index.json that no other package has"
+    )
     index = json.loads((subject.folder / "model_index.json").read_text())
     return f"a folder whose model_index.json says {index['_class_name']}"
 
@@ -368,7 +371,9 @@ def check_step_cache(subject: Subject) -> str:
     seen = []
     for name in registry().step_caches:
         given = {"cache": name, "cache_start_step": 1, "cache_step_interval": 2, "num_inference_steps": 5}
-        saved, full = (subject.pipe.denoise(subject.conditioning, **subject.denoising | s) for s in (given, {"num_inference_steps": 5}))
+        saved, full = (
+            subject.pipe.denoise(subject.conditioning, **subject.denoising | s) for s in (given, {"num_inference_steps": 5})
+        )
         about = saved.history["denoise"]["cache"]
         assert about["saved_steps"] > 0 and not np.array_equal(saved.latents, full.latents), f"{name} changes nothing"
         seen.append(f"{name}: {about['saved_steps']} of 5 steps cached")
