@@ -16,6 +16,7 @@ from tpuvid.registry import Plugin, Registry
 from tpuvid.stages import Conformance
 from tpuvid.testing import checking, suite
 from tpuvid.testing.sheet import Result, Sheet
+from tpuvid.testing.subject import Subject
 from tpuvid_wan.conformance import RandomWan
 from tpuvid_wan.denoise import WanDenoiser
 from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
@@ -46,7 +47,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def subject(checkpoint, tmp_path):
-    return suite.Subject([SPEC], checkpoint, tmp_path)
+    return Subject([SPEC], checkpoint, tmp_path)
 
 
 def deaf(monkeypatch, subject):

@@ -460,3 +460,17 @@ def wait_until(condition, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
+
+
+def test_whatever_a_program_is_traced_from_makes_a_pack_anothers(tmp_path, monkeypatch):
+    """A plugin's stages, in a package or a single file, and a step cache of another package."""
+    (module := tmp_path / "one_file.py").write_text("a = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = packs._hash_sources("one_file")
+    packs._hash_sources.cache_clear()
+    module.write_text("a = 2")
+    assert packs._hash_sources("one_file") != before
+    spec = dataclasses.replace(resolve_model("wan-tiny")[0], load_decoder="one_file:Decoder")
+    assert packs._packages(spec, spec.defaults) == ("one_file", "tpuvid_wan")
+    monkeypatch.setattr(packs, "step_cache", lambda config: type("Cache", (), {"__module__": "zoo.caches"})())
+    assert packs._packages(spec, spec.defaults) == ("one_file", "tpuvid_wan", "zoo")

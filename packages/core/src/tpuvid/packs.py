@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpuvid.errors import InputError
+from tpuvid.stepcache import step_cache
 
 if TYPE_CHECKING:
     import jax
@@ -65,10 +66,11 @@ LIBRARIES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transf
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 APART = {
-    "artifacts", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "lora", "options", "packs",
-    "pipeline", "plugin", "profiling", "progress", "registry", "stages", "testing", "video", "weights",
+    "artifacts", "builtin", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "lora", "options", "packs",
+    "pipeline", "profiling", "progress", "registry", "stages", "video", "weights",
 }  # fmt: skip
-"""Modules of tpuvid whose code enters no program; any other's change makes a pack another's, `plan` aside."""
+APART_FOLDERS = {"plan", "plugin", "testing"}
+"""Modules of tpuvid whose code enters no program; any other's change makes a pack another's."""
 BOOKKEEPING = re.compile(
     r"_.*|architectures|chunk_size_feed_forward|dtype|id2label|initializer_.*|is_decoder|is_encoder_decoder|label2id|name_or_path"
     r"|output_.*|problem_type|return_dict|task_specific_params|tie_.*|tokenizer_class|torch_dtype|transformers_version|use_cache"
@@ -332,9 +334,15 @@ def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig
         **{name: " ".join(os.environ.get(name, "").split()) for name in VARIABLES},
         "kernels": _hash_sources("tpuvid.kernels"),
         "block_sizes": _own_block_sizes(),
-        "source": source_hash(tuple(sorted({getattr(spec, f"load_{s}").split(".")[0] for s in _LOADED}))),
+        "source": source_hash(_packages(spec, config)),
     }
     return {name: value for name, value in key.items() if set(CONCERNS.get(name, STAGES)) & set(stages)}
+
+
+def _packages(spec: ModelSpec, config: GenerationConfig) -> tuple[str, ...]:
+    """Of the stages and the step cache."""
+    modules = [getattr(spec, f"load_{stage}").partition(":")[0] for stage in _LOADED] + [type(step_cache(config)).__module__]
+    return tuple(sorted({module.split(".")[0] for module in modules} - {"tpuvid"}))
 
 
 def settings_key(spec: ModelSpec, config: GenerationConfig) -> dict[str, Any]:
@@ -471,7 +479,7 @@ def _cpu() -> str:
 @cache
 def source_hash(families: tuple[str, ...]) -> str:
     """Of the modules of tpuvid that enter programs, and of the families' packages."""
-    return _hash_sources("tpuvid", *families, apart=lambda path: path.parts[0] == "plan" or path.stem in APART)
+    return _hash_sources("tpuvid", *families, apart=lambda path: path.parts[0] in APART_FOLDERS or path.stem in APART)
 
 
 @cache
@@ -479,8 +487,9 @@ def _hash_sources(*packages: str, apart: Callable[[Path], bool] = lambda path: F
     """Of code and of data tables, whichever the package holds, but not of bundled configs and weights."""
     digest = hashlib.sha256()
     for package in packages:
-        root = Path(next(iter(find_spec(package).submodule_search_locations)))
-        for path in _sources(root):
+        spec = find_spec(package)
+        root = Path(next(iter(spec.submodule_search_locations or [Path(spec.origin).parent])))
+        for path in _sources(root) if spec.submodule_search_locations else [Path(spec.origin)]:
             relative = path.relative_to(root)
             if package == "tpuvid" and apart(relative):
                 continue

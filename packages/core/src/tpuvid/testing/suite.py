@@ -9,10 +9,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,18 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tpuvid.artifacts import load_conditioning, load_latents, save_conditioning, save_latents
-from tpuvid.checkpoint import Checkpoint, ConfigsOnly, Weights, resolve_model, weight_files
+from tpuvid.checkpoint import ConfigsOnly, Weights, resolve_model, weight_files
 from tpuvid.control import Cancelled, CancelToken, Control
 from tpuvid.errors import InputError
-from tpuvid.mesh import MeshConfig
 from tpuvid.outputs import Outputs
 from tpuvid.pipeline import Pipeline
 from tpuvid.record import read_record
 from tpuvid.registry import registry
 from tpuvid.runtime import Runtime, enable_compilation_cache
 from tpuvid.stages import OPTIONAL_SETTINGS, Conditioning, GenerationConfig, Latents, ModelSpec, Video, imported
+from tpuvid.testing.subject import NEGATIVE_PROMPT, OTHER_PROMPT, PROMPT, Subject
 from tpuvid.video import video_size
 
-PROMPT, OTHER_PROMPT, NEGATIVE_PROMPT = 'a red cat under a sign that says "MOON"', "a blue dog on the grass", "blurry"
 HEAVY = ("jax", "torch", "torchax", "diffusers", "transformers")
 CLOSE = 1e-4
 """Of the largest value: float32 sums in another order differ by some 1e-6, another computation by far more."""
@@ -45,72 +43,6 @@ MESHES = (None, "dp=2,tp=4", "sp=8", "dp=2,sp=4,fsdp")
 
 class NothingToCheck(Exception):
     pass
-
-
-@dataclass
-class Subject:
-    """Models that the same code runs, and the small checkpoint that it is run with."""
-
-    specs: Sequence[ModelSpec]
-    checkpoint: Path | None
-    scratch: Path
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.specs[0]
-
-    @cached_property
-    def folder(self) -> Path:
-        """The checkpoint: the user's, the random one of the model's `Conformance`, or its own inside a package."""
-        if self.checkpoint is not None:
-            return self.checkpoint
-        if self.spec.conformance is not None:
-            folder = self.scratch / "checkpoint"
-            imported(self.spec.conformance.random_checkpoint)(folder)
-            return folder
-        package, colon, folder = self.spec.checkpoint.partition(":")
-        assert colon, "the spec has no conformance, and its checkpoint is not in a package; give it one, or pass --checkpoint"
-        return Path(str(files(package))) / folder
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """Of a small video."""
-        if self.spec.conformance is not None:
-            return dict(self.spec.conformance.settings)
-        return {"num_inference_steps": 3, "num_frames": 1 + 2 * self.spec.rules.frame_step}
-
-    def pipeline(self, folder: Path | None = None, *, devices: int = 1, mesh: str | None = None) -> Pipeline:
-        """In float32; of a folder in the place of `folder`."""
-        folder = folder or self.folder
-        runtime = Runtime.create(
-            dtype="float32", devices=jax.devices()[:devices], mesh_config=None if mesh is None else MeshConfig.parse(mesh)
-        )
-        spec = replace(self.spec, model_id=str(folder), twin=self.spec.model_id)
-        return Pipeline(spec, Checkpoint(str(folder), folder=folder), runtime)
-
-    @cached_property
-    def pipe(self) -> Pipeline:
-        return self.pipeline()
-
-    def generate(self, pipe: Pipeline | None = None, **changes: Any) -> Video:
-        settings = {"prompt": PROMPT, "negative_prompt": NEGATIVE_PROMPT} | self.settings | changes
-        return (pipe or self.pipe).generate(**settings)
-
-    @cached_property
-    def conditioning(self) -> Conditioning:
-        return self.pipe.encode(PROMPT, NEGATIVE_PROMPT, max_sequence_length=self.settings.get("max_sequence_length"))
-
-    @cached_property
-    def latents(self) -> Latents:
-        return self.pipe.denoise(self.conditioning, **self.denoising)
-
-    @cached_property
-    def denoising(self) -> dict[str, Any]:
-        return {name: value for name, value in self.settings.items() if name != "max_sequence_length"}
-
-    @cached_property
-    def video(self) -> Video:
-        return self.generate()
 
 
 def run(argument: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]) -> None:
@@ -138,7 +70,7 @@ def _result(check: Callable[[Subject], str], subject: Subject) -> dict[str, Any]
 
 
 def _where(error: BaseException) -> str:
-    """The last line of the plugin's own code, or of whatever code it was."""
+    """The innermost lines of code."""
     frames, trace = [], error.__traceback__
     while trace is not None:
         frames.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
@@ -146,7 +78,7 @@ def _where(error: BaseException) -> str:
     return " → ".join(frames[-3:])
 
 
-# The checks, cheapest first
+# The checks, in their order on the sheet
 
 
 def check_spec(subject: Subject) -> str:
