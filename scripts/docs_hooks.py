@@ -14,7 +14,7 @@ from tpuvid.registry import Plugin, registry
 from tpuvid.stages import OPTIONAL_SETTINGS
 
 ROOT = Path(__file__).parents[1]
-FLAGS = {name: f"`--{name.replace('_', '-')}`" for name in OPTIONAL_SETTINGS}
+FLAGS = {name: f"`--{name.replace('_', '-')}`" for name in OPTIONAL_SETTINGS} | {"lora": "`--lora-path`"}
 
 
 def workspace_plugins() -> list[Plugin]:

@@ -1,6 +1,8 @@
 """`tpuvid plugin new`, as its user goes on: pip install -e, list-models, generate, and its own tests."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -86,6 +88,21 @@ def test_a_checkpoint_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="random checkpoint can't be made here"):
         new_plugin("mine", "blank", tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_what_a_killed_one_left_is_gone_after_the_next(tmp_path, monkeypatch):
+    """The package itself appears whole or not at all."""
+    command = [sys.executable, "-c", "from tpuvid.cli import main; main()", "plugin", "new", "mine", "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("*/tpuvid-mine/pyproject.toml")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "tpuvid-mine").exists() and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr("tpuvid.plugin.new._make_checkpoint", lambda source, module: None)
+    new_plugin("mine", "blank", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tpuvid-mine"]
 
 
 def test_the_package_that_it_changes_must_be_there(tmp_path, monkeypatch):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import tpuvid
 from tpuvid.artifacts import check_output
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.plan.jobs import scratch_folder
 from tpuvid.registry import registry
 from tpuvid.stages import API_VERSION
 
@@ -48,17 +47,14 @@ def new_plugin(name: str, family: str, parent: Path) -> Path:
     if folder.exists():
         raise InputError(f"{folder}: exists; choose another name, or --output-dir")
     parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".tpuvid-{name}-", dir=parent))
-    try:
+    with scratch_folder(parent) as scratch:
+        written = scratch / folder.name
         for path, text in _files(name, family):
-            target = scratch / path
+            target = written / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, "utf-8")
-        _make_checkpoint(scratch / "src", _module(name))
-        scratch.chmod(0o777 & ~_umask())
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _make_checkpoint(written / "src", _module(name))
+        written.rename(folder)
     return folder
 
 
@@ -112,9 +108,3 @@ def _make_checkpoint(source: Path, module: str) -> None:
         raise TpuvidError(
             f"the random checkpoint can't be made here: {said}; pip install diffusers transformers, and try again"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
