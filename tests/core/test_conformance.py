@@ -140,6 +140,28 @@ def lax_rules(monkeypatch, subject):
     subject.specs = [replace(SPEC, rules=rules)]
 
 
+def deaf_to_shift(monkeypatch, subject):
+    made = tpuvid_wan.denoise.make_schedule
+    monkeypatch.setattr(tpuvid_wan.denoise, "make_schedule", lambda config, steps, shift: made(config, steps, 3.0))
+
+
+def unfinished(monkeypatch, subject):
+    monkeypatch.delattr(WanDenoiser, "resolve")
+
+
+def other_settings(monkeypatch, subject):
+    subject.specs = [replace(SPEC, conformance=replace(SPEC.conformance, settings={"hight": 16}))]
+
+
+def odd_reference(monkeypatch, subject):
+    monkeypatch.setattr("tpuvid_wan.conformance.reference", lambda *_: {"latents": 0, "frames": 0, "nonsense": 0})
+
+
+def undefined_on_eight(monkeypatch, subject):
+    """Python's own max() of 0 and NaN is 0."""
+    monkeypatch.setattr(suite, "_error", lambda found, expected: float("nan") if found.ndim == 3 else 0.0)
+
+
 def missing_configs(monkeypatch, subject):
     subject.specs = [replace(SPEC, configs="tpuvid_wan:nowhere")]
 
@@ -161,6 +183,11 @@ def no_refusal(monkeypatch, subject):
         (suite.check_spec, missing_configs, "nowhere"),
         (suite.check_spec, missing_loader, "Nothing"),
         (suite.check_spec, no_refusal, "was accepted"),
+        (suite.check_spec, unfinished, "WanDenoiser has no resolve"),
+        (suite.check_spec, other_settings, "hight: no such setting"),
+        (suite.check_settings, deaf_to_shift, "flow_shift=2.0 and flow_shift=9.0 give the same latents"),
+        (suite.check_parity, odd_reference, "gives nonsense, which is none of"),
+        (suite.check_mesh, undefined_on_eight, "nan of the largest value"),
         (suite.check_found, taken_name, "CogVideoX"),
         (suite.check_shapes, too_bright, "not float32 in"),
         (suite.check_shapes, a_frame_less, "frames are"),

@@ -39,10 +39,13 @@ def zoo(tmp_path, tpuvid_command):
     """Installs a plugin where only its own child processes look, and runs commands there."""
 
     class Zoo:
+        folder = tmp_path
+
         def install(self, source: str, *, requires=("tpuvid-core>=0.1,<0.2",), name="tpuvid-zoo", point="zoo") -> None:
             module = name.replace("-", "_")
-            (tmp_path / f"{module}.py").write_text(dedent(source))
-            about = tmp_path / f"{module}-1.0.dist-info"
+            (tmp_path / f"{module}.py").write_text(dedent(source or ""))
+            module = name if source is None else module
+            about = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
             about.mkdir()
             wanted = "".join(f"Requires-Dist: {text}\n" for text in requires)
             (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{wanted}")
@@ -64,6 +67,57 @@ def test_a_good_one_is_listed(zoo):
 
 BROKEN = {
     "raises": ("raise RuntimeError('no\\nluck')", "RuntimeError: no"),
+    "is no module": (None, "its entry point names 'tpuvid-zoo', which is no module; write it with '_' and '.'"),
+    "no Exception": ("class Panic(BaseException): pass\nraise Panic('rust')", "Panic: rust"),
+    "error that can't be shown": (
+        "class E(Exception):\n    def __str__(self): 1 / 0\nraise E",
+        "E, which can't say what it is",
+    ),
+    "long and colourful": ("raise ValueError('\x1b[31m' + 'x' * 10**6)", "ValueError: [31mxxx"),
+    "no marker": ("def tpuvid_models():\n    return []", "tpuvid_models is not marked with @hookimpl"),
+    "no hook": ("x = 1", "has no hook; mark a function tpuvid_models"),
+    "hook with other arguments": (
+        "from tpuvid.hookspecs import hookimpl\n@hookimpl\ndef tpuvid_models(what):\n    return []",
+        "Argument(s) {'what'} are declared in the hookimpl",
+    ),
+    "components are no folders": (
+        returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', components=WAN_1_3B.components | {'decode': ('vae')})]"),
+        "components['decode']='vae' needs a tuple of names",
+    ),
+    "components outside": (
+        returns(
+            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', components=WAN_1_3B.components | {'decode': ('../vae',)})]"
+        ),
+        "components['decode']='../vae' needs letters",
+    ),
+    "flow shifts": (
+        returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', flow_shifts=('a', 3))]"),
+        "not (pixels, shift)",
+    ),
+    "rules below one": (
+        returns(
+            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', rules=dataclasses.replace(WAN_1_3B.rules, size_multiple=-16))]"
+        ),
+        "rules.size_multiple=-16 needs a whole number",
+    ),
+    "defaults take what isn't taken": (
+        returns(
+            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', takes=(), defaults=dataclasses.replace(WAN_1_3B.defaults, cache='x'))]"
+        ),
+        "defaults.cache='x', which takes doesn't name",
+    ),
+    "rows of two lines": (
+        returns("[dataclasses.replace(WAN_1_3B, model_id='giraffe', family='a\\nb')]"),
+        "needs a line of text",
+    ),
+    "decoder's name": (
+        returns(
+            "[DecoderSpec(name='own', models=('wan',), checkpoint='a:b', component='c', load_decoder='d:e', api_version=2)]",
+            hook="decoders",
+        ),
+        "decoder='own' is the name of every model's own",
+    ),
+    "tile sizes are no table": (returns("[Path(__file__)]", hook="block_sizes"), "JSONDecodeError"),
     "is no Python": ("def (:", "SyntaxError"),
     "exits": ("import sys; sys.exit(3)", "SystemExit: 3"),
     "imports what is missing": ("import no_such_module_here", "No module named 'no_such_module_here'"),
@@ -116,9 +170,9 @@ def test_a_broken_plugin_is_one_warned_row(zoo, fault):
 def test_doctor_names_it_and_the_others_run(zoo):
     zoo.install(BROKEN["raises"][0])
     report = json.loads((done := zoo.run("doctor", "--json")).stdout)
-    assert done.returncode == 1 and "plugin zoo (tpuvid-zoo 1.0) does not load: RuntimeError: no" in report["problems"]
+    assert done.returncode == 1 and "plugin zoo (tpuvid-zoo 1.0) does not load: RuntimeError: no luck" in report["problems"]
     (plugin,) = [plugin for plugin in report["plugins"] if plugin["name"] == "zoo"]
-    assert plugin["error"] == "RuntimeError: no" and plugin["provides"] == []
+    assert plugin["error"] == "RuntimeError: no luck" and plugin["provides"] == []
     made = zoo.run(
         "generate", "--model", "wan-tiny", "--prompt", "a red circle", "--steps", "1", "--num-frames", "1", "-o", "a.mp4"
     )
@@ -127,8 +181,90 @@ def test_doctor_names_it_and_the_others_run(zoo):
     assert missing.returncode == 2 and "not loaded: tpuvid-zoo; see tpuvid doctor" in missing.stderr
 
 
+def test_damaged_metadata_is_a_row_too(zoo, tmp_path):
+    """Of a package that is half removed, or whose files are no text."""
+    zoo.install(BROKEN["raises"][0])
+    (about := tmp_path / "tpuvid_zoo-1.0.dist-info").joinpath("METADATA").unlink()
+    assert zoo.run("generate", "--model", "giraffe", "--prompt", "x").returncode == 2
+    (warning,) = zoo.run("list-models").stderr.splitlines()
+    assert f"plugin zoo ({about.name} ?) does not load: RuntimeError: no luck" in warning
+    about.joinpath("entry_points.txt").write_bytes(b"\xff\xfe\x00" * 50)
+    listed = zoo.run("list-models")
+    assert listed.returncode == 0 and "wan-tiny" in listed.stdout and "entry_points.txt can't be read" in listed.stderr
+
+
+@pytest.mark.parametrize("point", ["wan", "core"])
+def test_a_name_of_ours_takes_nothing_from_us(zoo, point):
+    zoo.install("x = 1", point=point)
+    listed = zoo.run("list-models")
+    (warning,) = listed.stderr.splitlines()
+    assert "wan2.1-t2v-14b" in listed.stdout and f"plugin {point} (tpuvid-zoo 1.0)" in warning
+    unknown = zoo.run("generate", "--model", "wan-tiny", "--prompt", "x", "--cache", "nope")
+    assert "choose from deepcache" in unknown.stderr
+    assert zoo.run("list-models", TPUVID_PLUGINS="tiny").stderr == "", "an allow-list means ours alone by core"
+
+
+def test_a_folder_stays_with_the_family_that_implements_it(zoo, tmp_path):
+    """Whatever else claims its pipeline class, unless it says more of the transformer."""
+    zoo.install(
+        returns("[dataclasses.replace(WAN_1_3B, model_id='aardvark', signature={}, load_denoiser='tpuvid_zoo:Nothing')]"),
+        point="aardvark",
+    )
+    from tpuvid.checkpoint import resolve_model
+
+    made = zoo.run("generate", "--model", str(resolve_model("wan-tiny")[1].folder), "--prompt", "a red circle", "--steps", "1", "--num-frames", "1", "-o", "a.mp4")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+
+
+def test_what_can_not_be_imported_is_its_packages_fault(zoo, tmp_path):
+    zoo.install(
+        returns(
+            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', checkpoint='tpuvid_tiny:checkpoint', load_decoder='tpuvid_zoo:Nothing')]"
+        )
+    )
+    done = zoo.run(
+        "generate",
+        "--model",
+        "giraffe",
+        "--prompt",
+        "x",
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--num-frames",
+        "5",
+        "--steps",
+        "1",
+    )
+    assert done.returncode == 1 and "giraffe: tpuvid_zoo:Nothing can't be imported" in done.stderr
+    assert "mend its package" in done.stderr and "download" not in done.stderr
+
+
+def test_one_that_ends_the_program_makes_no_success(zoo):
+    source = """
+    from dataclasses import dataclass
+    from tpuvid.hookspecs import hookimpl
+    from tpuvid.stepcache import DeepCache
+
+    @dataclass(frozen=True)
+    class Quitter(DeepCache):
+        name = "quitter"
+        def full_steps(self, num_inference_steps):
+            raise SystemExit(0)
+
+    @hookimpl
+    def tpuvid_step_caches():
+        return [Quitter]
+    """
+    zoo.install(source)
+    done = zoo.run("generate", "--model", "wan-tiny", "--prompt", "x", "--cache", "quitter", "-o", "a.mp4")
+    assert done.returncode == 1 and done.stderr.startswith("tpuvid: error: SystemExit")
+
+
 def test_what_it_prints_is_not_what_was_asked_for(zoo):
-    zoo.install("print('hello')\n" + dedent(GOOD))
+    loud = "import os, sys; print('hello'); os.write(1, b'hello'); os.system('echo hello')"
+    zoo.install(f"{loud}\n" + dedent(GOOD))
     listed = zoo.run("list-models", "--json")
     assert "giraffe" in {row["model"] for row in json.loads(listed.stdout)["models"]} and "hello" in listed.stderr
 
@@ -177,7 +313,8 @@ def test_a_name_of_two_packages_is_one_warned_row(zoo, source, said):
     zoo.install(source)
     listed = zoo.run("list-models")
     (warning,) = listed.stderr.splitlines()
-    assert warning == f"warning: {said}; uninstall one, or exclude it with TPUVID_PLUGINS=-name"
+    owner = "core" if "tpuvid-core" in said else "tiny"
+    assert warning == f"warning: {said}; uninstall one, or set TPUVID_PLUGINS=-{owner} or TPUVID_PLUGINS=-zoo"
     assert listed.returncode == 0 and "wan2.1-t2v-1.3b" in listed.stdout
     assert zoo.run("list-models", TPUVID_PLUGINS="-zoo").stderr == ""
 
@@ -189,6 +326,31 @@ def test_variables_allow_and_deny(zoo):
     assert "giraffe" not in zoo.run("list-models", TPUVID_PLUGINS="-zoo").stdout
     unknown = zoo.run("generate", "--model", "giraffe", "--prompt", "x", "--cache", "nope", TPUVID_PLUGINS="zoo")
     assert "cache='nope': choose from deepcache" in unknown.stderr, "core's own are always there"
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [("TPUVID_PLUGINS names it", "nope"), ("TPUVID_PLUGINS names it", "-nope"), ("both allows and denies it", "wan,-wan")],
+)
+def test_variables_that_mean_nothing_are_a_row(zoo, what, said):
+    (warning,) = zoo.run("list-models", TPUVID_PLUGINS=said).stderr.splitlines()
+    assert what in warning
+
+
+@pytest.mark.parametrize("ends", ["os._exit(0)", "sys.exit(0)", "raise BaseException('x')"])
+def test_one_that_ends_the_check_is_a_line_of_the_sheet(zoo, ends):
+    zoo.install(
+        dedent(GOOD)
+        + f"\nclass Decoder:\n    verify = load = check = decode = None\n    def __init__(self, *_):\n        import os, sys; {ends}\n"
+    )
+    zoo_module = Path(zoo.folder) / "tpuvid_zoo.py"
+    zoo_module.write_text(
+        zoo_module.read_text().replace('model_id="giraffe",', 'model_id="giraffe", load_decoder="tpuvid_zoo:Decoder",')
+    )
+    done = zoo.run("plugin", "check", "giraffe", "--json")
+    assert done.returncode == 1
+    (sheet,) = json.loads(done.stdout)
+    assert [row["check"] for row in sheet["results"] if row["passed"] is False] == ["found"]
 
 
 def test_one_that_imports_jax_fails_the_check(zoo):

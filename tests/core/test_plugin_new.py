@@ -92,7 +92,16 @@ def test_a_checkpoint_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
 
 def test_what_a_killed_one_left_is_gone_after_the_next(tmp_path, monkeypatch):
     """The package itself appears whole or not at all."""
-    command = [sys.executable, "-c", "from tpuvid.cli import main; main()", "plugin", "new", "mine", "--output-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        "from tpuvid.cli import main; main()",
+        "plugin",
+        "new",
+        "mine",
+        "--output-dir",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob("*/tpuvid-mine/pyproject.toml")):
         assert process.poll() is None

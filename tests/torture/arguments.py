@@ -42,7 +42,7 @@ def torture(work: Path, count: int, start: int) -> Counter:
         out, err = io.StringIO(), io.StringIO()
         heavy = ("tpuvid.load", "tpuvid.plan.planning.Planner.plan", "tpuvid.plan.compiling.compile_pack",
                  "tpuvid.plan.tune.tune_attention", "tpuvid.plan.tune.attention_shapes", "tpuvid.doctor.examine",
-                 "tpuvid.checkpoint._download")  # fmt: skip
+                 "tpuvid.checkpoint._download", "tpuvid.testing.checking._in_a_process", "tpuvid.plugin.new._make_checkpoint")  # fmt: skip
         with contextlib.ExitStack() as stack:
             for name in heavy:
                 stack.enter_context(mock.patch(name, reached))

@@ -45,6 +45,7 @@ from tpuvid.options import (
     vae_tiling_option,
 )
 from tpuvid.plan.commands import COMMANDS
+from tpuvid.plugin.checks import OWN
 from tpuvid.plugin.commands import plugin
 from tpuvid.registry import registry
 
@@ -77,7 +78,9 @@ def run(argv: list[str] | None = None) -> int:
         return 1
     except TpuvidError as error:
         return _fail(str(error), error.exit_code)
-    except Exception as error:  # the last resort: a bug or a backend's failure, without a traceback for the user
+    except (
+        BaseException
+    ) as error:  # the last resort: a bug, a backend's failure or a plugin's exit, without a traceback for the user
         if os.environ.get(DEBUG_VARIABLE):
             raise
         return _fail(unexpected(error), 1)
@@ -105,7 +108,7 @@ def list_models(as_json: bool) -> None:
             "model": s.model_id, "family": s.family, "parameters": s.parameters,
             "size": f"{s.defaults.width}x{s.defaults.height}", "frames": s.defaults.num_frames,
             "steps": s.defaults.num_inference_steps, "checkpoint": s.checkpoint, "package": f"{p.package} {p.version}",
-            "decoders": ["own", *(d.name for q in registry().plugins for d in q.decoders if d.serves(s))],
+            "decoders": [OWN, *(d.name for q in registry().plugins for d in q.decoders if d.serves(s))],
         }
         for p in registry().plugins
         for s in p.models

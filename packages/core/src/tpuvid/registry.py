@@ -5,65 +5,22 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from contextlib import redirect_stdout
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points, version
-from importlib.util import find_spec
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-import pluggy
-
-from tpuvid import hookspecs
 from tpuvid.errors import InputError
-from tpuvid.stages import (
-    API_VERSION,
-    OPTIONAL_FEATURES,
-    OPTIONAL_SETTINGS,
-    Conformance,
-    DecoderSpec,
-    GenerationConfig,
-    ModelSpec,
-    SizeRules,
-    check_sampling,
-)
-from tpuvid.stepcache import SETTINGS as CACHE_SETTINGS
+from tpuvid.plugin.loading import Plugin, installed_points, loaded
+from tpuvid.stages import DecoderSpec, ModelSpec
 from tpuvid.stepcache import StepCache
 
-ENTRY_POINT_GROUP = "tpuvid"
 PLUGINS_VARIABLE = "TPUVID_PLUGINS"
 CORE = "core"
 """The entry point of tpuvid-core's own plugin, which an allow-list doesn't have to name."""
-NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
-LOADER = re.compile(r"[\w.]+:\w+")
-
-
-@dataclass(frozen=True, slots=True)
-class Plugin:
-    """One entry point, loaded or not."""
-
-    name: str
-    package: str
-    version: str
-    module: str
-    models: tuple[ModelSpec, ...] = ()
-    decoders: tuple[DecoderSpec, ...] = ()
-    step_caches: tuple[type[StepCache], ...] = ()
-    block_sizes: tuple[Path, ...] = ()
-    error: str | None = None
-
-    @property
-    def provides(self) -> list[str]:
-        """For people: what it registers."""
-        found = [spec.model_id for spec in self.models]
-        found += [f"decoder {decoder.name}" for decoder in self.decoders]
-        found += [f"step cache {step_cache.name}" for step_cache in self.step_caches]
-        return found + ["tile sizes"] * bool(self.block_sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +31,14 @@ class Conflict:
     """ "model id", "decoder" or "step cache"."""
     name: str
     packages: tuple[str, ...]
+    plugins: tuple[str, ...]
+    """The names of their entry points."""
 
     def __str__(self) -> str:
-        packages = " and ".join(self.packages)
-        return (
-            f"{self.kind} {self.name!r} is registered by {packages}; uninstall one, or exclude it with {PLUGINS_VARIABLE}=-name"
-        )
+        if len(set(self.packages)) == 1:
+            return f"{self.kind} {self.name!r} is registered twice by {self.packages[0]}; it has to drop one"
+        exclude = " or ".join(f"{PLUGINS_VARIABLE}=-{name}" for name in self.plugins)
+        return f"{self.kind} {self.name!r} is registered by {' and '.join(self.packages)}; uninstall one, or set {exclude}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +96,14 @@ class Registry:
         return tuple(path for plugin in self.plugins for path in plugin.block_sizes)
 
     def match(self, pipeline_class: str, transformer_config: dict) -> ModelSpec:
-        """The spec that a checkpoint of `pipeline_class` runs with: the model that has its transformer's signature,
-        or else the first one of the package that implements its family."""
+        """The spec that a checkpoint of `pipeline_class` runs with: the model whose signature says most of what its transformer
+        is, of those that say as much the one of the package that implements the family; or else the first one of that package."""
         self.require_class(pipeline_class)
         family = [(p, s) for p in self.plugins for s in p.models if s.pipeline_class == pipeline_class]
-        for _, spec in family:
-            if all(transformer_config.get(name) == value for name, value in spec.signature.items()):
-                return spec
         own = [spec for plugin, spec in family if spec.load_denoiser.split(".")[0] == plugin.module.split(".")[0]]
-        return (own or [spec for _, spec in family])[0]
+        specs = own + [spec for _, spec in family if spec not in own]
+        fitting = [s for s in specs if s.signature and all(transformer_config.get(k) == v for k, v in s.signature.items())]
+        return max(fitting, key=lambda spec: len(spec.signature), default=specs[0])  # the first of those that say as much
 
     def packages_of(self, spec: ModelSpec) -> list[str]:
         """The distributions that register the model, and the decoder that it runs with."""
@@ -169,28 +127,12 @@ def _suggest(model_id: str, models: dict[str, ModelSpec]) -> str:
     return f"installed: {', '.join(sorted(models)) or 'none: pip install tpuvid-wan'}"
 
 
-def load_plugins(found: Iterable[EntryPoint], selection: str | None = None) -> Registry:
+def load_plugins(found: Iterable[EntryPoint | Plugin], selection: str | None = None) -> Registry:
     """Load each entry point on its own; whatever goes wrong in one becomes its `Plugin.error`."""
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    plugins: list[Plugin] = []
-    for point in sorted(found, key=lambda p: p.name):
-        if not _selected(point.name, selection):
-            continue
-        dist = point.dist
-        plugin = Plugin(point.name, dist.name if dist else point.module, dist.version if dist else "?", point.module)
-        try:
-            if dist:
-                _check_requirements(dist)
-            with redirect_stdout(sys.stderr):  # what a plugin prints is not what the command was asked for
-                plugin = replace(plugin, **_registered_by(manager, point))
-        except (Exception, SystemExit) as error:  # whatever a plugin raises while it loads is its own row
-            plugin = replace(plugin, error=(f"{type(error).__name__}: {error}".splitlines() or ["?"])[0])
-        plugins.append(plugin)
-    found_names = {plugin.name for plugin in plugins}
-    for name in sorted(_words(selection)):
-        if name.lstrip("-") not in found_names and not name.startswith("-"):
-            plugins.append(Plugin(name, "?", "?", "?", error=f"{PLUGINS_VARIABLE} names it, but no such plugin is installed"))
+    found = sorted(found, key=lambda point: point.name)
+    points = [point for point in found if isinstance(point, EntryPoint) and _selected(point, selection)]
+    plugins = loaded(points) + [row for row in found if isinstance(row, Plugin)]
+    plugins += _selection_problems({point.name for point in found}, selection)
     conflicts = _conflicts(plugins)
     return Registry(tuple(_without(plugin, conflicts) for plugin in plugins), conflicts)
 
@@ -212,12 +154,16 @@ def _named(plugin: Plugin) -> dict[str, tuple[str, dict[str, list[Any]]]]:
 
 
 def _conflicts(plugins: Iterable[Plugin]) -> tuple[Conflict, ...]:
-    owners: dict[tuple[str, str], list[str]] = defaultdict(list)
+    owners: dict[tuple[str, str], list[Plugin]] = defaultdict(list)
     for plugin in plugins:
         for kind, taken in _named(plugin).values():
             for name, things in taken.items():
-                owners[kind, name] += [plugin.package] * len(things)
-    return tuple(Conflict(*named, tuple(packages)) for named, packages in owners.items() if len(packages) > 1)
+                owners[kind, name] += [plugin] * len(things)
+    return tuple(
+        Conflict(*named, tuple(p.package for p in found), tuple(p.name for p in found))
+        for named, found in owners.items()
+        if len(found) > 1
+    )
 
 
 def _without(plugin: Plugin, conflicts: Iterable[Conflict]) -> Plugin:
@@ -230,135 +176,30 @@ def _without(plugin: Plugin, conflicts: Iterable[Conflict]) -> Plugin:
     return replace(plugin, **left)
 
 
-def _check_requirements(dist: Distribution) -> None:
-    """Raise `ImportError` where a package that `dist` requires is missing, or is a tpuvid package of another version than it declares."""
-    from packaging.requirements import Requirement
-
-    for text in dist.requires or ():
-        needed = Requirement(text)
-        if needed.marker and not needed.marker.evaluate({"extra": ""}):
-            continue
-        wanted = f"{needed.name}{needed.specifier}"
-        try:
-            installed = version(needed.name)
-        except PackageNotFoundError:
-            if find_spec(needed.name.replace("-", "_")) is None:  # a fork may bring the module under another name
-                raise ImportError(f"{dist.name} needs {wanted}, which is not installed; pip install '{wanted}'") from None
-            continue
-        if needed.name.startswith("tpuvid") and not needed.specifier.contains(installed, prereleases=True):
-            raise ImportError(
-                f"{dist.name} {dist.version} needs {wanted}, and {installed} is installed; pip install -U {dist.name}, or '{wanted}'"
-            )
+def _words(selection: str | None) -> tuple[set[str], set[str]]:
+    """Of "wan,tiny" (only these, and core) or "-wan" (all but these): (allowed, denied)."""
+    words = {word.strip() for word in (selection or "").split(",")} - {""}
+    denied = {word.removeprefix("-") for word in words if word.startswith("-")}
+    return {word for word in words if not word.startswith("-")}, denied
 
 
-def _registered_by(manager: pluggy.PluginManager, point: EntryPoint) -> dict[str, tuple[Any, ...]]:
-    """What the module of an entry point registers, checked, by the field of `Plugin`."""
-    module = point.load()
-    manager.register(module, name=point.name)
-    try:
-        manager.check_pending()  # a misspelt hook fails here instead of never being called
-        others = [p for p in manager.get_plugins() if p is not module]
-        found: dict[str, tuple[Any, ...]] = {}
-        for name, check in CHECKS.items():
-            results = manager.subset_hook_caller(f"tpuvid_{name}", remove_plugins=others)()
-            found[name] = tuple(thing for result in results for thing in result)
-            for thing in found[name]:
-                check(thing)
-    except BaseException:
-        manager.unregister(name=point.name)
-        raise
-    return found
+def _selected(point: EntryPoint, selection: str | None) -> bool:
+    allowed, denied = _words(selection)
+    is_core = point.name == CORE and (point.dist is None or point.dist.name == "tpuvid-core")
+    return point.name not in denied and (not allowed or point.name in allowed or is_core)
 
 
-def _check_kind(hook: str, thing: Any, kind: type) -> None:
-    if not isinstance(thing, kind):
-        raise TypeError(f"{hook} gave {thing!r}, not a {kind.__name__}")
-
-
-def _check_fields(name: str, spec: Any, kinds: Mapping[type, Iterable[str]]) -> None:
-    for kind, names in kinds.items():
-        for each in names:
-            if not isinstance(value := getattr(spec, each), kind):
-                raise TypeError(f"{name}: {each}={value!r} is no {kind.__name__}")
-    for each in (f.name for f in fields(spec) if f.name.startswith("load_")):
-        if not LOADER.fullmatch(value := getattr(spec, each)):
-            raise ValueError(f"{name}: {each}={value!r} is not of the form 'package.module:Class'")
-    if spec.api_version != API_VERSION:
-        raise ValueError(
-            f"{name} is built for plugin API {spec.api_version}, this tpuvid has {API_VERSION}; update one of them"
-        )
-
-
-def _check_model(spec: Any) -> None:
-    """Raise unless a `ModelSpec` is complete, and its defaults obey its own rules."""
-    _check_kind("tpuvid_models", spec, ModelSpec)
-    if not (isinstance(spec.model_id, str) and NAME.fullmatch(spec.model_id)):
-        raise ValueError(f"model_id={spec.model_id!r} needs letters, digits, '.', '-', '_' or '+'")
-    _check_fields(
-        spec.model_id,
-        spec,
-        {
-            str: ("family", "pipeline_class", "checkpoint", "parameters", "load_text_encoder", "load_denoiser", "load_decoder"),
-            Mapping: ("signature", "components"),
-            GenerationConfig: ("defaults",),
-            SizeRules: ("rules",),
-            Conformance | None: ("conformance",),
-        },
-    )
-    if set(spec.components) != {"encode", "denoise", "decode"}:
-        raise ValueError(f"{spec.model_id}: components of {sorted(spec.components)}, not of encode, denoise and decode")
-    known = OPTIONAL_SETTINGS | OPTIONAL_FEATURES
-    if unknown := set(spec.takes) - set(known):
-        raise ValueError(f"{spec.model_id}: takes {sorted(unknown)[0]!r}; choose from {', '.join(known)}")
-    check_sampling(spec.defaults)
-    spec.rules.check(height=spec.defaults.height, width=spec.defaults.width, num_frames=spec.defaults.num_frames)
-
-
-def _check_decoder(decoder: Any) -> None:
-    _check_kind("tpuvid_decoders", decoder, DecoderSpec)
-    _check_fields(f"decoder {decoder.name!r}", decoder, {str: ("name", "checkpoint", "component", "load_decoder")})
-    if isinstance(decoder.models, str) or not all(isinstance(model, str) for model in decoder.models):
-        raise TypeError(f"decoder {decoder.name!r}: models={decoder.models!r} is no tuple of model ids")
-
-
-def _check_step_cache(step_cache: Any) -> None:
-    if not (isinstance(step_cache, type) and is_dataclass(step_cache) and isinstance(step_cache(), StepCache)):
-        raise TypeError(f"tpuvid_step_caches gave {step_cache!r}, not a dataclass with name, full_steps, full and cached")
-    names = {f.name for f in fields(step_cache)}
-    if not isinstance(step_cache.name, str) or not names <= set(CACHE_SETTINGS):
-        raise TypeError(
-            f"step cache {step_cache.name!r}: its fields are {sorted(names)}; choose from {', '.join(CACHE_SETTINGS)}"
-        )
-
-
-def _check_block_sizes(path: Any) -> None:
-    _check_kind("tpuvid_block_sizes", path, Path)
-    if not path.is_file():
-        raise FileNotFoundError(f"tpuvid_block_sizes gave {path}, which does not exist")
-
-
-CHECKS = {
-    "models": _check_model,
-    "decoders": _check_decoder,
-    "step_caches": _check_step_cache,
-    "block_sizes": _check_block_sizes,
-}
-"""What may go wrong with what each hook gives."""
-
-
-def _words(selection: str | None) -> list[str]:
-    return [word.strip() for word in (selection or "").split(",") if word.strip()]
-
-
-def _selected(name: str, selection: str | None) -> bool:
-    """TPUVID_PLUGINS is "wan,tiny" (only these, and core) or "-wan" (all but these)."""
-    words = _words(selection)
-    denied = {word[1:] for word in words if word.startswith("-")}
-    allowed = {word for word in words if not word.startswith("-")}
-    return name not in denied and (not allowed or name in allowed or name == CORE)
+def _selection_problems(names: set[str], selection: str | None) -> Iterator[Plugin]:
+    """Rows for what TPUVID_PLUGINS says and can't mean."""
+    allowed, denied = _words(selection)
+    for name in sorted(allowed | denied):
+        if name not in names:
+            yield Plugin(name, "?", "?", "?", error=f"{PLUGINS_VARIABLE} names it, but no such plugin is installed")
+        elif name in allowed & denied:
+            yield Plugin(name, "?", "?", "?", error=f"{PLUGINS_VARIABLE} both allows and denies it; it is denied")
 
 
 @cache
 def registry() -> Registry:
     """The plugins of this environment, loaded once per process."""
-    return load_plugins(entry_points(group=ENTRY_POINT_GROUP), os.environ.get(PLUGINS_VARIABLE))
+    return load_plugins(installed_points(), os.environ.get(PLUGINS_VARIABLE))

@@ -324,7 +324,14 @@ class ModelSpec:
 
     def load(self, stage: str, checkpoint: Checkpoint, runtime: Runtime) -> Any:
         """Import and call the loader of `stage` ("text_encoder", "denoiser" or "decoder")."""
-        return imported(getattr(self, f"load_{stage}"))(checkpoint, runtime)
+        loader = getattr(self, f"load_{stage}")
+        try:
+            made_by = imported(loader)
+        except (ImportError, AttributeError) as error:
+            raise TpuvidError(
+                f"{self.model_id}: {loader} can't be imported ({error}); mend its package, or install it again"
+            ) from error
+        return made_by(checkpoint, runtime)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""For who writes a plugin: a package to begin with, and a check of what it has become."""
+"""Plugins: loading them, and what helps to write one."""

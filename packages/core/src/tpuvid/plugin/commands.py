@@ -25,7 +25,7 @@ def plugin() -> None:
 @click.option("--output-dir", type=path_type, default=Path(), help="Where the folder tpuvid-NAME is made. [default: .]")
 def new(name: str, family: str, output_dir: Path) -> None:
     """Write the package tpuvid-NAME, which generates (noise) as it stands."""
-    folder = new_plugin(name, family, output_dir)
+    folder = new_plugin(name, family, output_dir, say=click.echo)
     click.echo(f"plugin: {folder}")
     click.echo(next_steps(folder))
 

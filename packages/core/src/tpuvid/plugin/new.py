@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tpuvid
@@ -24,7 +25,7 @@ NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 LONGEST = 40
 
 
-def new_plugin(name: str, family: str, parent: Path) -> Path:
+def new_plugin(name: str, family: str, parent: Path, *, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write the package ``tpuvid-NAME`` into a folder of that name in `parent`, with a random checkpoint; returns the folder.
 
     It appears whole or not at all. Raises `InputError` for a name that can't be, or is taken, and where the package whose stages it
@@ -43,19 +44,32 @@ def new_plugin(name: str, family: str, parent: Path) -> Path:
                 f"family={family!r}: changes the stages of {package}, which is not installed; pip install {package}"
             )
     folder = parent / f"tpuvid-{name}"
-    check_output(folder / "1", overwrite=True)
     if folder.exists():
         raise InputError(f"{folder}: exists; choose another name, or --output-dir")
-    parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(parent) as scratch:
+    check_output(folder, overwrite=True)
+    with _existing(parent), scratch_folder(parent) as scratch:
         written = scratch / folder.name
         for path, text in _files(name, family):
             target = written / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, "utf-8")
+        say("making a random checkpoint")
         _make_checkpoint(written / "src", _module(name))
         written.rename(folder)
     return folder
+
+
+@contextmanager
+def _existing(folder: Path) -> Iterator[None]:
+    """Within it `folder` exists; what was made for that goes again where it fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            path.rmdir()
+        raise
 
 
 def next_steps(folder: Path) -> str:

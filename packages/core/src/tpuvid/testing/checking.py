@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tpuvid.errors import InputError
+from tpuvid.errors import InputError, TpuvidError
 from tpuvid.plan.jobs import Jobs, scratch_folder
-from tpuvid.registry import Plugin, registry
+from tpuvid.plugin.loading import Plugin
+from tpuvid.registry import CORE, registry
 from tpuvid.stages import ModelSpec
 from tpuvid.testing.sheet import Result, Sheet
 
@@ -47,9 +48,9 @@ def check(
 
 
 def _named(what: str | None) -> list[Plugin]:
-    disputed = {package for conflict in registry().conflicts for package in conflict.packages}
-    plugins = [p for p in registry().plugins if p.models or p.error or p.package in disputed]
+    plugins = registry().plugins
     if what is None:
+        plugins = [p for p in plugins if p.name != CORE]
         if not plugins:
             raise InputError(
                 "no models are installed; pip install -e . in the folder of your plugin, or pip install tpuvid-wan"
@@ -59,8 +60,10 @@ def _named(what: str | None) -> list[Plugin]:
     found = [p for p in plugins if name in (p.name, p.package.replace("_", "-").lower())]
     found = found or [p for p in plugins if any(spec.model_id == what for spec in p.models)]
     if not found:
-        known = ", ".join(f"{p.package} ({', '.join(s.model_id for s in p.models) or p.name})" for p in plugins)
-        raise InputError(f"plugin {what!r} is not installed, or has no models; installed: {known or 'none'}")
+        known = ", ".join(
+            f"{p.package} ({', '.join(s.model_id for s in p.models) or p.name})" for p in plugins if p.name != CORE
+        )
+        raise InputError(f"plugin {what!r} is not installed; installed: {known or 'none'}")
     return found
 
 
@@ -71,9 +74,9 @@ def _subjects(plugins: Sequence[Plugin], what: str | None, checkpoint: Path | No
     """Models of one plugin that the same code runs are one subject."""
     for plugin in plugins:
         package = f"{plugin.package} {plugin.version}"
-        if plugin.error:
-            error = plugin.error
-            yield f"{plugin.name} ({package})", lambda error=error: iter([Result("loads", False, error)])
+        if plugin.error or not plugin.models:
+            loads = Result("loads", not plugin.error, plugin.error or f"{', '.join(plugin.provides)}; no models to check")
+            yield f"{plugin.name} ({package})", lambda loads=loads: iter([loads])
         for conflict in registry().conflicts:
             if plugin.package in conflict.packages:
                 yield f"{plugin.name} ({package})", lambda said=str(conflict): iter([Result("loads", False, said)])
@@ -96,6 +99,11 @@ def _in_a_process(model_ids: Sequence[str], checkpoint: Path | None) -> Iterator
     with scratch_folder() as scratch, Jobs(scratch) as jobs:
         argument = {"models": list(model_ids), "checkpoint": checkpoint and str(checkpoint.resolve()), "folder": str(scratch)}
         jobs.start("check", "tpuvid.testing.suite:run", argument, ENVIRONMENT | {"XLA_FLAGS": flags})
-        for _, event in jobs.events():
-            if "check" in event:
-                yield Result(**event)
+        begun = "begin"
+        try:
+            for _, event in jobs.events():
+                begun = event.get("begins", begun)
+                if "check" in event:
+                    yield Result(**event)
+        except TpuvidError as error:  # the process is gone, whatever the plugin's code did to it
+            yield Result(begun, False, str(error))

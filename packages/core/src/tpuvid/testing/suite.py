@@ -24,9 +24,10 @@ from safetensors.numpy import load_file, save_file
 from tpuvid.artifacts import load_conditioning, load_latents, save_conditioning, save_latents
 from tpuvid.checkpoint import ConfigsOnly, Weights, resolve_model, weight_files
 from tpuvid.control import Cancelled, CancelToken, Control
-from tpuvid.errors import InputError
+from tpuvid.errors import InputError, TpuvidError
 from tpuvid.outputs import Outputs
 from tpuvid.pipeline import Pipeline
+from tpuvid.plugin.loading import said
 from tpuvid.record import read_record
 from tpuvid.registry import registry
 from tpuvid.runtime import Runtime, enable_compilation_cache
@@ -37,6 +38,12 @@ from tpuvid.video import video_size
 HEAVY = ("jax", "torch", "torchax", "diffusers", "transformers")
 CLOSE = 1e-4
 """Of the largest value: float32 sums in another order differ by some 1e-6, another computation by far more."""
+METHODS = {
+    "text_encoder": ("verify", "load", "encode"),
+    "denoiser": ("verify", "load", "resolve", "check", "denoise"),
+    "decoder": ("verify", "load", "check", "decode"),
+}
+"""By stage, of its protocol in `tpuvid.stages`."""
 MESHES = (None, "dp=2,tp=4", "sp=8", "dp=2,sp=4,fsdp")
 """None: what eight devices get by themselves."""
 
@@ -51,8 +58,12 @@ def run(argument: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]
     specs = [registry().get(name) for name in argument["models"]]
     checkpoint = argument["checkpoint"]
     subject = Subject(specs, Path(checkpoint) if checkpoint else None, Path(argument["folder"]))
+    going = True
     for check in SUITE:
-        report(_result(check, subject))
+        report({"begins": _name(check)})
+        result = _result(check, subject) if going else {"check": _name(check), "passed": None, "detail": "not run"}
+        going = going and not (check in FIRST and result["passed"] is False)
+        report(result)
 
 
 def _result(check: Callable[[Subject], str], subject: Subject) -> dict[str, Any]:
@@ -61,12 +72,15 @@ def _result(check: Callable[[Subject], str], subject: Subject) -> dict[str, Any]
         passed, detail = True, check(subject)
     except NothingToCheck as error:
         passed, detail = None, str(error)
-    except Exception as error:  # whatever the plugin's code raises is what its author needs to read
-        plain = isinstance(error, AssertionError | InputError) and str(error)
-        passed, detail = False, str(error) if plain else f"{type(error).__name__}: {error} ({_where(error)})"
-    name = check.__name__.removeprefix("check_").replace("_", " ")
+    except BaseException as error:  # whatever the plugin's code raises is what its author needs to read
+        plain = isinstance(error, AssertionError | TpuvidError) and str(error)
+        passed, detail = False, str(error) if plain else f"{said(error)} ({_where(error)})"
     seconds = round(time.perf_counter() - start, 2)
-    return {"check": name, "passed": passed, "detail": " ".join(detail.split())[:500], "seconds": seconds}
+    return {"check": _name(check), "passed": passed, "detail": " ".join(detail.split())[:500], "seconds": seconds}
+
+
+def _name(check: Callable[[Subject], str]) -> str:
+    return check.__name__.removeprefix("check_").replace("_", " ")
 
 
 def _where(error: BaseException) -> str:
@@ -85,8 +99,15 @@ def check_spec(subject: Subject) -> str:
     """Complete: its loaders exist, its configs too, and what breaks a rule is refused with the value and the rule."""
     for spec in subject.specs:
         config = spec.configure(prompt=PROMPT)
-        for loader in (spec.load_text_encoder, spec.load_denoiser, spec.load_decoder):
-            assert callable(imported(loader)), f"{loader} is not callable"
+        for stage, methods in METHODS.items():
+            loader = getattr(spec, f"load_{stage}")
+            assert callable(made_by := imported(loader)), f"{loader} is not callable"
+            missing = [method for method in methods if isinstance(made_by, type) and not hasattr(made_by, method)]
+            assert not missing, f"{loader} has no {', '.join(missing)}: see tpuvid.stages"
+        if spec.conformance is not None:
+            spec.configure(prompt=PROMPT, **spec.conformance.settings)
+            for name in filter(None, (spec.conformance.random_checkpoint, spec.conformance.reference)):
+                assert callable(imported(name)), f"{name} is not callable"
         for name, wrong in _wrong_settings(spec, config):
             with _refused(f"{name}={wrong!r}"[:60], containing=f"{name}={wrong}"):
                 spec.configure(prompt=PROMPT, **{name: wrong})
@@ -122,7 +143,8 @@ def check_light(subject: Subject) -> str:
 
 
 def check_found(subject: Subject) -> str:
-    """A checkpoint folder is run by this package because of what its files say."""
+    """A checkpoint folder is complete, and is run by this package because of what its files say."""
+    subject.pipe.verify()
     spec, _ = resolve_model(str(subject.folder))
     own, found = subject.spec.load_denoiser, spec.load_denoiser
     assert found == own, (
@@ -273,7 +295,7 @@ def check_batch(subject: Subject) -> str:
     conditionings = [subject.pipe.encode_config(config) for config in configs]
     together = subject.pipe.denoise_batch(conditionings, configs)
     alone = [subject.pipe.denoise_config(*each) for each in zip(conditionings, configs)]
-    error = max(_error(a.latents, b.latents) for a, b in zip(together, alone))
+    error = float(np.max([_error(a.latents, b.latents) for a, b in zip(together, alone)]))  # of NaN too, unlike Python's
     assert error <= CLOSE, f"in a batch of two, latents differ by {error:.1e} of the largest"
     return f"two videos at once: {error:.1e}"
 
@@ -294,6 +316,18 @@ def check_resume(subject: Subject) -> str:
     assert again.history["denoise"].get("resumed"), "the resumed run began anew"
     assert np.array_equal(again.latents, subject.latents.latents), "the resumed run gave other latents"
     return f"stopped after 1 of {steps} steps, gone on with: the same latents"
+
+
+def check_settings(subject: Subject) -> str:
+    """Each setting that the model says it takes changes the latents."""
+    values = {"flow_shift": (2.0, 9.0), "use_dynamic_cfg": (False, True), "fps": (8, 24)}
+    taken = {name: pair for name, pair in values.items() if name in subject.spec.takes}
+    if not taken:
+        raise NothingToCheck("it takes none of " + ", ".join(values))
+    for name, pair in taken.items():
+        a, b = (subject.pipe.denoise(subject.conditioning, **subject.denoising | {name: value}).latents for value in pair)
+        assert not np.array_equal(a, b), f"{name}={pair[0]} and {name}={pair[1]} give the same latents; leave it out of takes"
+    return f"{', '.join(taken)}: other latents"
 
 
 def check_step_cache(subject: Subject) -> str:
@@ -349,8 +383,11 @@ def check_parity(subject: Subject) -> str:
         raise NothingToCheck("the spec's conformance names no reference")
     settings = {"prompt": PROMPT, "negative_prompt": NEGATIVE_PROMPT} | subject.settings
     expected = imported(conformance.reference)(subject.folder, subject.spec.configure(**settings))
+    assert isinstance(expected, Mapping), f"the reference gives {type(expected).__name__}, not arrays by name"
     found = {"latents": subject.latents.latents, "frames": subject.video.frames, **subject.conditioning.tensors}
     assert {"latents", "frames"} <= set(expected), f"the reference gives {sorted(expected)}, not latents and frames"
+    unknown = sorted(set(expected) - set(found))
+    assert not unknown, f"the reference gives {unknown[0]}, which is none of {', '.join(found)}"
     errors = {name: _error(found[name], value) for name, value in expected.items()}
     wrong = [f"{name} differ by {error:.1e}" for name, error in errors.items() if not error <= CLOSE]
     assert not wrong, f"{'; '.join(wrong)} of the largest value"
@@ -375,15 +412,18 @@ def check_mesh(subject: Subject) -> str:
         if mesh is None:
             frames = pipe.decode(replace(subject.latents, model_id=pipe.spec.model_id)).frames
             errors.append(_error(frames, subject.video.frames))
-        assert max(errors) <= CLOSE, f"mesh {layout}: {max(errors):.1e} of the largest value"
-        seen.append(f"{layout} {max(errors):.0e}")
+        error = float(np.max(errors))
+        assert error <= CLOSE, f"mesh {layout}: {error:.1e} of the largest value"
+        seen.append(f"{layout} {error:.0e}")
     return "; ".join(seen)
 
 
 SUITE = (
     check_spec, check_light, check_found, check_shapes, check_bad_input, check_rules, check_determinism, check_staged, check_file,
-    check_batch, check_resume, check_step_cache, check_window, check_decoders, check_parity, check_mesh,
+    check_batch, check_resume, check_settings, check_step_cache, check_window, check_decoders, check_parity, check_mesh,
 )  # fmt: skip
+FIRST = (check_spec, check_found)
+"""Where these fail, the others would fail for the same reason."""
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:
