@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tpuvid.errors import InputError
-from tpuvid.plugin.loading import Plugin, installed_points, loaded
+from tpuvid.plugin.loading import Plugin, about, installed_points, loaded
 from tpuvid.stages import DecoderSpec, ModelSpec
 from tpuvid.stepcache import StepCache
 
@@ -185,7 +185,7 @@ def _words(selection: str | None) -> tuple[set[str], set[str]]:
 
 def _selected(point: EntryPoint, selection: str | None) -> bool:
     allowed, denied = _words(selection)
-    is_core = point.name == CORE and (point.dist is None or point.dist.name == "tpuvid-core")
+    is_core = point.name == CORE and (point.dist is None or about(point.dist)[0] == "tpuvid-core")
     return point.name not in denied and (not allowed or point.name in allowed or is_core)
 
 

@@ -60,7 +60,7 @@ def installed_points() -> Iterator[EntryPoint | Plugin]:
             points, problem = [], f"its entry_points.txt can't be read ({said(error)}); install it again"
         if not (points or problem):
             continue
-        name, number = _about(dist)
+        name, number = about(dist)
         if name in seen:  # another one on a later path, which Python doesn't import
             continue
         seen.add(name)
@@ -77,7 +77,7 @@ def loaded(points: Iterable[EntryPoint]) -> list[Plugin]:
 
 
 def _loaded(manager: pluggy.PluginManager, point: EntryPoint) -> Plugin:
-    package, number = _about(point.dist) if point.dist else (point.value, "?")
+    package, number = about(point.dist) if point.dist else (point.value, "?")
     plugin = Plugin(point.name, package, number, point.value.partition(":")[0].strip())
     try:
         if point.dist:
@@ -102,7 +102,7 @@ def said(error: BaseException) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-def _about(dist: Distribution) -> tuple[str, str]:
+def about(dist: Distribution) -> tuple[str, str]:
     """Name and version; a half-removed distribution has neither."""
     try:
         name, number = dist.metadata["Name"], dist.metadata["Version"]
