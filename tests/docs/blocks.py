@@ -32,7 +32,7 @@ import yaml
 from tpuvid.cli import cli
 from tpuvid.errors import TpuvidError
 from tpuvid.options import split
-from tpuvid.plan.topologies import check_topology
+from tpuvid.plan.topologies import LOCAL, parse_topology
 from tpuvid.registry import registry
 
 ROOT = Path(__file__).parents[2]
@@ -165,8 +165,8 @@ def _check_tpuvid(arguments: list[str], where: str, *, refused: bool, registered
         with patch.object(click.Command, "invoke", lambda self, context: asked.append(context.params)):
             cli.main(arguments, prog_name="tpuvid", standalone_mode=False)
         settings = asked[-1] if asked else {}
-        if settings.get("topology"):
-            check_topology(settings["topology"])
+        if settings.get("topology") not in (None, *LOCAL):  # whether libtpu is installed or not
+            parse_topology(settings["topology"])
         if registered and (model := settings.get("model")) and not refused:
             registry().get(model).configure(**split(settings)[0])
     except (click.ClickException, TpuvidError) as error:
