@@ -326,7 +326,7 @@ def test_unknown_scheduler_is_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "tokenizer, text_encoder can't be used"),
+        (lambda f: (f / "tokenizer" / "tokenizer_config.json").write_text("{}"), "tokenizer, text_encoder can't be used"),
         (lambda f: (f / "text_encoder" / "config.json").write_text("{}"), "tokenizer, text_encoder can't be used"),
         (lambda f: edit_json(f / "transformer" / "config.json", num_layers="two"), "transformer, scheduler can't be used"),
         (
