@@ -83,6 +83,7 @@ def test_who_imports_whom(package, path):
             "compare.py",
             "describe.py",
             "packs.py",
+            "run_key.py",
             "doctor.py",
             "topologies.py",
             "commands.py",

@@ -22,10 +22,11 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tpuvid import packs
+from tpuvid import run_key as keys
 from tpuvid.checkpoint import resolve_model
 from tpuvid.cli import run
 from tpuvid.errors import InputError
-from tpuvid.packs import HEADER, PackWriter, key_hash, read_pack, signature, tree_from_json, tree_to_json
+from tpuvid.packs import HEADER, PackWriter, read_pack, signature, tree_from_json, tree_to_json
 from tpuvid.plan.compiling import compile_pack
 from tpuvid.runtime import Runtime
 
@@ -154,7 +155,7 @@ def this_run(**changes):
     loaders = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
     stages = {name: spec.load(loader, checkpoint, runtime) for name, loader in loaders.items()}
     config = stages["denoise"].resolve(spec.configure(**settings()))
-    return packs.run_key(spec, stages, config, runtime) | changes
+    return keys.run_key(spec, stages, config, runtime) | changes
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def run_key() -> dict:
 def test_fields_of_the_test_are_those_of_the_key(pack_file):
     """A run that fits agrees in all, so that the tests above name each for its own sake."""
     read_pack(pack_file).check(run_key())
-    assert key_hash(run_key()) == key_hash(dict(read_pack(pack_file).key))
+    assert keys.key_hash(run_key()) == keys.key_hash(dict(read_pack(pack_file).key))
 
 
 def test_a_config_that_differs_is_named_by_its_entry(pack_file):
@@ -230,7 +231,7 @@ def test_a_config_that_says_the_same_in_other_words_fits(pack_file, tmp_path):
     }.items():
         file = folder / component / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | more))
-    same = {name: packs.module_configs(spec.load(loader, dataclasses.replace(checkpoint, folder=folder), Runtime.create()))
+    same = {name: keys.module_configs(spec.load(loader, dataclasses.replace(checkpoint, folder=folder), Runtime.create()))
             for name, loader in (("encode", "text_encoder"), ("denoise", "denoiser"))}  # fmt: skip
     read_pack(pack_file).check({"configs": same})
 
@@ -466,11 +467,11 @@ def test_whatever_a_program_is_traced_from_makes_a_pack_anothers(tmp_path, monke
     """A plugin's stages, in a package or a single file, and a step cache of another package."""
     (module := tmp_path / "one_file.py").write_text("a = 1")
     monkeypatch.syspath_prepend(tmp_path)
-    before = packs._hash_sources("one_file")
-    packs._hash_sources.cache_clear()
+    before = keys._hash_sources("one_file")
+    keys._hash_sources.cache_clear()
     module.write_text("a = 2")
-    assert packs._hash_sources("one_file") != before
+    assert keys._hash_sources("one_file") != before
     spec = dataclasses.replace(resolve_model("wan-tiny")[0], load_decoder="one_file:Decoder")
-    assert packs._packages(spec, spec.defaults) == ("one_file", "tpuvid_wan")
-    monkeypatch.setattr(packs, "step_cache", lambda config: type("Cache", (), {"__module__": "zoo.caches"})())
-    assert packs._packages(spec, spec.defaults) == ("one_file", "tpuvid_wan", "zoo")
+    assert keys._packages(spec, spec.defaults) == ("one_file", "tpuvid_wan")
+    monkeypatch.setattr(keys, "step_cache", lambda config: type("Cache", (), {"__module__": "zoo.caches"})())
+    assert keys._packages(spec, spec.defaults) == ("one_file", "tpuvid_wan", "zoo")

@@ -12,8 +12,9 @@ from typing import Any
 from tpuvid.artifacts import CONFIG, read_stage_file
 from tpuvid.checkpoint import INDEX, read_json, readable_safetensors, weight_files
 from tpuvid.errors import InputError
-from tpuvid.packs import HEADER, key_hash, read_pack
+from tpuvid.packs import HEADER, read_pack
 from tpuvid.record import read_record
+from tpuvid.run_key import key_hash
 from tpuvid.video import video_size
 
 

@@ -24,8 +24,8 @@ from tpuvid.items import Item, parse_sweep, read_prompts, several, slug, swept
 from tpuvid.locks import locked
 from tpuvid.lora import read_loras
 from tpuvid.outputs import Outputs, Written
-from tpuvid.packs import settings_key
 from tpuvid.record import is_written_as
+from tpuvid.run_key import settings_key
 from tpuvid.stages import GenerationConfig, History, ModelSpec
 from tpuvid.stopping import exit_code, stoppable
 from tpuvid.sweep import INDEX_PAGE, SHEET, Cell, write_pages

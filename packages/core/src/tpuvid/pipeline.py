@@ -19,9 +19,10 @@ from tpuvid.errors import InputError, TpuvidError
 from tpuvid.following import Follower
 from tpuvid.lora import read_loras
 from tpuvid.mesh import MeshConfig
-from tpuvid.packs import Pack, read_pack, run_key
+from tpuvid.packs import Pack, read_pack
 from tpuvid.progress import Progress
 from tpuvid.resume import Checkpoints
+from tpuvid.run_key import run_key
 from tpuvid.runtime import Runtime, enable_compilation_cache
 from tpuvid.stages import Conditioning, GenerationConfig, History, Latents, ModelSpec, StepCallback, Video, check_finite
 

@@ -111,8 +111,9 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
 
         from tpuvid.checkpoint import resolve_model
         from tpuvid.mesh import MeshConfig
-        from tpuvid.packs import PackWriter, run_key
+        from tpuvid.packs import PackWriter
         from tpuvid.plan.dryrun import PROMPT, STAGES, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
+        from tpuvid.run_key import run_key
 
         options, topology = dict(argument["options"]), argument["topology"]
         devices = jax.devices() if topology is None else parse_topology(topology).jax_devices()
