@@ -60,7 +60,7 @@ def make_schedule(config: Mapping, num_inference_steps: int) -> Schedule:
         raise InputError(f"scheduler_config.json: {error}; change the setting") from None
 
 
-def dynamic_scales(config: GenerationConfig, schedule: Schedule) -> Float[np.ndarray, "steps"] | None:
+def dynamic_scales(config: GenerationConfig, schedule: Schedule) -> Float[np.ndarray, " steps"] | None:
     """Guidance as `use_dynamic_cfg` of `CogVideoXPipeline` has it, which takes the timestep for a step's number."""
     if not config.do_classifier_free_guidance:
         return None
@@ -130,7 +130,7 @@ class CogVideoXDenoiser:
         )  # fmt: skip
 
     def _predict(
-        self, params, latents: Float[Array, "B2 f C h w"], timesteps: Float[Array, "B2"], inputs: Inputs
+        self, params, latents: Float[Array, "B2 f C h w"], timesteps: Float[Array, " B2"], inputs: Inputs
     ) -> Float[Array, "B2 f C h w"]:
         forward = self.traced.function("forward", return_dict=False)
         return forward(params, latents, inputs.text, timesteps, image_rotary_emb=inputs.rotary)[0]

@@ -58,16 +58,16 @@ class Sampler:
         self,
         params: Params,
         inputs: Any,
-        noise: Float[np.ndarray, "..."],
+        noise: Float[np.ndarray, " ..."],
         schedule: Schedule,
         *,
-        scales: Float[np.ndarray, "steps"] | None,
+        scales: Float[np.ndarray, " steps"] | None,
         generators: Sequence[torch.Generator],
         cache: StepCache,
         loop: Loop,
         window: Window | None = None,
         to_latents: Callable[[np.ndarray], np.ndarray] = lambda sample: sample,
-    ) -> Float[np.ndarray, "..."]:
+    ) -> Float[np.ndarray, " ..."]:
         """The latents after every step of `schedule`; each step is waited for, so that progress and timings are true.
 
         `inputs` are on the devices; where `scales` (of guidance, by step) are given, the negative prompts' follow the
@@ -117,7 +117,7 @@ class Sampler:
 
     def _begin(
         self,
-        noise: Float[np.ndarray, "..."],
+        noise: Float[np.ndarray, " ..."],
         schedule: Schedule,
         generators: Sequence[torch.Generator],
         is_full: Sequence[bool],
@@ -220,7 +220,7 @@ class Sampler:
 
         return cached_step
 
-    def _model_inputs(self, state, moment: Moment) -> tuple[Float[Array, "B2 ..."], Float[Array, "B2"]]:
+    def _model_inputs(self, state, moment: Moment) -> tuple[Float[Array, "B2 ..."], Float[Array, " B2"]]:
         latents = state[0].astype(self.runtime.dtype)
         if moment.scale is not None:  # prompt and negative prompt in one batch
             latents = jnp.concatenate([latents, latents])

@@ -67,7 +67,7 @@ def restore_generators(generators: Sequence[torch.Generator], states: UInt8[np.n
         raise ValueError(str(error)) from error
 
 
-def initial_state(noise: Float[np.ndarray, "..."], schedule: Schedule) -> Float[np.ndarray, "K ..."]:
+def initial_state(noise: Float[np.ndarray, " ..."], schedule: Schedule) -> Float[np.ndarray, "K ..."]:
     """[sample, memories…] before the first step: the memories are zero."""
     return np.concatenate([noise[None], np.zeros((schedule.memories, *noise.shape), np.float32)])
 
@@ -78,7 +78,7 @@ def guide(output: Float[Array, "B2 ..."], scale: Float[Array, ""]) -> Float[Arra
     return unconditional + scale * (conditional - unconditional)
 
 
-def guidance_scales(config: GenerationConfig) -> Float[np.ndarray, "steps"] | None:
+def guidance_scales(config: GenerationConfig) -> Float[np.ndarray, " steps"] | None:
     """The scale of every step; None where guidance is off and the negative prompt plays no part."""
     if not config.do_classifier_free_guidance:
         return None
@@ -86,7 +86,7 @@ def guidance_scales(config: GenerationConfig) -> Float[np.ndarray, "steps"] | No
 
 
 def with_negative(
-    tensors: Mapping[str, np.ndarray], name: str, scales: Float[np.ndarray, "steps"] | None
+    tensors: Mapping[str, np.ndarray], name: str, scales: Float[np.ndarray, " steps"] | None
 ) -> Shaped[np.ndarray, "B2 ..."]:
     """The conditioning `name`; with guidance, that of the negative prompt follows it in the batch."""
     parts = [tensors[name]] if scales is None else [tensors[name], tensors[f"negative_{name}"]]

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 @dataclass(frozen=True)
 class Schedule:
-    timesteps: Float[np.ndarray, "steps"]
+    timesteps: Float[np.ndarray, " steps"]
     """What the model is told at each step."""
     weights: Float[np.ndarray, "steps K K+1"]
     """Rows: next sample, then K−1 memories. Columns: sample, memories, model output."""
@@ -34,7 +34,7 @@ class Schedule:
         return self.weights.shape[1] - 1
 
 
-def advance(weights: Float[Array, "K K+1"], state: Float[Array, "K ..."], output: Float[Array, "..."]) -> Float[Array, "K ..."]:
+def advance(weights: Float[Array, "K K+1"], state: Float[Array, "K ..."], output: Float[Array, " ..."]) -> Float[Array, "K ..."]:
     """One scheduler step on ``state`` = [sample, memories…], all float32."""
     known = jnp.concatenate([state, output.astype(jnp.float32)[None]])
     return jnp.einsum("ij,j...->i...", weights, known, precision="highest")
@@ -84,7 +84,7 @@ def _tabulate(scheduler: Any, num_inference_steps: int, timesteps: dict[str, Any
 
 def estimate(
     schedule: Schedule, step: int, before: Float[np.ndarray, "K ..."], after: Float[np.ndarray, "K ..."]
-) -> Float[np.ndarray, "..."]:
+) -> Float[np.ndarray, " ..."]:
     """The denoised sample as the model saw it at `step`, from the state before it (draws included) and after it.
 
     A step is linear, so the model's output follows from the two. The sample itself where that can't be had.

@@ -128,7 +128,7 @@ class HunyuanDenoiser:
         )  # fmt: skip
 
     def _predict(
-        self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, "B2"], inputs: Inputs
+        self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, " B2"], inputs: Inputs
     ) -> Float[Array, "B2 C f h w"]:
         """The velocity."""
         no_image = jnp.zeros((len(latents), latents.shape[1] + 1, *latents.shape[2:]), latents.dtype)
@@ -140,7 +140,7 @@ class HunyuanDenoiser:
         return self.config.out_channels, frames, config.height // VAE_SPACE, config.width // VAE_SPACE
 
     def _inputs(
-        self, tensors: Mapping[str, np.ndarray], grid: tuple[int, int, int], scales: Float[np.ndarray, "steps"] | None
+        self, tensors: Mapping[str, np.ndarray], grid: tuple[int, int, int], scales: Float[np.ndarray, " steps"] | None
     ) -> Inputs:
         """For a grid of latents. Padded embeddings are set to zero: nothing in them can do harm, NaN included."""
         streams = []

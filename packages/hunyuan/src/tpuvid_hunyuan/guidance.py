@@ -73,7 +73,7 @@ class Guidance:
             )
         return scale
 
-    def scales(self, config: GenerationConfig) -> Float[np.ndarray, "steps"] | None:
+    def scales(self, config: GenerationConfig) -> Float[np.ndarray, " steps"] | None:
         """The scale of every step, neutral outside of [start, stop); None where no step is guided."""
         count = config.num_inference_steps
         first, end = int(self.start * count), int(self.stop * count)

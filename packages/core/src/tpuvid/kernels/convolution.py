@@ -14,7 +14,7 @@ from tpuvid.kernels.placement import placement
 def convolution_2d(
     x: Float[Array, "B C H W"],
     weight: Float[Array, "K C h w"],
-    bias: Float[Array, "K"] | None = None,
+    bias: Float[Array, " K"] | None = None,
     *,
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
@@ -30,7 +30,7 @@ def convolution_2d(
 def convolution_3d(
     x: Float[Array, "B C T H W"],
     weight: Float[Array, "K C t h w"],
-    bias: Float[Array, "K"] | None = None,
+    bias: Float[Array, " K"] | None = None,
     *,
     stride: tuple[int, int, int] = (1, 1, 1),
     padding: tuple[int, int, int] = (0, 0, 0),

@@ -173,7 +173,7 @@ def _quantized(
 ) -> tuple[Int[Array, "B N T D"], Int[Array, "B N S D"], Float[Array, "B N 1 T"]]:
     """Both in int8, and by what a query's products are to be multiplied."""
 
-    def rounded(x: Float[Array, "..."], axis: int) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+    def rounded(x: Float[Array, " ..."], axis: int) -> tuple[Int[Array, " ..."], Float[Array, " ..."]]:
         step = jnp.maximum(jnp.abs(x).max(axis=axis, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
         return jnp.round(x / step).astype(jnp.int8), step
 

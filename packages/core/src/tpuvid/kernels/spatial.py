@@ -47,7 +47,7 @@ def take_halo(x: Array, pads: Pads, *, repeat: bool = False) -> tuple[Array, Pad
     return x, [(0, 0) if axis == split.axis % len(pads) else pad for axis, pad in enumerate(pads)]
 
 
-def spatial_mean(x: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "..."]:
+def spatial_mean(x: Float[Array, " ..."], axes: Sequence[int]) -> Float[Array, " ..."]:
     """Over the whole picture; dimensions stay. `axes`, all ≥ 0, have the side that is split among them."""
     split = placement().spatial
     if split is None:

@@ -98,7 +98,7 @@ class LTXDenoiser:
             window=self.sampler.window(config, grid, video_frames=VAE_TIME),
         )  # fmt: skip
 
-    def _predict(self, params, latents: Float[Array, "B C f h w"], timesteps: Float[Array, "B"], inputs):
+    def _predict(self, params, latents: Float[Array, "B C f h w"], timesteps: Float[Array, " B"], inputs):
         """The velocity. `inputs`, by the forward's names: embeddings [B, L, E], a mask over them, rotary tables [1, T, C]."""
         tokens = jnp.swapaxes(latents.reshape(*latents.shape[:2], -1), 1, 2)
         (velocity,) = self.traced.function("forward", return_dict=False)(params, tokens, timestep=timesteps, **inputs)
