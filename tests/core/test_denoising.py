@@ -25,6 +25,7 @@ from tpuvid.stepcache import DeepCache, Uncached
 SHAPE = (1, 2, 3, 4)
 STEPS = 8
 CACHE = DeepCache(start_step=2, end_step=7, step_interval=3)  # full: 0, 1, 2, 5, 7
+UNCACHED = Uncached()
 
 
 class Block(nn.Module):
@@ -75,7 +76,7 @@ def schedule():
     return tabulate(diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), STEPS)
 
 
-def run(net, schedule, *, cache=Uncached(), scale=3.0, on_step=lambda done, total: None, **options):
+def run(net, schedule, *, cache=UNCACHED, scale=3.0, on_step=lambda done, total: None, **options):
     runtime = Runtime.create(dtype="float32", progress=Events(), **options)
     traced = TracedModule(build(Net), scan={"blocks": Scan(1)})
     params = {k: v.numpy() for k, v in net.state_dict().items() if "blocks" not in k}
@@ -117,7 +118,7 @@ def expected(net, schedule: Schedule, scale, full_steps):
     return state[0]
 
 
-@pytest.mark.parametrize("cache", [Uncached(), CACHE], ids=["uncached", "deepcache"])
+@pytest.mark.parametrize("cache", [UNCACHED, CACHE], ids=["uncached", "deepcache"])
 @pytest.mark.parametrize("scale", [3.0, None])
 def test_the_loop_is_the_algorithm(net, schedule, cache, scale):
     found, _, _ = run(net, schedule, cache=cache, scale=scale)
@@ -137,7 +138,7 @@ def test_both_programs_compile_before_the_first_step(net, schedule):
     assert progress.events == ["compile full step (deepcache)", "compile cached step (deepcache)", "warm up", "denoise"]
 
 
-@pytest.mark.parametrize("cache", [Uncached(), CACHE], ids=["uncached", "deepcache"])
+@pytest.mark.parametrize("cache", [UNCACHED, CACHE], ids=["uncached", "deepcache"])
 @pytest.mark.parametrize("draws", [(), (1,) * STEPS], ids=["deterministic", "stochastic"])
 def test_warm_up_changes_nothing(net, schedule, cache, draws):
     """Bit for bit: the scheduler's memories, the cache and the generator are untouched."""

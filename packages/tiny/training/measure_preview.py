@@ -41,8 +41,8 @@ def main() -> None:
         found.append(-10 * np.log10(np.square(expected - drawn).mean()))
         print(f"{found[-1]:.2f} dB  seed {seed}  {scene.caption()}", flush=True)
     print(f"PSNR: mean {np.mean(found):.2f} dB, worst {min(found):.2f} dB, {len(found)} clips")
-    times = [seconds(pipe, made[0], args.repeats) for pipe in (own, preview)]
-    print("decoding one clip, once compiled: %.1f ms by the VAE, %.1f ms by the preview" % tuple(1000 * t for t in times))
+    vae_ms, preview_ms = (1000 * seconds(pipe, made[0], args.repeats) for pipe in (own, preview))
+    print(f"decoding one clip, once compiled: {vae_ms:.1f} ms by the VAE, {preview_ms:.1f} ms by the preview")
     print(f"({os.cpu_count()} cores, load {os.getloadavg()[0]:.1f})")
 
 

@@ -109,7 +109,8 @@ def main() -> None:
     save_file(weights, args.out / "diffusion_pytorch_model.safetensors")
     (args.out / "diffusion_pytorch_model.safetensors").chmod(0o644)
     print(f"{sum(weight.numel() for weight in weights.values())} parameters; {time.monotonic() - began:.0f} s")
-    print("held-out clips, against the VAE's decoder: mean %.2f dB, worst %.2f dB" % psnr(network, *held_out))
+    mean, worst = psnr(network, *held_out)
+    print(f"held-out clips, against the VAE's decoder: mean {mean:.2f} dB, worst {worst:.2f} dB")
 
 
 if __name__ == "__main__":

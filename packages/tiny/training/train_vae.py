@@ -129,12 +129,13 @@ def main() -> None:
     average = Average(vae, decay=0.998)
     averaged = AutoencoderKLWan(**CONFIG).to(args.device).eval()
 
-    def save() -> tuple[float, float]:
+    def save() -> None:
         averaged.load_state_dict(average.weights)
         mean, std = latent_statistics(averaged, clips[:128], args.device)
         config = {**CONFIG, "latents_mean": mean, "latents_std": std}
         torch.save({"weights": average.weights, "config": config, "raw": vae.state_dict()}, args.out)
-        return psnr(averaged, unseen, args.device)
+        found = psnr(averaged, unseen, args.device)
+        print(f"held-out PSNR: mean {found[0]:.2f} worst {found[1]:.2f}", flush=True)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     began = saved = time.monotonic()
@@ -158,9 +159,9 @@ def main() -> None:
             )
             recent.clear()
         if time.monotonic() - saved > 180:
-            print("held-out PSNR: mean %.2f worst %.2f" % save(), flush=True)
+            save()
             saved = time.monotonic()
-    print("held-out PSNR: mean %.2f worst %.2f" % save(), flush=True)
+    save()
 
 
 if __name__ == "__main__":

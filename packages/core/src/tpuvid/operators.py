@@ -100,7 +100,10 @@ def _groups(input, num_groups: int) -> tuple[jax.Array, tuple[int, ...]]:
     return groups, tuple(range(2, groups.ndim))
 
 
-def _normalized(x, axes: tuple[int, ...], eps: float, mean: Callable = partial(jnp.mean, keepdims=True)):
+_mean = partial(jnp.mean, keepdims=True)
+
+
+def _normalized(x, axes: tuple[int, ...], eps: float, mean: Callable = _mean):
     centre, factor = _statistics(x, axes, eps, mean)
     return (x - centre) * factor
 

@@ -65,7 +65,8 @@ class Placement:
         return self.mesh.devices.flat[0].platform if self.mesh is not None else jax.default_backend()
 
 
-_current: ContextVar[Placement] = ContextVar("placement", default=Placement())
+_NOWHERE = Placement()
+_current: ContextVar[Placement] = ContextVar("placement", default=_NOWHERE)
 
 
 def placement() -> Placement:

@@ -268,7 +268,7 @@ def _versions() -> dict[str, str]:
 
 
 def _is_cut_off(path: Path) -> bool:
-    return path.exists() and not path.read_bytes()[-1:] in (b"", b"\n")
+    return path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
 
 
 def _say_shape(shape: AttentionShape) -> str:
