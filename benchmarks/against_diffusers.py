@@ -82,8 +82,8 @@ def main() -> None:
     print(f"{args.model}, {config.width}x{config.height}x{config.num_frames}, {config.num_inference_steps} steps, CPU, fp32, "
           f"median of {args.repeats}")  # fmt: skip
     print("| stage | tpuvid s | diffusers s | ratio |\n|---|---|---|---|")
-    rows = {name: tuple(statistics.median(column) for column in zip(*pairs)) for name, pairs in times.items()}
-    rows["all"] = tuple(sum(column) for column in zip(*rows.values()))
+    rows = {name: tuple(statistics.median(column) for column in zip(*pairs, strict=True)) for name, pairs in times.items()}
+    rows["all"] = tuple(sum(column) for column in zip(*rows.values(), strict=True))
     for name, (a, b) in rows.items():
         print(f"| {name} | {a:.3f} | {b:.3f} | {b / a:.2f}× |")
 

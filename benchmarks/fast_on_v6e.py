@@ -83,7 +83,7 @@ def count(job: Mapping[str, Any], report: Report) -> float:
     chip = SingleDeviceSharding(TOPOLOGY.jax_devices()[0])
     lengths = video + ("window" not in job["kernel"]) * call.text, video + call.text
     if job["kernel"] == PUBLISHED:  # it takes padding for keys, so that nothing need be masked
-        lengths = (-(-length // block) * block for length, block in zip(lengths, STOCK_BLOCKS))
+        lengths = (-(-length // block) * block for length, block in zip(lengths, STOCK_BLOCKS, strict=False))
     q, kv = (jax.ShapeDtypeStruct((1, call.heads, length, call.dim), jnp.bfloat16, sharding=chip) for length in lengths)
     traced = jax.jit(attention(job["kernel"], band)).trace(q, kv, kv)
     traced.lower().compile()

@@ -219,7 +219,7 @@ def test_xla_chunks_equal_one_piece(monkeypatch):
         attention_xla(q, k, v, mask=mask),
         attention_xla(q, k, v, mask=key_mask(64)[:, None, None]),
     ]
-    for a, b in zip(whole, pieces):
+    for a, b in zip(whole, pieces, strict=True):
         assert error(b, a) < 1e-6
 
 

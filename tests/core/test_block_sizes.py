@@ -28,7 +28,7 @@ CHIP = "TPU v6 lite"
 
 
 def row(blocks, *, chip=CHIP, heads=5, queries=9000, keys=9000, head_dim=128):
-    sizes = dict(zip(("block_q", "block_kv", "block_kv_compute"), blocks))
+    sizes = dict(zip(("block_q", "block_kv", "block_kv_compute"), blocks, strict=True))
     about = dict(predicted_ms=1.0, jax="0", libtpu="0", date="2026-11-20", command="test")
     return Row(chip=chip, heads=heads, queries=queries, keys=keys, head_dim=head_dim, **sizes, **about)
 

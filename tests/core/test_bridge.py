@@ -246,7 +246,7 @@ class RowByRow(nn.Module):
 
 def test_rows_run_in_a_loop_of_the_program():
     x, ends = torch.randn(5, 7), torch.arange(5)
-    expected = torch.stack([row * (torch.arange(7) < end) for row, end in zip(x, ends)])
+    expected = torch.stack([row * (torch.arange(7) < end) for row, end in zip(x, ends, strict=True)])
     run = jax.jit(TracedModule(RowByRow()).function("forward"))
     np.testing.assert_array_equal(run({}, x.numpy(), ends.numpy().astype(np.int32)), expected.numpy())
     assert run.lower({}, x.numpy(), ends.numpy().astype(np.int32)).as_text().count("stablehlo.while") == 1

@@ -46,7 +46,7 @@ def test_figures_are_scikit_images(pair):
     found = compare(*pair(a, b))
     assert found.psnr == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1), abs=1e-4)
     options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1, data_range=1)
-    expected = np.mean([structural_similarity(x, y, **options) for x, y in zip(a[0], b[0])])
+    expected = np.mean([structural_similarity(x, y, **options) for x, y in zip(a[0], b[0], strict=True)])
     assert found.ssim == pytest.approx(expected, abs=1e-5)
     assert found.largest_difference == pytest.approx(np.abs(a - b).max())
 

@@ -103,7 +103,7 @@ def expected(net, schedule: Schedule, scale, full_steps):
     noise = make_noise(SHAPE[1:], make_generators([0]))
     state = np.concatenate([noise[None], np.zeros((schedule.memories, *noise.shape), np.float32)])
     kept = {}
-    for step, (timestep, weights) in enumerate(zip(schedule.timesteps, schedule.weights)):
+    for step, (timestep, weights) in enumerate(zip(schedule.timesteps, schedule.weights, strict=True)):
         outputs = []
         for text in (0.5, -0.25):
             temb = torch.tensor(timestep) / 1000

@@ -54,7 +54,7 @@ def test_rings_of_blocks_close(shape):
     chips = [(x, y, 0) for x in range(shape[0]) for y in range(shape[1])]
     ring = ring_order(chips)
     assert sorted(ring) == chips
-    assert all(sum(abs(a - b) for a, b in zip(p, q)) == 1 for p, q in zip(ring, ring[1:] + ring[:1]))
+    assert all(sum(abs(a - b) for a, b in zip(p, q, strict=True)) == 1 for p, q in zip(ring, ring[1:] + ring[:1], strict=True))
 
 
 def test_a_collective_without_a_model_fails():

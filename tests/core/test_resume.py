@@ -51,7 +51,7 @@ def go_on(pipe, conditioning, folder, settings=SMALL):
 def test_a_stopped_run_goes_on_bit_for_bit(pipe, conditioning, tmp_path, settings, kept):
     """With a cache, from the last full step: what the cached ones reuse is computed again."""
     expected = pipe.denoise(conditioning, **settings).latents
-    for stopped, step in zip([1, 4, 7], kept):
+    for stopped, step in zip([1, 4, 7], kept, strict=True):
         error = stop_after(pipe, conditioning, tmp_path, stopped, settings)
         assert (error.done, error.total, error.seed) == (stopped, 8, 3) and error.checkpoint.exists()
         latents, steps = go_on(pipe, conditioning, tmp_path, settings)
@@ -217,10 +217,10 @@ def test_controls_that_make_no_sense_are_refused(control, says):
 
 def test_videos_of_a_batch_are_those_made_alone(pipe):
     prompts = [PROMPT, "a blue square moving up on a white background"]
-    configs = [pipe.spec.configure(prompt=p, seed=s, num_inference_steps=4, num_frames=5) for p, s in zip(prompts, (1, 2))]
+    configs = [pipe.spec.configure(prompt=p, seed=s, num_inference_steps=4, num_frames=5) for p, s in zip(prompts, (1, 2), strict=True)]
     conditionings = [pipe.encode_config(config) for config in configs]
     together = pipe.denoise_batch(conditionings, configs)
-    for conditioning, config, found in zip(conditionings, configs, together):
+    for conditioning, config, found in zip(conditionings, configs, together, strict=True):
         alone = pipe.denoise_config(conditioning, config)
         np.testing.assert_allclose(found.latents, alone.latents, rtol=0, atol=1e-5)
         assert found.config == alone.config and found.history["denoise"]["batch_size"] == 2
@@ -237,7 +237,7 @@ def test_a_stopped_batch_goes_on_bit_for_bit(pipe, tmp_path):
     with pytest.raises(Cancelled):
         pipe.denoise_batch(conditionings, configs, on_step=lambda d, n: d == 2 and token.cancel(), control=control)
     found = pipe.denoise_batch(conditionings, configs, control=Control(checkpoint_dir=tmp_path, resume=True))
-    assert all(np.array_equal(a.latents, b.latents) for a, b in zip(expected, found))
+    assert all(np.array_equal(a.latents, b.latents) for a, b in zip(expected, found, strict=True))
 
 
 def test_previews_are_pictures_of_what_is_coming(pipe, conditioning, tmp_path, monkeypatch):

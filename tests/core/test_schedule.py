@@ -19,7 +19,7 @@ def run_diffusers(scheduler, steps, sample, model):
 def run_table(scheduler, steps, sample, model):
     schedule = tabulate(scheduler, steps)
     state = jnp.concatenate([jnp.asarray(sample)[None], jnp.zeros((schedule.memories, *sample.shape))])
-    for timestep, weights in zip(schedule.timesteps, schedule.weights):
+    for timestep, weights in zip(schedule.timesteps, schedule.weights, strict=True):
         state = advance(jnp.asarray(weights), state, model(state[0], float(timestep)))
     return np.asarray(state[0])
 

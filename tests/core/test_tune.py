@@ -16,7 +16,7 @@ SHAPE = AttentionShape(5, 75600, 75600, 128)
 def made_up(topology, shape, candidates, jobs):
     """Best at 1536/1536/512; more than 4096 queries do not fit."""
     for blocks in candidates:
-        cost = sum(abs(size - best) / best for size, best in zip(blocks, (1536, 1536, 512)))
+        cost = sum(abs(size - best) / best for size, best in zip(blocks, (1536, 1536, 512), strict=True))
         yield tune.Found(blocks, None, "too large") if blocks.q > 4096 else tune.Found(blocks, 1e7 * (1 + cost))
 
 

@@ -72,7 +72,7 @@ def in_batch(folder: str, settings: dict) -> dict:
     ]
     conditionings = [alone.encode_config(config, negative=True) for config in configs]
     found = together.denoise_batch(conditionings, configs)
-    expected = [alone.denoise_config(*each) for each in zip(conditionings, configs)]
+    expected = [alone.denoise_config(*each) for each in zip(conditionings, configs, strict=True)]
     errors = [
         float(np.abs(a.latents - b.latents).max() / np.abs(b.latents).max()) for a, b in zip(found, expected, strict=True)
     ]

@@ -24,7 +24,7 @@ def rotary_tables(config: Mapping[str, Any], frames: int, height: int, width: in
         crop = get_resize_crop_region_for_grid(grid, most[1], most[0])
         where = dict(crops_coords=crop, temporal_size=frames)
     else:
-        for name, size, limit in zip(("height", "width"), grid, most):
+        for name, size, limit in zip(("height", "width"), grid, most, strict=True):
             if size > limit:
                 raise InputError(
                     f"{name}={size * patch * 8}: this checkpoint's rotary table ends at {limit * patch * 8}; choose a smaller size"

@@ -137,7 +137,7 @@ class Batch:
     def _keep(self, group: Sequence[int], found: Sequence[Latents]) -> None:
         """Raises `NotKept` where a file can't be written, so that the checkpoints stay."""
         unsaved = {}
-        for i, latents in zip(group, found):
+        for i, latents in zip(group, found, strict=True):
             config = self.jobs[i].config
             try:
                 latents.check()

@@ -112,7 +112,7 @@ def _ranges(key: Any, shape: tuple[int, ...]) -> list[slice] | None:
         parts[at : at + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
     if not all(isinstance(part, slice) and (part.step is None or part.step > 0) for part in parts):
         return None
-    return [slice(*part.indices(size)) for part, size in zip(parts, shape)]
+    return [slice(*part.indices(size)) for part, size in zip(parts, shape, strict=False)]
 
 
 def _write_slice(array: jax.Array, ranges: list[slice], value: Any) -> jax.Array:
@@ -184,7 +184,7 @@ class ScannedBlocks(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         env = environment()
-        shared = env.t2j_iso(dict(zip(self._names, args)) | kwargs)
+        shared = env.t2j_iso(dict(zip(self._names, args, strict=False)) | kwargs)
         stacked = {name: p.jax() for name, p in self.layer.named_parameters()}
         carry = tuple(shared.pop(name) for name in self._names[: self.carries])
         mesh = placement().mesh
@@ -219,7 +219,7 @@ class ScannedBlocks(nn.Module):
     ) -> tuple[jax.Array, ...]:
         """What leaves the last block, each device having worked on its part of the tokens."""
         names = self._names[: self.carries]
-        inputs = dict(zip(names, carry)) | shared
+        inputs = dict(zip(names, carry, strict=True)) | shared
         parts, batch = mesh.shape["sp"], len(carry[0])
         dp = "dp" if batch % mesh.shape["dp"] == 0 else None
         lengths = {name: jax.tree.leaves(inputs[name])[0].shape[axis] for name, axis in self.tokens.items()}
@@ -257,7 +257,7 @@ class ScannedBlocks(nn.Module):
         )
         carry, entered = run(self._start(carry), inputs, stacked)
         self._keep(entered)
-        return tuple(jax.lax.slice_in_dim(c, 0, lengths[n], axis=self.tokens[n]) for n, c in zip(names, carry))
+        return tuple(jax.lax.slice_in_dim(c, 0, lengths[n], axis=self.tokens[n]) for n, c in zip(names, carry, strict=True))
 
     def _run(
         self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params
@@ -293,7 +293,7 @@ class ScannedBlocks(nn.Module):
     def _block(self, carry: tuple[jax.Array, ...], shared: dict[str, Any], weights: Params) -> tuple[jax.Array, ...]:
         env = environment()
         with stateless._reparametrize_module(self.layer, env.j2t_iso(weights)):
-            out = self.layer(**env.j2t_iso(dict(zip(self._names, carry)) | shared))
+            out = self.layer(**env.j2t_iso(dict(zip(self._names, carry, strict=False)) | shared))
         out = out if isinstance(out, tuple) else (out,)
         return tuple(o.jax().astype(c.dtype) for o, c in zip(out, carry, strict=True))
 

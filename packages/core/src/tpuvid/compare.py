@@ -219,7 +219,7 @@ def _latents(path: Path) -> _Source:
 
 
 def _latents_range(source: _Source) -> float:
-    lows, highs = zip(*((p.min(), p.max()) for p in (_as_float(source, p) for p in source.pictures())))
+    lows, highs = zip(*((p.min(), p.max()) for p in (_as_float(source, p) for p in source.pictures())), strict=True)
     data_range = float(max(highs) - min(lows))
     if not data_range:
         raise InputError(f"{source.path}: all latents are {lows[0]:g}, which gives PSNR no range; give another reference")

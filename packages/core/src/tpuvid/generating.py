@@ -138,7 +138,7 @@ class Generation:
         keys = [digest_of([origin, how, config.to_dict()])[:16] for config in configs]
         names = self._names(configs, keys, manifest)
         found = []
-        for item, config, key, name in zip(self.items, configs, keys, names):
+        for item, config, key, name in zip(self.items, configs, keys, names, strict=True):
             begun = manifest.was_begun(name, key) if manifest else self.resume and work.was_begun(self.keeping.video(name))
             outputs = self.keeping.outputs(name, request=key, overwrite=begun)
             found.append(Wanted(item=item, config=config, key=key, work=work, outputs=outputs))
@@ -171,7 +171,7 @@ class Generation:
     def _names(self, configs: Sequence[GenerationConfig], keys: Sequence[str], manifest: Manifest | None) -> list[str]:
         """Of a batch they stay what they were, whatever is added to it."""
         first: dict[str, Item] = {}
-        for item, key in zip(self.items, keys):
+        for item, key in zip(self.items, keys, strict=True):
             if key in first:
                 raise InputError(
                     f"{item.where or 'sweep'}: has the prompt, the seed and all settings of {first[key].where or 'another one'}, "
@@ -180,16 +180,16 @@ class Generation:
             first[key] = item
         if manifest is None:
             return [f"{self._stem(configs[0])}_{time.strftime('%Y%m%d-%H%M%S')}.mp4"]
-        names = [item.output or self._stem(config, item.swept) for item, config in zip(self.items, configs)]
+        names = [item.output or self._stem(config, item.swept) for item, config in zip(self.items, configs, strict=True)]
         names = [name if name.endswith(".mp4") else f"{name}.mp4" for name in names]
         times = Counter(names)
-        for item, name in zip(self.items, names):
+        for item, name in zip(self.items, names, strict=True):
             if item.output and times[name] > 1:
                 raise InputError(f"{item.where}: output={item.output!r}: is the name of two videos; give each its own")
         own = manifest.names()
         taken = set(own.values())
         found = []
-        for item, name, key in zip(self.items, names, keys):
+        for item, name, key in zip(self.items, names, keys, strict=True):
             if key in own and not item.output:
                 name = own[key]
             elif not item.output and (times[name] > 1 or name in taken):
@@ -265,7 +265,7 @@ class Generation:
                             "tpuvid: something of this video is kept from an earlier run; --resume would go on there", err=True
                         )
                     work.begin(missing[0].outputs.video, configs[0].seed)
-                jobs = [self._job(want, config, manifest) for want, config in zip(missing, configs)]
+                jobs = [self._job(want, config, manifest) for want, config in zip(missing, configs, strict=True)]
                 control = self._control(cancel, work, missing)
                 resume = self.resume or self.many
                 batch = Batch(

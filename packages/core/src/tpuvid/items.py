@@ -188,7 +188,7 @@ def swept(items: Sequence[Item], axes: Mapping[str, Sequence[Any]]) -> list[Item
     """Every item with every combination of values."""
     if not axes:
         return list(items)
-    combinations = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if any(item.output for item in items):
         raise InputError("output: names one file, and a sweep makes many; leave it out")
     return [replace(item, settings={**item.settings, **values}, swept=values) for item in items for values in combinations]

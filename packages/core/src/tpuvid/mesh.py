@@ -31,7 +31,7 @@ def default_mesh_config(devices: int, sizes: Iterable[int] = (), *, guidance: bo
 def split_sizes(parameters: Mapping[str, jax.ShapeDtypeStruct], rules: Sequence[Rule]) -> set[int]:
     """The dimensions that `rules` split over tp."""
     specs = {name: _spec(name, struct, rules)[0] for name, struct in parameters.items()}
-    return {size for name, spec in specs.items() for size, axis in zip(parameters[name].shape, spec) if axis == "tp"}
+    return {size for name, spec in specs.items() for size, axis in zip(parameters[name].shape, spec, strict=False) if axis == "tp"}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -82,7 +82,7 @@ def shard_parameters(
     for name, struct in parameters.items():
         spec, pattern = _spec(name, struct, rules)
         used.add(pattern)
-        for size, axis in zip(struct.shape, spec):
+        for size, axis in zip(struct.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise InputError(f"mesh {axis}={mesh.shape[axis]} does not divide {name} {struct.shape}; choose another --mesh")
         shardings[name] = NamedSharding(mesh, fsdp_spec(struct.shape, mesh) if fsdp and "*" in name else PartitionSpec(*spec))

@@ -51,7 +51,7 @@ def pad(input, pad, mode="constant", value=None):
     """`F.pad` with a constant or by repeating the edge; `pad` begins with the last dimension."""
     if mode not in ("constant", "replicate") or (value and placement().spatial is not None):
         raise ValueError(f"padding with {mode=}, {value=} is not supported")
-    pads = list(zip(pad[::2], pad[1::2]))[::-1]
+    pads = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
     input, pads = take_halo(input, [(0, 0)] * (input.ndim - len(pads)) + pads, repeat=mode == "replicate")
     return jnp.pad(input, pads, mode="edge") if mode == "replicate" else jnp.pad(input, pads, constant_values=value or 0)
 

@@ -184,7 +184,7 @@ class Pipeline:
             )
         configs = [self.resolve(config) for config in configs]
         config = configs[0]
-        if other := next((c.prompt for c, e in zip(configs, conditionings) if c.prompt != e.prompt), None):
+        if other := next((c.prompt for c, e in zip(configs, conditionings, strict=True) if c.prompt != e.prompt), None):
             raise InputError(f"the embeddings are not of the prompt {other[:80]!r}; encode it")
         if len({batch_key(config) for config in configs}) != 1:
             raise InputError("the videos of a batch differ in more than prompts and seeds; denoise them apart")

@@ -88,7 +88,7 @@ class Preview:
     def pictures(self, latents: np.ndarray) -> np.ndarray:
         """Latents of one video [C, f, h, w] → frames [f, h, w, 3] in [0, 1], about."""
         z = np.moveaxis(self.decoder.denormalise(latents[None].astype(np.float32))[0], 0, -1)
-        return np.concatenate([part @ map[:-1] + map[-1] for part, map in zip((z[:1], z[1:]), self.weights)])
+        return np.concatenate([part @ map[:-1] + map[-1] for part, map in zip((z[:1], z[1:]), self.weights, strict=True)])
 
 
 def _kept(path: Path) -> np.ndarray:
@@ -114,7 +114,7 @@ def _fitted(stock_vae: Any, folder: Path, kept: Path) -> np.ndarray:
         for i, (x, y) in enumerate(((latents[:, :1], pixels[:, :1]), (latents[:, 1:], later))):
             known[i].append(x.reshape(channels, -1).T)
             colours[i].append(y.reshape(3, -1).T)
-    weights = np.stack([_least_squares(np.concatenate(x), np.concatenate(y)) for x, y in zip(known, colours)])
+    weights = np.stack([_least_squares(np.concatenate(x), np.concatenate(y)) for x, y in zip(known, colours, strict=True)])
     write_json(kept, {"weights": weights.tolist()}, overwrite=True)
     return weights.astype(np.float32)
 

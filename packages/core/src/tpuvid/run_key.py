@@ -177,7 +177,7 @@ def _difference(name: str, theirs: Any, ours: Any) -> tuple[str, Any, Any] | Non
     for stage, configs in ours.items():
         if len(theirs.get(stage, ())) != len(configs):
             return f"configs of {stage}", theirs.get(stage), configs
-        for a, b in zip(theirs[stage], configs):
+        for a, b in zip(theirs[stage], configs, strict=True):
             for entry in a.keys() & b.keys():
                 if a[entry] != b[entry]:
                     return f"configs: {stage}: {entry}", a[entry], b[entry]

@@ -70,9 +70,9 @@ def load_parameters(
             if "*" not in name:
                 return weights.read(members[0], index).astype(struct.dtype)
             layers, index = members[index[0]], index[1:]
-            shape = [len(range(*part.indices(size))) for part, size in zip(index, struct.shape[1:])]
+            shape = [len(range(*part.indices(size))) for part, size in zip(index, struct.shape[1:], strict=True)]
             stacked = np.empty((len(layers), *shape), struct.dtype)
-            for layer, member in zip(stacked, layers):  # filled one by one: a list of them would be a second copy
+            for layer, member in zip(stacked, layers, strict=True):  # filled one by one: a list of them would be a second copy
                 layer[...] = weights.read(member, index)
             return stacked
 

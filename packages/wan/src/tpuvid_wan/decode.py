@@ -86,7 +86,7 @@ class WanDecoder(VaeDecoder):
         # the shapes that the memories have from the second frame on
         shapes = jax.eval_shape(lambda p, z: self._decode(p, z, list(found), first_chunk=False)[1], params, z)
         cache = {}
-        for slot, (value, shape) in enumerate(zip(found, shapes)):
+        for slot, (value, shape) in enumerate(zip(found, shapes, strict=True)):
             if isinstance(value, Array):
                 missing = CACHE_T - value.shape[2]
                 cache[slot] = jnp.pad(value, ((0, 0), (0, 0), (missing, 0), (0, 0), (0, 0)))

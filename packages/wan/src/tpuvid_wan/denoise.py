@@ -96,7 +96,7 @@ class WanDenoiser:
         generators = make_generators(loop.seeds)
         noise = make_noise(self._latent_shape(config), generators)
         patches = self.traced.module.config.patch_size
-        grid = tuple(size // patch for size, patch in zip(noise.shape[2:], patches))
+        grid = tuple(size // patch for size, patch in zip(noise.shape[2:], patches, strict=True))
         return self.sampler.sample(
             self.params, text, noise, schedule, scales=scales, generators=generators, cache=step_cache(config), loop=loop,
             window=self.sampler.window(config, grid, video_frames=VAE_TIME * patches[0]),

@@ -62,11 +62,11 @@ def token_attention(streams: Sequence[Stream], *, scale: float | None = None) ->
     mask = _mask(groups)
     mask = None if mask is None else mask[:, None, None]
     found = {}
-    for group, stream in zip(groups, joined):
+    for group, stream in zip(groups, joined, strict=True):
         band = Band(window, stream.key.shape[2], *exchange.part_of_queries()) if group is apart else None
         out = exchange.all_heads(attention(stream.query, key, value, mask=mask, band=band, scale=scale))
         ends = itertools.accumulate((s.query.shape[2] for s in group), initial=0)
-        found |= {s.name: out[:, :, start:end] for s, (start, end) in zip(group, itertools.pairwise(ends))}
+        found |= {s.name: out[:, :, start:end] for s, (start, end) in zip(group, itertools.pairwise(ends), strict=True)}
     return [found[s.name] for s in streams]
 
 

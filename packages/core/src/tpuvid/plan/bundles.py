@@ -33,6 +33,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def schedule(name: str, bundles: str, table: str, grids: Sequence[Grid] = ()) ->
         name=name,
         cycles=cycles,
         bundles=count,
-        utilisation=dict(zip(units, busy.tolist())),
+        utilisation=dict(zip(units, busy.tolist(), strict=False)),
         uncertain=doubtful,
         grid=program.grid,
     )
@@ -272,7 +273,7 @@ class _Program:
         weights, uncertain = np.ones(size), np.zeros(size, bool)
         spans = [*self.loops, *self.regions]
         cuts = sorted({0, size, *(s.start for s in spans), *(s.end for s in spans)})
-        for start, end in zip(cuts, cuts[1:]):
+        for start, end in pairwise(cuts):
             loops = [x for x in self.loops if x.start <= start < x.end]
             regions = [x for x in self.regions if x.start <= start < x.end]
             weight = math.prod(x.trips or 1 for x in loops)

@@ -418,7 +418,7 @@ class _Pricer:
             return 0
         if root.opcode == "tuple":
             makers = computation.operands(root)
-            return sum(self._written_bytes(computation, maker, [array]) for maker, array in zip(makers, outputs))
+            return sum(self._written_bytes(computation, maker, [array]) for maker, array in zip(makers, outputs, strict=False))
         if root.opcode == "bitcast":
             return self._written_bytes(computation, computation.operands(root)[0], outputs)
         if root.opcode == "dynamic-update-slice":

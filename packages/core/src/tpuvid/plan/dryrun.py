@@ -138,7 +138,7 @@ class DryProgram:
         actual = self.footprint.outputs if self.footprint else sum(sizes)
         arrays = [
             AbsentArray(info.shape, info.dtype, self._sharding(info), self.ledger, size * actual // max(sum(sizes), 1))
-            for info, size in zip(infos, sizes)
+            for info, size in zip(infos, sizes, strict=True)
         ]
         return jax.tree.unflatten(jax.tree.structure(self.out_info), arrays)
 

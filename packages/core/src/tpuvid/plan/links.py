@@ -58,7 +58,7 @@ def collective_cost(
             case "all-reduce" | "all-gather" | "reduce-scatter":
                 sent = payload * (n - 1) / n * (2 if kind == "all-reduce" else 1)
                 ring = ring_order(chips)
-                for a, b in zip(ring, ring[1:] + ring[:1]):
+                for a, b in zip(ring, ring[1:] + ring[:1], strict=True):
                     _load(loads, a, b, sent / 2, topology)
                     _load(loads, b, a, sent / 2, topology)
             case _:
@@ -88,7 +88,7 @@ def ring_order(chips: Sequence[Coords]) -> list[Coords]:
 def _snake(chip: Coords, spread: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """A key that goes through a block row by row, every other row backwards."""
     key: list[int] = []
-    for value, values in zip(chip, spread):
+    for value, values in zip(chip, spread, strict=True):
         at = values.index(value)
         key.append(len(values) - 1 - at if sum(key) % 2 else at)
     return tuple(key)

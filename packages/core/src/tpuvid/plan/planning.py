@@ -65,7 +65,7 @@ class StagePlan:
     def seconds(self) -> float | None:
         """Of all calls for one video, predicted; None where any is not."""
         seconds = [p["prediction"] and p["prediction"]["seconds"] for p in self.programs]
-        return None if None in seconds else sum(s * p["calls"] for s, p in zip(seconds, self.programs))
+        return None if None in seconds else sum(s * p["calls"] for s, p in zip(seconds, self.programs, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {

@@ -88,7 +88,7 @@ class Topology:
         """Chips of one host, along each dimension."""
         padded = self.shape + (1,) * (3 - len(self.shape))
         host = self.chip.largest_host if self.chips <= math.prod(self.chip.largest_host) else (2, 2, 1)
-        return tuple(min(a, b) for a, b in zip(host, padded))
+        return tuple(min(a, b) for a, b in zip(host, padded, strict=True))
 
     def environment(self, flags: str = "") -> dict[str, str]:
         """For a process in which libtpu compiles for this slice: it must not look for a cloud machine, nor be kept from
@@ -129,7 +129,7 @@ def parse_topology(text: str, *, also: Sequence[str] = LOCAL) -> Topology:
                 f"topology={text!r}: {chip.name} has {chip.dimensions} dimensions; give one like {chip.name}:{form}"
             )
         asked = Topology(text, chip, shape)
-        if asked.chips > MOST_CHIPS or any(size % host for size, host in zip(shape, asked.host)):
+        if asked.chips > MOST_CHIPS or any(size % host for size, host in zip(shape, asked.host, strict=False)):
             hosts = "x".join(map(str, asked.host[: chip.dimensions]))
             raise InputError(f"topology={text!r}: needs whole hosts of {hosts} chips, and {MOST_CHIPS} chips at most")
     else:
