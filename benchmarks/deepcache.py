@@ -29,7 +29,11 @@ SCHEDULES = ((11, 45, 4), (6, 22, 2), (4, 22, 2), (4, 22, 3), (2, 24, 3), (2, 24
 
 
 def sample(pipe: Pipeline, prompt: str, schedule: tuple[int, int, int] | None) -> tuple[Latents, Video]:
-    cache = {} if schedule is None else dict(zip(("cache_start_step", "cache_end_step", "cache_step_interval"), schedule, strict=True))
+    cache = (
+        {}
+        if schedule is None
+        else dict(zip(("cache_start_step", "cache_end_step", "cache_step_interval"), schedule, strict=True))
+    )
     latents = pipe.denoise(pipe.encode(prompt), cache=None if schedule is None else "deepcache", **cache)
     return latents, pipe.decode(latents)
 

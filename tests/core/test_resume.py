@@ -217,7 +217,9 @@ def test_controls_that_make_no_sense_are_refused(control, says):
 
 def test_videos_of_a_batch_are_those_made_alone(pipe):
     prompts = [PROMPT, "a blue square moving up on a white background"]
-    configs = [pipe.spec.configure(prompt=p, seed=s, num_inference_steps=4, num_frames=5) for p, s in zip(prompts, (1, 2), strict=True)]
+    configs = [
+        pipe.spec.configure(prompt=p, seed=s, num_inference_steps=4, num_frames=5) for p, s in zip(prompts, (1, 2), strict=True)
+    ]
     conditionings = [pipe.encode_config(config) for config in configs]
     together = pipe.denoise_batch(conditionings, configs)
     for conditioning, config, found in zip(conditionings, configs, together, strict=True):

@@ -31,7 +31,9 @@ def default_mesh_config(devices: int, sizes: Iterable[int] = (), *, guidance: bo
 def split_sizes(parameters: Mapping[str, jax.ShapeDtypeStruct], rules: Sequence[Rule]) -> set[int]:
     """The dimensions that `rules` split over tp."""
     specs = {name: _spec(name, struct, rules)[0] for name, struct in parameters.items()}
-    return {size for name, spec in specs.items() for size, axis in zip(parameters[name].shape, spec, strict=False) if axis == "tp"}
+    return {
+        size for name, spec in specs.items() for size, axis in zip(parameters[name].shape, spec, strict=False) if axis == "tp"
+    }
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -219,7 +219,9 @@ def _layout(sharding: Any, shape: tuple[int, ...]) -> str:
     if sharding is None:
         return "host"
     parts = sharding.devices_indices_map(shape)
-    return str([(d.id, [s.indices(n) for s, n in zip(parts[d], shape, strict=True)]) for d in sorted(parts, key=lambda d: d.id)])
+    return str(
+        [(d.id, [s.indices(n) for s, n in zip(parts[d], shape, strict=True)]) for d in sorted(parts, key=lambda d: d.id)]
+    )
 
 
 def tree_to_json(tree: Any) -> Any:

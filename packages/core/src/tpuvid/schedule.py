@@ -34,7 +34,9 @@ class Schedule:
         return self.weights.shape[1] - 1
 
 
-def advance(weights: Float[Array, "K K+1"], state: Float[Array, "K ..."], output: Float[Array, " ..."]) -> Float[Array, "K ..."]:
+def advance(
+    weights: Float[Array, "K K+1"], state: Float[Array, "K ..."], output: Float[Array, " ..."]
+) -> Float[Array, "K ..."]:
     """One scheduler step on ``state`` = [sample, memories…], all float32."""
     known = jnp.concatenate([state, output.astype(jnp.float32)[None]])
     return jnp.einsum("ij,j...->i...", weights, known, precision="highest")

@@ -103,7 +103,11 @@ class WanDenoiser:
         )  # fmt: skip
 
     def _predict(
-        self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, " B2"], text: Float[Array, "depth B2 2 N L D"]
+        self,
+        params,
+        latents: Float[Array, "B2 C f h w"],
+        timesteps: Float[Array, " B2"],
+        text: Float[Array, "depth B2 2 N L D"],
     ) -> Float[Array, "B2 C f h w"]:
         """The velocity."""
         return self.traced.function("forward", return_dict=False)(params, latents, timesteps, text)[0]

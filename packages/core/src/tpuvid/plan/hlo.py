@@ -263,7 +263,10 @@ def _ints(text: str) -> tuple[int, ...]:
 def _transposed_iota(shape: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
     """0, 1, 2, … in `shape`, transposed to `order` and flattened."""
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return [sum(i * strides[axis] for i, axis in zip(index, order, strict=True)) for index in product(*(range(shape[a]) for a in order))]
+    return [
+        sum(i * strides[axis] for i, axis in zip(index, order, strict=True))
+        for index in product(*(range(shape[a]) for a in order))
+    ]
 
 
 def _chunks(values: list[int], size: int) -> list[list[int]]:

@@ -37,7 +37,9 @@ class Sheet:
 
     def summary(self) -> str:
         counts = [sum(result.passed is mark for result in self.results) for mark in (True, False, None)]
-        said = ", ".join(f"{n} {what}" for n, what in zip(counts, ("passed", "failed", "with nothing to check"), strict=True) if n)
+        said = ", ".join(
+            f"{n} {what}" for n, what in zip(counts, ("passed", "failed", "with nothing to check"), strict=True) if n
+        )
         return f"{self.title}: {'conforms' if self.passed else 'does not conform'} ({said})"
 
     def render(self) -> str:

@@ -295,7 +295,9 @@ def check_batch(subject: Subject) -> str:
     conditionings = [subject.pipe.encode_config(config) for config in configs]
     together = subject.pipe.denoise_batch(conditionings, configs)
     alone = [subject.pipe.denoise_config(*each) for each in zip(conditionings, configs, strict=True)]
-    error = float(np.max([_error(a.latents, b.latents) for a, b in zip(together, alone, strict=True)]))  # of NaN too, unlike Python's
+    error = float(
+        np.max([_error(a.latents, b.latents) for a, b in zip(together, alone, strict=True)])
+    )  # of NaN too, unlike Python's
     assert error <= CLOSE, f"in a batch of two, latents differ by {error:.1e} of the largest"
     return f"two videos at once: {error:.1e}"
 
