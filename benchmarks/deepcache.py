@@ -58,7 +58,8 @@ def main() -> None:
         seconds[schedule].append(latents[schedule].history["denoise"]["seconds"]["denoise"])
     plain = statistics.median(seconds[None])
     print(
-        "| start, end, interval | full steps | cached | denoise s | time | PSNR dB | worst | SSIM |\n|---|---|---|---|---|---|---|---|"
+        "| start, end, interval | full steps | cached | denoise s | time | PSNR dB | worst | SSIM |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for schedule in schedules:
         took = statistics.median(seconds[schedule])

@@ -4,9 +4,9 @@
 
 Beside our kernel as it is: with Q·K in int8, and with a window of 8 frames to either side.
 
-Predicted: libtpu compiles every kernel and every step in this run (1 to 4 minutes each on two cores); none is run on a TPU. Only
-the errors are measured: of the kernels in interpret mode on the CPU, at 600 queries and 3,000 keys, before the output is rounded
-where the kernel can give it so.
+Predicted: libtpu compiles every kernel and every step in this run (1 to 4 minutes each on two cores); none is run on a TPU.
+Only the errors are measured: of the kernels in interpret mode on the CPU, at 600 queries and 3,000 keys, before the output is
+rounded where the kernel can give it so.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_step.py [--models wan2.1-t2v-1.3b wan2.1-t2v-14b] [--steps 6]
 
-Each of the two runs in a process of its own, with the model's default size and bfloat16; times are the median of all steps
-but the first. Without a GPU that both can use it says so and measures nothing. ``--platform cpu`` is for trying it with wan-tiny.
+Each of the two runs in a process of its own, with the model's default size and bfloat16; times are the median of all steps but
+the first. Without a GPU that both can use it says so and measures nothing. ``--platform cpu`` is for trying it with wan-tiny.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def run_diffusers(model: str, platform: str, steps: int) -> dict[str, Any]:
 
     pipe(
         prompt_embeds=text, negative_prompt_embeds=text, output_type="latent", num_inference_steps=steps, height=config.height,
-        width=config.width, num_frames=config.num_frames, guidance_scale=config.guidance_scale, callback_on_step_end=on_step_end,
+        width=config.width, num_frames=config.num_frames, guidance_scale=config.guidance_scale,
+        callback_on_step_end=on_step_end,
     )  # fmt: skip
     return {"ends": ends, "bytes": torch.cuda.max_memory_allocated() if gpu else None}
 

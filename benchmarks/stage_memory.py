@@ -15,7 +15,10 @@ from pathlib import Path
 
 SAMPLING = ["--height", "64", "--width", "64", "--num-frames", "17", "--steps", "4", "--guidance-scale", "4"]
 PROMPT = ["--prompt", "a red cat", "--max-sequence-length", "64"]
-ALL_LOADED = "import sys, tpuvid; p = tpuvid.load(sys.argv[1]); p.generate('a red cat', height=64, width=64, num_frames=17, num_inference_steps=4, guidance_scale=4.0, max_sequence_length=64)"
+ALL_LOADED = (
+    "import sys, tpuvid; p = tpuvid.load(sys.argv[1]); p.generate('a red cat', height=64, width=64, num_frames=17, "
+    "num_inference_steps=4, guidance_scale=4.0, max_sequence_length=64)"
+)
 
 
 def make_checkpoint(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What mkdocs does to the pages beside rendering them: tables from the registry, and links out of docs/, which the site doesn't have."""
+"""What mkdocs does to the pages beside rendering them: tables from the registry, links out of docs/, which the site lacks."""
 
 from __future__ import annotations
 

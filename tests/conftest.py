@@ -1,4 +1,4 @@
-"""Shared set-up: jaxtyping's shape annotations are checked in every function that has them, and no test touches the user's caches."""
+"""Shared set-up: jaxtyping's shape annotations are checked wherever there are any, and no test touches the user's caches."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""A plugin from outside: LTX-Video in tests/external, no member of the workspace, installed as wheels beside tpuvid-core alone."""
+"""A plugin from outside: LTX-Video in tests/external, no workspace member, installed as wheels beside tpuvid-core alone."""
 
 import json
 import subprocess

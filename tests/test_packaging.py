@@ -39,7 +39,8 @@ def test_wheel_works_alone(package, wheels, tmp_path):
         assert "pip install tpuvid-wan" in listed.stdout
     if package == "tiny":
         done = subprocess.run(
-            [*command, "generate", "--model", "wan-tiny", "--prompt", "a blue square growing on a white background", "--steps", "2", "-o", "clip.mp4"],
+            [*command, "generate", "--model", "wan-tiny", "--prompt", "a blue square growing on a white background",
+             "--steps", "2", "-o", "clip.mp4"],
             env=env, cwd=tmp_path, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""tpuvid against stock `diffusers.CogVideoXPipeline`, stage by stage, on one checkpoint folder. Run as a script, it prints the table."""
+"""tpuvid against stock `diffusers.CogVideoXPipeline`, stage by stage, on one checkpoint. As a script it prints the table."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ CASES = (
 
 
 def measure(case: Case, folder: Path) -> Fidelity:
-    """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
+    """Run both, each stage on its own reference input, and the whole from prompt to frames. `folder` gets a checkpoint."""
     source = str(case.checkpoint.save(folder))
     pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1", vae_tiling=case.vae_tiling)
     config = pipe.spec.configure(prompt=case.prompt, negative_prompt=case.negative_prompt, **case.settings)

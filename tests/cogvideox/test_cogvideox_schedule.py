@@ -12,8 +12,12 @@ from tpuvid_cogvideox.denoise import make_schedule
 from tpuvid_cogvideox.dpm import DRAWS
 
 PUBLISHED = dict(
-    prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing", clip_sample=False
-)  # fmt: skip
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    snr_shift_scale=1.0,
+    timestep_spacing="trailing",
+    clip_sample=False,
+)
 SHAPE = (1, 2, 4, 3, 3)
 
 

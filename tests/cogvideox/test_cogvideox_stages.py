@@ -115,8 +115,8 @@ def test_published_tokenizers_are_read(tmp_path):
     shutil.rmtree(folder / "tokenizer")
     (folder / "tokenizer").mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer" / "spiece"), vocab_size=40, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        hard_vocab_limit=False, minloglevel=2,
+        input=str(text), model_prefix=str(folder / "tokenizer" / "spiece"), vocab_size=40, pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
     encoder = CogVideoXTextEncoder(resolve_model(str(folder))[1], Runtime.create())

@@ -152,7 +152,8 @@ from unittest import mock
 
 mesh = make_mesh(MeshConfig(dp=2, tp=4), parse_topology("v6e-8").jax_devices())
 x = jax.ShapeDtypeStruct((2, 40, 75600, 128), jnp.bfloat16)
-with placed_on(mesh), recorded_attention() as calls, mock.patch("tpuvid.kernels.flash.flash_blocks", wraps=flash_blocks) as read:
+blocks = mock.patch("tpuvid.kernels.flash.flash_blocks", wraps=flash_blocks)
+with placed_on(mesh), recorded_attention() as calls, blocks as read:
     jax.eval_shape(lambda x: attention(x, x, x), x)
 print(json.dumps([calls, read.call_args.kwargs]))
 """

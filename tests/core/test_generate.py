@@ -389,9 +389,12 @@ def started(*arguments, steps=40):
         *map(str, arguments),
     ]
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", script, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where the tests run in the background
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", script, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also of tests in the background
+    )
 
 
 def until_step(process, step):

@@ -1,4 +1,4 @@
-"""A broken plugin is one warned row, and everything else works: seen from the command line, with packages as pip leaves them."""
+"""A broken plugin is one warned row, and everything else works: seen from the command, with packages as pip leaves them."""
 
 import json
 import os
@@ -8,6 +8,8 @@ from textwrap import dedent
 
 import pytest
 from tpuvid.stages import API_VERSION
+
+ONE_FRAME = ("--prompt", "a red circle", "--num-frames", "1", "-o", "a.mp4")
 
 GOOD = f"""
     from dataclasses import replace
@@ -102,7 +104,8 @@ BROKEN = {
     ),
     "defaults take what isn't taken": (
         returns(
-            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', takes=(), defaults=dataclasses.replace(WAN_1_3B.defaults, cache='x'))]"
+            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', takes=(), "
+            "defaults=dataclasses.replace(WAN_1_3B.defaults, cache='x'))]"
         ),
         "defaults.cache='x', which takes doesn't name",
     ),
@@ -131,7 +134,8 @@ BROKEN = {
     ),
     "no API": (
         returns(
-            "[ModelSpec(**{f.name: getattr(WAN_1_3B, f.name) for f in dataclasses.fields(ModelSpec) if f.name != 'api_version'})]"
+            "[ModelSpec(**{f.name: getattr(WAN_1_3B, f.name) "
+            "for f in dataclasses.fields(ModelSpec) if f.name != 'api_version'})]"
         ),
         "missing 1 required keyword-only argument: 'api_version'",
     ),
@@ -142,7 +146,8 @@ BROKEN = {
     ),
     "defaults break its rules": (
         returns(
-            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', defaults=dataclasses.replace(WAN_1_3B.defaults, num_frames=80))]"
+            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', "
+            "defaults=dataclasses.replace(WAN_1_3B.defaults, num_frames=80))]"
         ),
         "num_frames=80: needs 4n+1 frames",
     ),
@@ -173,9 +178,7 @@ def test_doctor_names_it_and_the_others_run(zoo):
     assert done.returncode == 1 and "plugin zoo (tpuvid-zoo 1.0) does not load: RuntimeError: no luck" in report["problems"]
     (plugin,) = [plugin for plugin in report["plugins"] if plugin["name"] == "zoo"]
     assert plugin["error"] == "RuntimeError: no luck" and plugin["provides"] == []
-    made = zoo.run(
-        "generate", "--model", "wan-tiny", "--prompt", "a red circle", "--steps", "1", "--num-frames", "1", "-o", "a.mp4"
-    )
+    made = zoo.run("generate", "--model", "wan-tiny", "--steps", "1", *ONE_FRAME)
     assert made.returncode == 0, made.stderr
     missing = zoo.run("generate", "--model", "giraffe", "--prompt", "x")
     assert missing.returncode == 2 and "not loaded: tpuvid-zoo; see tpuvid doctor" in missing.stderr
@@ -212,14 +215,15 @@ def test_a_folder_stays_with_the_family_that_implements_it(zoo, tmp_path):
     )
     from tpuvid.checkpoint import resolve_model
 
-    made = zoo.run("generate", "--model", str(resolve_model("wan-tiny")[1].folder), "--prompt", "a red circle", "--steps", "1", "--num-frames", "1", "-o", "a.mp4")  # fmt: skip
+    made = zoo.run("generate", "--model", str(resolve_model("wan-tiny")[1].folder), "--steps", "1", *ONE_FRAME)
     assert made.returncode == 0, made.stderr
 
 
 def test_what_can_not_be_imported_is_its_packages_fault(zoo, tmp_path):
     zoo.install(
         returns(
-            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', checkpoint='tpuvid_tiny:checkpoint', load_decoder='tpuvid_zoo:Nothing')]"
+            "[dataclasses.replace(WAN_1_3B, model_id='giraffe', checkpoint='tpuvid_tiny:checkpoint', "
+            "load_decoder='tpuvid_zoo:Nothing')]"
         )
     )
     done = zoo.run(
@@ -341,7 +345,8 @@ def test_variables_that_mean_nothing_are_a_row(zoo, what, said):
 def test_one_that_ends_the_check_is_a_line_of_the_sheet(zoo, ends):
     zoo.install(
         dedent(GOOD)
-        + f"\nclass Decoder:\n    verify = load = check = decode = None\n    def __init__(self, *_):\n        import os, sys; {ends}\n"
+        + "\nclass Decoder:\n    verify = load = check = decode = None\n"
+        + f"    def __init__(self, *_):\n        import os, sys; {ends}\n"
     )
     zoo_module = Path(zoo.folder) / "tpuvid_zoo.py"
     zoo_module.write_text(
@@ -379,6 +384,6 @@ def test_hooks_of_another_package_work(zoo):
     """
     zoo.install(source)
     assert zoo.run("list-models").stderr == ""
-    made = zoo.run("generate", "--model", "wan-tiny", "--prompt", "a red circle", "--steps", "6", "--num-frames", "1", "--cache", "every-other", "-o", "a.mp4")  # fmt: skip
+    made = zoo.run("generate", "--model", "wan-tiny", "--steps", "6", "--cache", "every-other", *ONE_FRAME)
     assert made.returncode == 0, made.stderr
     assert "cache: every-other: full steps 0-1, 3, 5; cached steps 2, 4" in made.stdout

@@ -20,7 +20,8 @@ def test_a_line_of_text_is_a_prompt(tmp_path):
 
 
 def test_csv_gives_settings_by_their_names(tmp_path):
-    text = 'prompt,seed,guidance-scale,steps,negative_prompt,use_dynamic_cfg,output\n"a cat, purring",7,3.5,20,"",True,cat.mp4\na dog,,,,blurry,,\n'
+    heads = "prompt,seed,guidance-scale,steps,negative_prompt,use_dynamic_cfg,output\n"
+    text = heads + '"a cat, purring",7,3.5,20,"",True,cat.mp4\na dog,,,,blurry,,\n'
     cat, dog = prompts(tmp_path, "p.csv", text)
     assert cat.settings == {
         "prompt": "a cat, purring", "seed": 7, "guidance_scale": 3.5, "num_inference_steps": 20, "use_dynamic_cfg": True,

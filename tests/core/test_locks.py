@@ -7,7 +7,10 @@ import pytest
 from tpuvid.errors import InputError
 from tpuvid.locks import locked
 
-HOLD = "import sys, time; from pathlib import Path; from tpuvid.locks import locked\nwith locked(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(100)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from tpuvid.locks import locked\n"
+    "with locked(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(100)"
+)
 
 
 @pytest.fixture
@@ -46,7 +49,8 @@ def test_nothing_is_left_and_it_can_be_taken_again(tmp_path):
 def test_a_lock_whose_file_is_removed_meanwhile_is_not_taken_for_one(tmp_path):
     """Many processes that take it in turns: never are two inside."""
     script = (
-        "import os, sys, time; from pathlib import Path; from tpuvid.errors import InputError; from tpuvid.locks import locked\n"
+        "import os, sys, time; from pathlib import Path\n"
+        "from tpuvid.errors import InputError; from tpuvid.locks import locked\n"
         "path = Path(sys.argv[1]); inside = path.with_name('inside'); entered = 0\n"
         "end = time.time() + 3\n"
         "while time.time() < end:\n"

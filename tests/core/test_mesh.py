@@ -10,9 +10,17 @@ from tpuvid.mesh import MeshConfig, default_mesh_config, layout_of, make_mesh, s
 
 @pytest.mark.parametrize(
     "text, config",
-    [("dp=2,tp=4", dict(dp=2, tp=4)), ("tp=8", dict(tp=8)), ("dp=2", dict(dp=2)), ("dp=1, tp=2", dict(tp=2)), ("tp=2,dp=2", dict(dp=2, tp=2)),
-     ("dp=2,sp=4", dict(dp=2, sp=4)), ("sp=4,fsdp", dict(sp=4, fsdp=True)), ("dp=2,sp=4,replicated", dict(dp=2, sp=4, fsdp=False))],
-)  # fmt: skip
+    [
+        ("dp=2,tp=4", dict(dp=2, tp=4)),
+        ("tp=8", dict(tp=8)),
+        ("dp=2", dict(dp=2)),
+        ("dp=1, tp=2", dict(tp=2)),
+        ("tp=2,dp=2", dict(dp=2, tp=2)),
+        ("dp=2,sp=4", dict(dp=2, sp=4)),
+        ("sp=4,fsdp", dict(sp=4, fsdp=True)),
+        ("dp=2,sp=4,replicated", dict(dp=2, sp=4, fsdp=False)),
+    ],
+)
 def test_parse(text, config):
     assert MeshConfig.parse(text) == MeshConfig(**config) == MeshConfig.parse(str(MeshConfig(**config)))
 
@@ -25,8 +33,12 @@ def test_parse_refuses(text):
 
 @pytest.mark.parametrize(
     "text, says",
-    [("sp=2,tp=2", "choose one of them"), ("dp=2,tp=2,fsdp", "fsdp is about layouts that split tokens"), ("dp=2,replicated", "add sp=N")],
-)  # fmt: skip
+    [
+        ("sp=2,tp=2", "choose one of them"),
+        ("dp=2,tp=2,fsdp", "fsdp is about layouts that split tokens"),
+        ("dp=2,replicated", "add sp=N"),
+    ],
+)
 def test_what_can_not_be_combined_is_refused(text, says):
     with pytest.raises(InputError, match=says):
         MeshConfig.parse(text)

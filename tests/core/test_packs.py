@@ -1,4 +1,4 @@
-"""Packs: what is made in one process runs in another without compiling, and a file that doesn't fit, or is damaged, never runs."""
+"""Packs: what is made in one process runs in another without compiling, and one that doesn't fit, or is damaged, never runs."""
 
 import dataclasses
 import functools

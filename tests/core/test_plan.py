@@ -137,7 +137,11 @@ def test_a_program_over_a_mesh_counts_one_devices_share():
 @pytest.mark.parametrize(
     "message, gib",
     [
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (35.08G) exceeds available HBM (31.25G).", 35.08),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (35.08G) "
+            "exceeds available HBM (31.25G).",
+            35.08,
+        ),
         ("Ran out of memory in memory space hbm. Used 512.00M of 31.25G hbm.", 0.5),
     ],
 )  # fmt: skip
@@ -167,11 +171,13 @@ class LinearPlanner(Planner):
             mesh = MeshConfig.parse(options["mesh"] or "dp=1")
             results.append(
                 {
-                    "usable": int(self.usable * GIB), "device_kind": "TPU v6 lite", "versions": {}, "devices": chips, "dtype": "bfloat16",
+                    "usable": int(self.usable * GIB), "device_kind": "TPU v6 lite", "versions": {}, "devices": chips,
+                    "dtype": "bfloat16",
                     "stages": {
                         stage: {"weights": GIB, "layout": str(mesh), "programs": [{
-                            "name": stage, "calls": 50, "mesh": {axis: getattr(mesh, axis) for axis in AXES}, "compile_seconds": 1.0,
-                            "footprint": None, "around": 0, "peak": int(used[stage] * GIB), "prediction": None,
+                            "name": stage, "calls": 50, "mesh": {axis: getattr(mesh, axis) for axis in AXES},
+                            "compile_seconds": 1.0, "footprint": None, "around": 0, "peak": int(used[stage] * GIB),
+                            "prediction": None,
                         }]}
                         for stage in stages
                     },

@@ -196,7 +196,8 @@ def test_two_collectives_at_once_share_the_links():
     text = program(
         P,
         f"%s = f32[1024,1024]{{1,0:T(8,128)}} all-reduce-start(%p), {GROUPS}",
-        "%t = (f32[1024,1024]{1,0:T(8,128)}, f32[1024,1024]{1,0:T(8,128)}) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}",
+        "%t = (f32[1024,1024]{1,0:T(8,128)}, f32[1024,1024]{1,0:T(8,128)}) collective-permute-start(%p), "
+        "source_target_pairs={{0,1},{1,0}}",
         "%d = f32[1024,1024]{1,0:T(8,128)} all-reduce-done(%s)",
         "%e = f32[1024,1024]{1,0:T(8,128)} collective-permute-done(%t)",
         computations=NEGATE,

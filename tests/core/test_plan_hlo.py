@@ -27,7 +27,8 @@ def test_tiles_lie_along_the_minor_dimensions_of_the_layout():
 def test_operands_attributes_and_line_breaks():
     _, i = entry(
         '%p = f32[8]{0} parameter(0), metadata={op_name="x (y)"}',
-        'ROOT %k.1 = f32[8]{0} custom-call(%p, /*index=1*/%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={',
+        'ROOT %k.1 = f32[8]{0} custom-call(%p, /*index=1*/%p), custom_call_target="tpu_custom_call", '
+        "frontend_attributes={kernel_metadata={",
         '"a":"{1}"',
         '}}, metadata={op_name="jit(f)/kernel" stack_frame_id=7}, backend_config={"window_config":{"estimated_cycles":"12"}}',
     )

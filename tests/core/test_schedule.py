@@ -78,6 +78,10 @@ def test_two_evaluations_per_step_are_refused():
         tabulate(diffusers.HeunDiscreteScheduler(), 4)
 
 
+def _alpha(scheduler, step):
+    return scheduler.alphas_cumprod[int(scheduler.timesteps[step])]
+
+
 @pytest.mark.parametrize(
     "scheduler, denoised",
     [
@@ -85,7 +89,7 @@ def test_two_evaluations_per_step_are_refused():
         (diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0), lambda s, i: (1.0, -float(s.sigmas[i]))),
         (
             diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"),
-            lambda s, i: (float(s.alphas_cumprod[int(s.timesteps[i])]) ** 0.5, -float(1 - s.alphas_cumprod[int(s.timesteps[i])]) ** 0.5),
+            lambda s, i: (float(_alpha(s, i)) ** 0.5, -float(1 - _alpha(s, i)) ** 0.5),
         ),
     ],
     ids=["UniPC", "Euler", "DDIM"],

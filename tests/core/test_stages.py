@@ -42,9 +42,10 @@ def test_nearest_frames_are_themselves_valid(step, frames):
     "change",
     [
         dict(num_inference_steps=0), dict(num_inference_steps=-1), dict(num_inference_steps=10**6), dict(fps=0),
-        dict(guidance_scale=math.nan), dict(guidance_scale=math.inf), dict(guidance_scale=-0.1),
-        dict(prompt=["a", "b"]), dict(prompt=None), dict(height="64"), dict(num_frames=17.0), dict(num_inference_steps=2.5),
-        dict(num_inference_steps=True), dict(seed=1.5), dict(guidance_scale="3"), dict(flow_shift=0.0), dict(flow_shift=math.nan), dict(seed=-2), dict(seed=2**63), dict(max_sequence_length=0),
+        dict(guidance_scale=math.nan), dict(guidance_scale=math.inf), dict(guidance_scale=-0.1), dict(prompt=["a", "b"]),
+        dict(prompt=None), dict(height="64"), dict(num_frames=17.0), dict(num_inference_steps=2.5),
+        dict(num_inference_steps=True), dict(seed=1.5), dict(guidance_scale="3"), dict(flow_shift=0.0),
+        dict(flow_shift=math.nan), dict(seed=-2), dict(seed=2**63), dict(max_sequence_length=0),
     ],
 )  # fmt: skip
 def test_settings_that_no_model_could_run_are_refused(change):

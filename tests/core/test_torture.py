@@ -10,8 +10,9 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "part, count, says", [("kills", 6, "jobs: "), ("disks", 3, "refused"), ("damages", 120, "pack: refused"), ("arguments", 300, "exit code 2")]
-)  # fmt: skip
+    "part, count, says",
+    [("kills", 6, "jobs: "), ("disks", 3, "refused"), ("damages", 120, "pack: refused"), ("arguments", 300, "exit code 2")],
+)
 def test_short_torture(part, count, says):
     parts = ("kills", "disks", "damages", "arguments")
     arguments = [word for name in parts for word in (f"--{name}", str(count if name == part else 0))]

@@ -113,11 +113,17 @@ TENSOR = b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
         (number("vae", "base_dim", 2**40), "no model has more than"),
         (number("transformer", "ffn_dim", -(2**40)), "no model has more than"),
         (number("text_encoder", "auto_map", {"AutoConfig": "evil.Config"}), "asks to run code of its own"),
-        (lambda f: change(f / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}), "code of its own"),
-        (lambda f: (f / "transformer/config.json").write_text('{"num_layers": 1, "num_layers": 2}'), "gives 'num_layers' twice"),
+        (
+            lambda f: change(f / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}),
+            "code of its own",
+        ),
+        (
+            lambda f: (f / "transformer/config.json").write_text('{"num_layers": 1, "num_layers": 2}'),
+            "gives 'num_layers' twice",
+        ),
         (lambda f: (f / "model_index.json").write_text("[" * 100_000), "nested too deep"),
     ],
-)  # fmt: skip
+)
 def test_a_prepared_checkpoint_is_refused(folder, tmp_path, capsys, forbid_weights, damage, says):
     damage(folder)
     forbid_weights()

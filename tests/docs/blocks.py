@@ -124,7 +124,7 @@ def check_block(block: Block) -> None:
 
 
 def check_command(words: list[str], where: str, *, refused: bool = False, registered: bool = True) -> None:
-    """Raise `Wrong` for a command that can't be typed. `refused`: its settings are meant to be; `registered`: its model is known."""
+    """Raise `Wrong` for a command that can't be typed. `refused`: its settings should be; `registered`: its model is known."""
     program, *arguments = words
     match Path(program).name:
         case "tpuvid":

@@ -68,7 +68,8 @@ def test_rules_fit_the_full_size_model(spec):
 def test_rules_fit_the_full_size_text_encoders():
     # config.json of Qwen/Qwen2.5-VL-7B-Instruct, as far as shapes go
     qwen = Qwen2_5_VLTextConfig(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4,
     )  # fmt: skip
     parameters = TracedModule(text_module(qwen), scan={"layers": Scan(1)}).parameters(np.dtype(np.float32))
     assert parameters["layers.*.self_attn.k_proj.weight"].shape == (26, 512, 3584), "28 layers, less those not needed"

@@ -98,8 +98,9 @@ def test_padding_has_no_influence(pipe):
     denoiser = pipe._opened["denoise"]
     inputs = denoiser._inputs(conditioning.tensors, (2, 2, 3), SCALES)
     poisoned = inputs._replace(
-        text=np.where(inputs.text_mask[..., None], inputs.text, 1e4), glyphs=np.where(inputs.glyph_mask[..., None], inputs.glyphs, -1e4)
-    )  # fmt: skip
+        text=np.where(inputs.text_mask[..., None], inputs.text, 1e4),
+        glyphs=np.where(inputs.glyph_mask[..., None], inputs.glyphs, -1e4),
+    )
     latents = np.random.default_rng(1).standard_normal((2, 4, 2, 2, 3), np.float32)
     a, b = (jax.jit(denoiser._predict)(denoiser.params, latents, TIMES, i) for i in (inputs, poisoned))
     np.testing.assert_array_equal(a, b)

@@ -1,4 +1,4 @@
-"""The denoising programs that `generate` would run on TPU v6e chips, compiled by libtpu on this machine; nothing is computed."""
+"""The denoising programs that `generate` would run on TPU v6e chips, compiled by libtpu here; nothing is computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ATTENTION = re.compile(r"%optimistic_flash_attention\S* = ")
 
 
 def compile_steps(model: str, topology: str = "v6e-8", **settings) -> dict:
-    """What the compiler says of the full step and, with a cache, of the cached one. `settings` differ from the model's defaults."""
+    """What the compiler says of the full step and, with a cache, of the cached one. `settings` differ from the defaults."""
     with scratch_folder() as scratch, Jobs(scratch) as jobs:
         job = {"model": model, "topology": topology, "settings": settings}
         environment = parse_topology(topology).environment() | {"PYTHONPATH": str(Path(__file__).parents[1])}

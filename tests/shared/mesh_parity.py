@@ -1,4 +1,5 @@
-"""Every layout of eight CPU devices, and frames in strips, against one device. `on_eight_devices` runs this module in a process of its own."""
+"""Every layout of eight CPU devices, and frames in strips, against one device. `on_eight_devices` runs this module in a process
+of its own."""
 
 import json
 import os
@@ -15,7 +16,8 @@ SAVING = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cach
 
 
 def on_eight_devices(folder: Path, settings: dict, weight: str) -> dict:
-    """Under "layouts", by layout: the relative errors of embeddings and latents (with DeepCache and a window too), how `weight` is split, and the meshes.
+    """Under "layouts", by layout: the relative errors of embeddings and latents (with DeepCache and a window too), how `weight`
+    is split, and the meshes.
 
     Under "strips", by size: the relative error of frames, and into how many strips they were split. Under "batch": those of two
     videos in one batch over dp=4, against each alone on one device.

@@ -26,8 +26,8 @@ def build_wheel(package: Path, scratch: Path, out: Path) -> Path:
 
 
 def install(wheels: list[Path], folder: Path) -> Path:
-    """Into a new environment in `folder`, whose scripts' folder is returned. Dependencies are those of this environment, at their
-    versions; the workspace is not in sight."""
+    """Into a new environment in `folder`, whose scripts' folder is returned. Dependencies are those of this environment, at
+    their versions; the workspace is not in sight."""
     python = folder / "venv" / "bin" / "python"
     uv("venv", "--quiet", "--python", sys.executable, folder / "venv", cwd=folder)
     pins = [line for line in uv("pip", "freeze", "--python", sys.executable).splitlines() if "==" in line]

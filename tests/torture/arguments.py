@@ -14,9 +14,12 @@ from tpuvid.errors import TpuvidError
 
 from torture.audit import check_silence
 
-ODD = ["", "-", "--", "-1", "0", "1", "5", "17", "64", "1e9", "nan", "inf", "-inf", "0x10", "９", "1..3", "a=b", "seed=0..2", "seed=2..0",
-       "wan-tiny", "wan2.1-t2v-1.3b", "owner/name", "../..", "/", "/dev/null", "/proc/self/mem", ".", "~", "\n", "💥", "x" * 5000,
-       "dp=2,tp=4", "v6e-8", "cpu", "deepcache", "frames=16", "bfloat16", "%s", "$(touch /tmp/pwned)", "`id`", "'; rm -rf /", "\udcff"]  # fmt: skip
+ODD = [
+    "", "-", "--", "-1", "0", "1", "5", "17", "64", "1e9", "nan", "inf", "-inf", "0x10", "９", "1..3", "a=b", "seed=0..2",
+    "seed=2..0", "wan-tiny", "wan2.1-t2v-1.3b", "owner/name", "../..", "/", "/dev/null", "/proc/self/mem", ".", "~", "\n", "💥",
+    "x" * 5000, "dp=2,tp=4", "v6e-8", "cpu", "deepcache", "frames=16", "bfloat16", "%s", "$(touch /tmp/pwned)", "`id`",
+    "'; rm -rf /", "\udcff",
+]  # fmt: skip
 TOPOLOGIES_THAT_COMPILE = ("plan", "compile", "attention")
 
 
@@ -40,9 +43,11 @@ def torture(work: Path, count: int, start: int) -> Counter:
     def one(line: list[str]) -> None:
         before = _listing(work)
         out, err = io.StringIO(), io.StringIO()
-        heavy = ("tpuvid.load", "tpuvid.plan.planning.Planner.plan", "tpuvid.plan.compiling.compile_pack",
-                 "tpuvid.plan.tune.tune_attention", "tpuvid.plan.tune.attention_shapes", "tpuvid.doctor.examine",
-                 "tpuvid.checkpoint._download", "tpuvid.testing.checking._in_a_process", "tpuvid.plugin.new._make_checkpoint")  # fmt: skip
+        heavy = (
+            "tpuvid.load", "tpuvid.plan.planning.Planner.plan", "tpuvid.plan.compiling.compile_pack",
+            "tpuvid.plan.tune.tune_attention", "tpuvid.plan.tune.attention_shapes", "tpuvid.doctor.examine",
+            "tpuvid.checkpoint._download", "tpuvid.testing.checking._in_a_process", "tpuvid.plugin.new._make_checkpoint",
+        )  # fmt: skip
         with contextlib.ExitStack() as stack:
             for name in heavy:
                 stack.enter_context(mock.patch(name, reached))
@@ -65,9 +70,10 @@ def torture(work: Path, count: int, start: int) -> Counter:
 def _files(work: Path) -> list[str]:
     """What arguments may name: files of every kind of content."""
     contents = {
-        "empty": b"", "p.txt": b"a cat\na dog\n", "p.csv": b"prompt,seed\na cat,1\na dog,x\n", "q.csv": b"prompt,seed\na cat,1\n",
-        "p.jsonl": b'{"prompt": "a cat", "seed": 3}\n', "c.yaml": b"model: wan-tiny\nprompt: a cat\nsteps: 2\n", "d.yaml": b"- a\n",
-        "no.mp4": b"no", "no.safetensors": b"\x10\0\0\0\0\0\0\0{}", "no.json": b"{", "latin": b"\xe9\xff",
+        "empty": b"", "p.txt": b"a cat\na dog\n", "p.csv": b"prompt,seed\na cat,1\na dog,x\n",
+        "q.csv": b"prompt,seed\na cat,1\n", "p.jsonl": b'{"prompt": "a cat", "seed": 3}\n',
+        "c.yaml": b"model: wan-tiny\nprompt: a cat\nsteps: 2\n", "d.yaml": b"- a\n", "no.mp4": b"no",
+        "no.safetensors": b"\x10\0\0\0\0\0\0\0{}", "no.json": b"{", "latin": b"\xe9\xff",
     }  # fmt: skip
     for name, content in contents.items():
         (work / name).write_bytes(content)

@@ -48,8 +48,12 @@ def samples(work: Path) -> dict[str, tuple[Path, Read]]:
     ):
         outcome = run(command, work)
         assert outcome.code == 0, outcome.err
-    made = run(["denoise", "--input-dir", str(folder), "--num-frames", "5", "--steps", "9", "--checkpoint-every", "2", "--overwrite"],
-               work, until=lambda seconds: len(list((folder / ".tpuvid").glob("denoising-*-00004*"))) > 0)  # fmt: skip
+    denoise = ["denoise", "--input-dir", str(folder), "--num-frames", "5", "--steps", "9", "--checkpoint-every", "2"]
+    made = run(
+        [*denoise, "--overwrite"],
+        work,
+        until=lambda seconds: len(list((folder / ".tpuvid").glob("denoising-*-00004*"))) > 0,
+    )
     assert made.code is None, "it ended before it was killed"
     (checkpoint,) = (folder / ".tpuvid").glob("denoising-*-00004.safetensors")
     shutil.copy(checkpoint, folder)
@@ -68,7 +72,10 @@ def samples(work: Path) -> dict[str, tuple[Path, Read]]:
         "finished video of a batch": (next(folder.glob("a-red-circle_42.mp4")), _finished_in(folder)),
         "pack": (folder / "cpu.pack.safetensors", lambda p: (read_pack(p).key, read_pack(p).programs)),
         "weights": (weights, lambda p: Checkpoint("x", folder=p.parent.parent).fingerprint()),
-        "model config": (work / "model" / "vae" / "config.json", lambda p: (read_json(p), Checkpoint("x", folder=p.parent.parent).fingerprint())),
+        "model config": (
+            work / "model" / "vae" / "config.json",
+            lambda p: (read_json(p), Checkpoint("x", folder=p.parent.parent).fingerprint()),
+        ),
     }  # fmt: skip
 
 

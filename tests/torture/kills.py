@@ -55,7 +55,8 @@ def scenarios(work: Path) -> list[Scenario]:
     found = [
         Scenario(
             "generate",
-            lambda f: ["generate", *common, *quick, "--prompt", PROMPTS[0], "--steps", "12", "-o", str(f / "clip.mp4"), "--resume"],
+            lambda f: ["generate", *common, *quick, "--prompt", PROMPTS[0], "--steps", "12", "--resume",
+                       "-o", str(f / "clip.mp4")],
             marks=(".tpuvid/*/latents-*/*", ".tpuvid/*/denoising-*", ".tpuvid-*", "*.json"),
         ),
         Scenario(

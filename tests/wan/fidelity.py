@@ -1,4 +1,4 @@
-"""tpuvid against stock `diffusers.WanPipeline`, stage by stage, on one checkpoint folder. Run as a script, it prints the table."""
+"""tpuvid against stock `diffusers.WanPipeline`, stage by stage, on one checkpoint. As a script it prints the table."""
 
 from pathlib import Path
 
@@ -9,7 +9,11 @@ from shared.stock_deepcache import deepcached
 from tpuvid_wan.conformance import RandomWan, run_stock, stock_pipeline
 
 CASES = (
-    Case("two heads, UniPC", RandomWan(), dict(height=48, width=80, num_frames=9, num_inference_steps=6, guidance_scale=3.0, seed=3)),
+    Case(
+        "two heads, UniPC",
+        RandomWan(),
+        dict(height=48, width=80, num_frames=9, num_inference_steps=6, guidance_scale=3.0, seed=3),
+    ),
     Case(
         "three heads of 20, no cross-attention norm, 13 frames",
         RandomWan(heads=3, head_dim=20, cross_attn_norm=False, vae_dim=4, dim_mult=(1, 2, 4, 4), seed=1),
@@ -44,7 +48,7 @@ CASES = (
 
 
 def measure(case: Case, folder: Path) -> Fidelity:
-    """Run both, each stage on its own reference input, and the whole from prompt to frames. A checkpoint is made in `folder`."""
+    """Run both, each stage on its own reference input, and the whole from prompt to frames. `folder` gets a checkpoint."""
     if isinstance(case.checkpoint, RandomWan):
         source = str(case.checkpoint.save(folder))
         pipe = tpuvid.load(source, dtype="float32", mesh="dp=1,tp=1", vae_tiling=case.vae_tiling)

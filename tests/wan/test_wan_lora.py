@@ -14,11 +14,16 @@ from tpuvid.lora import AdaptedWeights, LowRank, Offset
 from wan.conftest import SMALL
 
 WIDTH, FFN, RANK = 32, 56, 3
-LAYERS = {"attn1.to_q": ("self_attn.q", WIDTH, WIDTH), "attn1.to_out.0": ("self_attn.o", WIDTH, WIDTH), "ffn.net.0.proj": ("ffn.0", FFN, WIDTH), "ffn.net.2": ("ffn.2", WIDTH, FFN)}  # fmt: skip
+LAYERS = {
+    "attn1.to_q": ("self_attn.q", WIDTH, WIDTH),
+    "attn1.to_out.0": ("self_attn.o", WIDTH, WIDTH),
+    "ffn.net.0.proj": ("ffn.0", FFN, WIDTH),
+    "ffn.net.2": ("ffn.2", WIDTH, FFN),
+}
 
 
 def random_lora(style):
-    """State dict and metadata of a LoRA on both blocks, as diffusers ("diffusers") or the original code ("original") saves it."""
+    """State dict and metadata of a LoRA on both blocks, as diffusers ("diffusers") or original code ("original") saves it."""
     torch.manual_seed(0)
     state = {}
     for block in range(2):

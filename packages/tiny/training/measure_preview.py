@@ -1,6 +1,6 @@
 """How near the preview decoder comes to the VAE's, and how long both take, on latents that wan-tiny itself makes.
 
-python measure_preview.py
+Run it as it is: ``python measure_preview.py``.
 """
 
 from __future__ import annotations

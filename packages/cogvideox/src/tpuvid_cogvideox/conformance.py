@@ -40,15 +40,16 @@ class RandomCogVideoX:
         torch.manual_seed(self.seed)
         text_encoder = T5EncoderModel(
             T5Config(
-                vocab_size=384, d_model=self.text_dim, d_kv=8, d_ff=40, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu",
-                relative_attention_num_buckets=8, relative_attention_max_distance=20, pad_token_id=0, eos_token_id=1,
+                vocab_size=384, d_model=self.text_dim, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
+                feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=20,
+                pad_token_id=0, eos_token_id=1,
             )
         )  # fmt: skip
         transformer = CogVideoXTransformer3DModel(
-            num_attention_heads=self.heads, attention_head_dim=self.head_dim, in_channels=self.channels, out_channels=self.channels,
-            time_embed_dim=24, text_embed_dim=self.text_dim, num_layers=self.layers, sample_width=self.sample_size,
-            sample_height=self.sample_size, patch_size_t=self.patch_size_t, patch_bias=self.patch_size_t is None,
-            use_rotary_positional_embeddings=True,
+            num_attention_heads=self.heads, attention_head_dim=self.head_dim, in_channels=self.channels,
+            out_channels=self.channels, time_embed_dim=24, text_embed_dim=self.text_dim, num_layers=self.layers,
+            sample_width=self.sample_size, sample_height=self.sample_size, patch_size_t=self.patch_size_t,
+            patch_bias=self.patch_size_t is None, use_rotary_positional_embeddings=True,
         )  # fmt: skip
         vae = AutoencoderKLCogVideoX(
             block_out_channels=self.vae_widths, latent_channels=self.channels, layers_per_block=1, norm_num_groups=self.groups,
@@ -90,8 +91,9 @@ def run_stock(pipe: CogVideoXPipeline, config: GenerationConfig, output_type: st
     """Latents ("latent", [B, C, f, h, w] without the additional frames) or frames ("np")."""
     frames = pipe(
         config.prompt, config.negative_prompt, height=config.height, width=config.width, num_frames=config.num_frames,
-        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale, use_dynamic_cfg=config.use_dynamic_cfg,
-        max_sequence_length=config.max_sequence_length, generator=torch.Generator().manual_seed(config.seed), output_type=output_type,
+        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+        use_dynamic_cfg=config.use_dynamic_cfg, max_sequence_length=config.max_sequence_length,
+        generator=torch.Generator().manual_seed(config.seed), output_type=output_type,
     ).frames  # fmt: skip
     if output_type != "latent":
         return np.asarray(frames)

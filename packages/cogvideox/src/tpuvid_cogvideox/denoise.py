@@ -54,7 +54,8 @@ def make_schedule(config: Mapping, num_inference_steps: int) -> Schedule:
                 return replace(tabulate(steps, num_inference_steps), draws=tuple(steps.taken))
             case name:
                 raise InputError(
-                    f"scheduler {name!r}: CogVideoX runs with CogVideoXDDIMScheduler or CogVideoXDPMScheduler; change scheduler_config.json"
+                    f"scheduler {name!r}: CogVideoX runs with CogVideoXDDIMScheduler or CogVideoXDPMScheduler; "
+                    "change scheduler_config.json"
                 )
     except ValueError as error:
         raise InputError(f"scheduler_config.json: {error}; change the setting") from None

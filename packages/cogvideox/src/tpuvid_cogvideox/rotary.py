@@ -27,7 +27,8 @@ def rotary_tables(config: Mapping[str, Any], frames: int, height: int, width: in
         for name, size, limit in zip(("height", "width"), grid, most, strict=True):
             if size > limit:
                 raise InputError(
-                    f"{name}={size * patch * 8}: this checkpoint's rotary table ends at {limit * patch * 8}; choose a smaller size"
+                    f"{name}={size * patch * 8}: this checkpoint's rotary table ends at {limit * patch * 8}; "
+                    "choose a smaller size"
                 )
         where = dict(crops_coords=None, temporal_size=-(-frames // patch_t), grid_type="slice", max_size=most)
     tables = get_3d_rotary_pos_embed(embed_dim=config["attention_head_dim"], grid_size=grid, **where)

@@ -51,7 +51,7 @@ class Batch:
     """By number of the job."""
 
     def run(self) -> dict[int, Exception]:
-        """What failed, by number of the job. Raises `KeyboardInterrupt` between two parts of the work where it was cancelled."""
+        """What failed, by number of the job. Raises `KeyboardInterrupt`, between two parts of the work, once cancelled."""
         missing = [i for i, job in enumerate(self.jobs) if not (self.resume and self.work.load_latents(job.config))]
         self._encode(missing)
         self.pipe.free()

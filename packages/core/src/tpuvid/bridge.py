@@ -35,7 +35,7 @@ Params = dict[str, jax.Array]
 
 @contextmanager
 def _missing_overloads_aliased() -> Iterator[None]:
-    """torchax 0.0.13 names the named-tensor overloads that torch 2.13 removed; while it is imported they alias the first one."""
+    """torchax 0.0.13 names the named-tensor overloads that torch 2.13 removed; during its import they alias the first one."""
     original = OpOverloadPacket.__getattr__
 
     def lookup(packet: OpOverloadPacket, key: str) -> Any:
@@ -154,7 +154,7 @@ class Scan(NamedTuple):
     """The arguments (arrays, or trees of them) that hold tokens, and along which axis. Where the mesh splits tokens, each
     device gets its part of these, padded; a block must then let tokens meet in `token_attention` only."""
     per_block: tuple[str, ...] = ()
-    """The arguments of which each block has its own: what the model passes on has the blocks as its first axis, [depth, B, …]."""
+    """The arguments of which each block has its own: what the model passes on has blocks as its first axis, [depth, B, …]."""
 
 
 class ScannedBlocks(nn.Module):
@@ -322,7 +322,7 @@ def rotate_heads(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) ->
 def token_attention(
     *streams: tuple[str, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], scale: float | None = None
 ) -> list[torch.Tensor]:
-    """Within a traced block, `tpuvid.kernels.tokens.token_attention` of streams (name, query, key, value [B, N, T, D], mask)."""
+    """In a traced block, `tpuvid.kernels.tokens.token_attention` of streams (name, query, key, value [B, N, T, D], mask)."""
     env = environment()
     out = kernels.token_attention([Stream(name, *env.t2j_iso(tensors)) for name, *tensors in streams], scale=scale)
     return env.j2t_iso(out)
@@ -443,7 +443,7 @@ class TracedModule:
         return {name: jnp.asarray(buffer.numpy()) for name, buffer in self.module.named_buffers()}
 
     def function(self, method: str = "forward", **static: Any) -> Callable[..., Any]:
-        """``f(params, *args, **kwargs)`` over jax arrays; `method` may be dotted ("decoder.forward"). `static` are fixed arguments.
+        """``f(params, *args, **kwargs)`` over jax arrays; `method` may be dotted ("decoder.forward"); `static`: fixed ones.
 
         Results are trees of arrays; strings and None in them pass through.
         """

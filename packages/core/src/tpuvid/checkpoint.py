@@ -298,7 +298,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class Weights(Mapping[str, tuple[int, ...]]):
-    """The tensors of one component: a mapping of name → shape, whose values are read piece by piece from memory-mapped files."""
+    """The tensors of one component: a mapping of name → shape, with values read piece by piece from memory-mapped files."""
 
     def __init__(self, shards: list[Path]):
         from safetensors import safe_open

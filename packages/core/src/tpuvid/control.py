@@ -121,8 +121,8 @@ class StepDone:
     state: Callable[[], LoopState]
     """Of the last step that can be gone on from."""
     estimate: Callable[[], Callable[[], np.ndarray]]
-    """Fetches what is needed; the result, which any thread may call at any time, gives what the latents [B, C, f, h, w] would be
-    if the model were right at this step."""
+    """Fetches what is needed; the result, which any thread may call at any time, gives what the latents [B, C, f, h, w] would
+    be if the model were right at this step."""
 
 
 @dataclass(frozen=True, kw_only=True)

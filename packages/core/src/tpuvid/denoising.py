@@ -161,7 +161,7 @@ class Sampler:
         return fetched
 
     def window(self, config: GenerationConfig, grid: tuple[int, int, int], *, video_frames: int) -> Window | None:
-        """``config.window_size`` over a `grid` of tokens (frames, height, width), each frame of which is of so many of the video.
+        """``config.window_size`` over a `grid` of tokens (frames, height, width); each frame is of so many of the video.
 
         None where there is none, and where it would hide nothing, which is then noted.
         """

@@ -19,7 +19,7 @@ from tpuvid.video import video_size
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """An mp4, a safetensors file (a pack among them), a diffusers checkpoint folder or a folder of stage files, as JSON-ready data.
+    """An mp4, a safetensors file (a pack among them), a diffusers checkpoint folder or one of stage files, as JSON-ready data.
 
     Raises `InputError` for anything else.
     """

@@ -25,8 +25,11 @@ def examine() -> dict[str, Any]:
     problems += registry().problems
     if not registry().models:
         problems.append("no model is registered; pip install tpuvid-wan")
-    problems += [f"{name} is not installed, and the installed models need it" for name in ("diffusers", "transformers")
-                 if registry().models and not versions[name] and not (name == "diffusers" and versions["diffusers-tpu"])]  # fmt: skip
+    problems += [
+        f"{name} is not installed, and the installed models need it"
+        for name in ("diffusers", "transformers")
+        if registry().models and not versions[name] and not (name == "diffusers" and versions["diffusers-tpu"])
+    ]
     problems += _diffusers_problems(versions)
     devices, problem = _devices()
     problems += [problem] if problem else []
@@ -64,7 +67,8 @@ def diffusers_kind(versions: dict[str, str | None]) -> str:
 def _diffusers_problems(versions: dict[str, str | None]) -> list[str]:
     if versions["diffusers"] and versions["diffusers-tpu"]:
         return [
-            "diffusers and diffusers-tpu are both installed and overwrite each other's files; uninstall both, then reinstall one"
+            "diffusers and diffusers-tpu are both installed and overwrite each other's files; "
+            "uninstall both, then reinstall one"
         ]
     return []
 

@@ -67,5 +67,6 @@ def check_vocabulary(name: str, tokenizer: Any, encoder: Encoder) -> None:
     words = encoder.traced.module.get_input_embeddings().num_embeddings
     if len(tokenizer) > words:
         raise InputError(
-            f"{name} has {len(tokenizer)} words, {encoder.component} embeds {words}: they are of two models; download both again"
+            f"{name} has {len(tokenizer)} words, {encoder.component} embeds {words}: they are of two models; "
+            "download both again"
         )

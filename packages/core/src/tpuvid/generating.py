@@ -174,8 +174,8 @@ class Generation:
         for item, key in zip(self.items, keys, strict=True):
             if key in first:
                 raise InputError(
-                    f"{item.where or 'sweep'}: has the prompt, the seed and all settings of {first[key].where or 'another one'}, "
-                    "and would be the same video; change the seed, or leave it out"
+                    f"{item.where or 'sweep'}: has the prompt, the seed and all settings of "
+                    f"{first[key].where or 'another one'}, and would be the same video; change the seed, or leave it out"
                 )
             first[key] = item
         if manifest is None:
@@ -269,8 +269,14 @@ class Generation:
                 control = self._control(cancel, work, missing)
                 resume = self.resume or self.many
                 batch = Batch(
-                    pipe=pipe, work=work, jobs=jobs, batch_size=self.batch_size, resume=resume, alone=not self.many, control=control
-                )  # fmt: skip
+                    pipe=pipe,
+                    work=work,
+                    jobs=jobs,
+                    batch_size=self.batch_size,
+                    resume=resume,
+                    alone=not self.many,
+                    control=control,
+                )
                 failed = batch.run()
                 finished = True
         except (KeyboardInterrupt, Cancelled) as error:

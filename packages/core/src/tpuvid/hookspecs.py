@@ -35,10 +35,10 @@ def tpuvid_decoders() -> Iterable[DecoderSpec]:
 
 @hookspec
 def tpuvid_step_caches() -> Iterable[type[StepCache]]:
-    """Step caches for ``--cache NAME``: frozen dataclasses whose fields are some of ``start_step``, ``end_step`` and ``step_interval``,
-    with defaults, and whose ``name`` nobody else has."""
+    """Step caches for ``--cache NAME``: frozen dataclasses whose fields are some of ``start_step``, ``end_step`` and
+    ``step_interval``, with defaults, and whose ``name`` nobody else has."""
 
 
 @hookspec
 def tpuvid_block_sizes() -> Iterable[Path]:
-    """Tables of attention tile sizes, as ``tpuvid tune attention --output`` writes them, for the shapes of this package's models."""
+    """Tables of attention tile sizes, as ``tpuvid tune attention --output`` writes, for the shapes of this package's models."""

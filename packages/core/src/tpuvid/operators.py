@@ -1,7 +1,7 @@
 """The operators of `torch.nn.functional` that stock modules call and torchax gets wrong or slow, on JAX arrays.
 
-Each takes what torch's own takes, as far as the models need it, and raises `ValueError` for the rest. Where frames are in strips
-over devices, they work across strips (`tpuvid.kernels.spatial`).
+Each takes what torch's own takes, as far as the models need it, and raises `ValueError` for the rest. Where frames are in
+strips over devices, they work across strips (`tpuvid.kernels.spatial`).
 """
 
 from __future__ import annotations

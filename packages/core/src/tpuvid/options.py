@@ -1,4 +1,4 @@
-"""The options of the ``tpuvid`` command, each defined once, the YAML file that may give them, and what commands do with them."""
+"""The options of the ``tpuvid`` command, each defined once, the YAML file that may give them, and what is done with them."""
 
 from __future__ import annotations
 

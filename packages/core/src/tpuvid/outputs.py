@@ -58,8 +58,8 @@ class Outputs:
         on_chunk: Callable[[], None] = lambda: None,
         on_ready: Callable[[str], None] = lambda sha256: None,
     ) -> Written:
-        """Decode `latents` into the files, chunk by chunk, with a call after each; `on_ready` is given the mp4's hash before the
-        file gets its name."""
+        """Decode `latents` into the files, chunk by chunk, with a call after each; `on_ready` is given the mp4's hash before
+        the file gets its name."""
         from tpuvid.video import ContactSheet, Mp4Writer, set_metadata
 
         sheet = ContactSheet()

@@ -77,7 +77,8 @@ class Pack:
         """Raise `InputError` unless the user has said that this file is trusted."""
         if not self.trusted:
             raise InputError(
-                f"{self.path}: holds compiled code, which would run on this machine with your rights; nothing else was found against it so far; "
+                f"{self.path}: holds compiled code, which would run on this machine with your rights; "
+                "nothing else was found against it so far; "
                 "add --trust-pack if you made it or trust who did"
             )
 
@@ -161,7 +162,7 @@ class PackWriter:
         self._tensors: dict[str, np.ndarray] = {}
 
     def add(self, stage: str, name: str, compiled: jax.stages.Compiled, args: tuple[Any, ...], mesh: Mesh) -> PackedProgram:
-        """A program compiled for arguments like `args`; raises `TypeError` for results that are no trees of plain containers."""
+        """A program compiled for arguments like `args`; raises `TypeError` for results other than trees of plain containers."""
         import jax
         import numpy as np
         from jax.experimental.serialize_executable import serialize

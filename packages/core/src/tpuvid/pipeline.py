@@ -60,7 +60,7 @@ def load(
         lora_path: safetensors file of a LoRA, merged into the diffusion model with strength `lora_scale`.
         vae_tiling: decode in overlapping tiles, as diffusers' ``vae.enable_tiling()``: less device memory, another video.
         decoder: the name of a registered decoder, in the place of the model's own.
-        pack: file of ``tpuvid compile``, whose programs need not be compiled; what it lacks is compiled, and the history says so.
+        pack: file of ``tpuvid compile``, whose programs need no compiling; what it lacks is compiled, and the history says so.
         trust_pack: the pack holds machine code; without this it is checked, and then refused.
         keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
             next one loads, for models whose stages don't fit in memory together. A text encoder on an accelerator is

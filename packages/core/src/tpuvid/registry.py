@@ -1,5 +1,5 @@
-"""What is installed: models, decoders, step caches, tile sizes. Plugins are loaded one by one, so that a broken one is a row in a
-list and nothing more."""
+"""What is installed: models, decoders, step caches, tile sizes. Plugins are loaded one by one, so that a broken one is a row in
+a list and nothing more."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ class Registry:
         supported = sorted({s.pipeline_class for s in self.models.values()})
         if pipeline_class not in supported:
             raise InputError(
-                f"pipeline {pipeline_class!r} has no plugin; installed plugins run {', '.join(supported) or 'nothing'}{self._hint()}"
+                f"pipeline {pipeline_class!r} has no plugin; "
+                f"installed plugins run {', '.join(supported) or 'nothing'}{self._hint()}"
             )
 
     def decoder(self, name: str, spec: ModelSpec) -> DecoderSpec:
@@ -97,7 +98,7 @@ class Registry:
 
     def match(self, pipeline_class: str, transformer_config: dict) -> ModelSpec:
         """The spec that a checkpoint of `pipeline_class` runs with: the model whose signature says most of what its transformer
-        is, of those that say as much the one of the package that implements the family; or else the first one of that package."""
+        is, of those that say as much the one of the package with the family; or else the first one of that package."""
         self.require_class(pipeline_class)
         family = [(p, s) for p in self.plugins for s in p.models if s.pipeline_class == pipeline_class]
         own = [spec for plugin, spec in family if spec.load_denoiser.split(".")[0] == plugin.module.split(".")[0]]

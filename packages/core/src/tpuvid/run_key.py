@@ -1,5 +1,5 @@
-"""What all programs of a run depend on, as a key of named fields: a pack is for one of them. Imports neither jax nor torch before a
-run's own fields are asked for."""
+"""What all programs of a run depend on, as a key of named fields: a pack is for one of them. Imports neither jax nor torch
+before a run's own fields are asked for."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ LIBRARIES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transf
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 APART = {
-    "artifacts", "builtin", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "lora", "options", "packs",
-    "pipeline", "profiling", "progress", "registry", "run_key", "stages", "video", "weights",
+    "artifacts", "builtin", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "lora", "options",
+    "packs", "pipeline", "profiling", "progress", "registry", "run_key", "stages", "video", "weights",
 }  # fmt: skip
 APART_FOLDERS = {"plan", "plugin", "testing"}
 """Modules of tpuvid whose code enters no program; any other's change makes a pack another's."""
@@ -60,8 +60,8 @@ BOOKKEEPING = re.compile(
 def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig, runtime: Runtime) -> dict[str, Any]:
     """All that the programs of `stages` (opened, by "encode", "denoise", "decode") depend on, field by field, JSON-ready.
 
-    Not in it, since no program depends on it: prompt, seed, number of steps (two or more), guidance scale (only whether there is
-    guidance), flow shift, which steps a cache serves, fps, LoRA.
+    Not in it, since no program depends on it: prompt, seed, number of steps (two or more), guidance scale (only whether there
+    is guidance), flow shift, which steps a cache serves, fps, LoRA.
     """
     import jax
 

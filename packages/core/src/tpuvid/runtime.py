@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": True}
-"""Of the compiler. Wan 2.1 14B 720p on v6e-8: 3.34 → 3.29 s per step, since other work hides half of the all-to-alls (predicted)."""
+"""Of the compiler. Wan 2.1 14B 720p on v6e-8: 3.34 → 3.29 s per step, other work hides half of the all-to-alls (predicted)."""
 LEAST_EFFORT = -1.0
 """Of a TPU's compiler: for what runs once or twice per video, and takes little time."""
 TEXT_ENCODER_DEVICES = ("device", "cpu")
@@ -149,7 +149,7 @@ class Runtime:
         return make_mesh(config, self.devices)
 
     def encoder_mesh(self, sizes: Iterable[int]) -> Mesh:
-        """For a text encoder: as many devices as divide `sizes`, or this machine's CPU; raises `InputError` where it has none."""
+        """For a text encoder: as many devices as divide `sizes`, or this machine's CPU; `InputError` where it has none."""
         match self.text_encoder_device:
             case "device":
                 return make_mesh(default_mesh_config(len(self.devices), sizes), self.devices)
@@ -245,7 +245,7 @@ class Programs:
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes that programs may use; of a TPU as it is known of its kind, so that a plan decides as the run will. None: unknown."""
+    """Bytes that programs may use; of a TPU as is known of its kind, so that a plan decides as the run will. None: unknown."""
     chip = next((chip for chip in CHIPS if chip.device_kind == device.device_kind), None)
     if chip is not None:
         return int(chip.usable_gib * 2**30)

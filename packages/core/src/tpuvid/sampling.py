@@ -24,7 +24,8 @@ def check_embeds(tensors: Mapping[str, np.ndarray], width: int) -> None:
             continue
         if embeds.shape != (1, *length, width) or 0 in embeds.shape or embeds.dtype.kind in "biu":
             raise InputError(
-                f"{name} is {embeds.dtype} {list(embeds.shape)}, this model takes [1, L, {width}], both alike; encode with this model"
+                f"{name} is {embeds.dtype} {list(embeds.shape)}, this model takes [1, L, {width}], both alike; "
+                "encode with this model"
             )
         check_finite_embeds(name, embeds)
 
@@ -73,7 +74,7 @@ def initial_state(noise: Float[np.ndarray, " ..."], schedule: Schedule) -> Float
 
 
 def guide(output: Float[Array, "B2 ..."], scale: Float[Array, ""]) -> Float[Array, "B ..."]:
-    """Classifier-free guidance (arXiv:2207.12598) of a batch that holds the prompt's half first, the negative prompt's second."""
+    """Classifier-free guidance (arXiv:2207.12598) of a batch with the prompt's half first, the negative prompt's second."""
     conditional, unconditional = jnp.split(output, 2)
     return unconditional + scale * (conditional - unconditional)
 

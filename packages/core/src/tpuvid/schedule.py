@@ -43,8 +43,8 @@ def advance(
 
 
 def tabulate(scheduler: Any, num_inference_steps: int, **timesteps: Any) -> Schedule:
-    """The `Schedule` of a diffusers scheduler; `timesteps` are what a pipeline tells its ``set_timesteps`` instead of the number of
-    steps ("sigmas", "mu"). Raises `ValueError` if it is not linear and deterministic, or can't make so many."""
+    """The `Schedule` of a diffusers scheduler; `timesteps` are what a pipeline tells its ``set_timesteps`` instead of the
+    number of steps ("sigmas", "mu"). Raises `ValueError` if it is not linear and deterministic, or can't make so many."""
     try:
         return _tabulate(scheduler, num_inference_steps, timesteps or {"num_inference_steps": num_inference_steps})
     except (AssertionError, IndexError) as error:  # UniPC takes two steps that are rounded to one timestep for one
@@ -62,7 +62,7 @@ def _tabulate(scheduler: Any, num_inference_steps: int, timesteps: dict[str, Any
     rows = []
     denoised = [_denoised(scheduler, step) for step in range(num_inference_steps)]
     for timestep in scheduler.timesteps:
-        # one batch entry per basis vector, and random mixtures of all of them, small and large, that show whether the step is linear
+        # one batch entry per basis vector, and random mixtures of all, small and large, that show whether the step is linear
         mixtures = torch.randn(2, size, generator=generator, dtype=torch.float64) * torch.tensor([[1.0], [1000.0]])
         inputs = torch.cat([torch.eye(size, dtype=torch.float64), mixtures]).reshape(size + 2, size, 1, 1, 1)
         for slot, (owner, key) in enumerate(_memory_places(scheduler), start=1):

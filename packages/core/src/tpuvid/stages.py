@@ -255,7 +255,7 @@ class Decoder(Stage, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conformance:
-    """What `tpuvid plugin check` runs a family with, on a CPU. Each callable is named "module:callable" and imported when it is called."""
+    """What `tpuvid plugin check` runs a family with, on a CPU. Callables are named "module:callable", imported when called."""
 
     random_checkpoint: str
     """Called with a folder (Path): writes a small checkpoint of random weights into it, in the layout of the family's own."""
@@ -263,7 +263,8 @@ class Conformance:
     """Of a small video with guidance, as `ModelSpec.configure` takes them."""
     reference: str | None = None
     """Called with (folder, GenerationConfig): runs the pipeline that the family must agree with, in float32, and returns numpy
-    arrays under "latents" [1, C, f, h, w], "frames" [1, F, H, W, 3] in [0, 1] and, if it likes, names of `Conditioning.tensors`."""
+    arrays under "latents" [1, C, f, h, w], "frames" [1, F, H, W, 3] in [0, 1] and, if it likes, names of
+    `Conditioning.tensors`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,7 +100,8 @@ def fill_cache_settings(config: GenerationConfig) -> GenerationConfig:
     if all(cache.full_steps(config.num_inference_steps)):
         said = ", ".join(f"{name}={value}" for name, value in settings.items()) or f"cache={config.cache}"
         raise InputError(
-            f"{said}: none of {config.num_inference_steps} steps would be cached; start earlier, end later or widen the interval"
+            f"{said}: none of {config.num_inference_steps} steps would be cached; "
+            "start earlier, end later or widen the interval"
         )
     return config.override(**settings)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first finishes the step that is being computed and keeps what was done, the second ends the process."""
+"""Ctrl-C and SIGTERM: the first finishes the step being computed and keeps what was done, the second ends the process."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def _page(tables: Sequence[Table]) -> str:
     newline = "\n"
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>tpuvid sweep</title><style>{STYLE}</style></head>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>tpuvid sweep</title>\
+<style>{STYLE}</style></head>
 <body>
 <p><button id="play">Play all from the start</button><button id="pause">Pause all</button>
 <label>Size <input id="size" type="range" min="64" max="720" value="256"></label></p>

@@ -26,7 +26,7 @@ RULES = (
 
 
 class T5TextEncoder(Encoder, ABC):
-    """A `tpuvid.stages.TextEncoder` over an encoder module of transformers; a family says in `embed` what it does with padding."""
+    """A `tpuvid.stages.TextEncoder` over an encoder of transformers; a family says in `embed` what it does with padding."""
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime, *, module: nn.Module, tokenizer: Any):
         super().__init__(checkpoint, runtime, module, heads={module.config.num_heads}, rules=RULES)

@@ -58,7 +58,8 @@ def check_header(path: Path) -> None:
         length = int.from_bytes(start[:8], "little")
         if start.startswith(PICKLES) and start[8:] != b"{":  # a header of 896 bytes begins like a pickle, too
             raise InputError(
-                f"{path}: is a pickle under another name, and is not read; convert it with save_pretrained(safe_serialization=True)"
+                f"{path}: is a pickle under another name, and is not read; "
+                "convert it with save_pretrained(safe_serialization=True)"
             )
         if len(start) < 9 or length > size - 8:
             return  # truncated or foreign: safetensors says so

@@ -34,7 +34,8 @@ def match_parameters(traced: TracedModule, weights: Weights, *, ignore: Sequence
         shape = structs[name].shape[1:] if "*" in name else structs[name].shape
         if wrong := next((m for m in found if weights[m] != shape), None):
             raise InputError(
-                f"{weights.folder}: {wrong} has shape {weights[wrong]}, config.json asks for {shape}; download the component again"
+                f"{weights.folder}: {wrong} has shape {weights[wrong]}, config.json asks for {shape}; "
+                "download the component again"
             )
     known = {m for aliases in traced.sources().values() for alias in aliases for m in _members(traced, alias)}
     unexpected = [name for name in weights if name not in known and not name.startswith(tuple(ignore))]

@@ -173,7 +173,7 @@ class Manifest:
         return self.videos.get(name, {}).get("key") == key and not (self.path.parent / name).exists()
 
     def begin(self, keys: Mapping[str, str]) -> None:
-        """Note the videos that are going to be made, by name, and the seeds that were drawn for them, before any work is done."""
+        """Note the videos to be made, by name, and the seeds that were drawn for them, before any work is done."""
         self.videos |= {name: {"key": key, "state": "missing"} for name, key in keys.items()}
         self.save()
 

@@ -52,14 +52,16 @@ class RandomHunyuan:
         text_encoder = Qwen2_5_VLTextModel(
             Qwen2_5_VLTextConfig(
                 vocab_size=len(tokenizer) + -len(tokenizer) % 8, hidden_size=self.text_dim, intermediate_size=48,
-                num_hidden_layers=self.text_layers, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0,
+                num_hidden_layers=self.text_layers, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0,
+                eos_token_id=0,
                 rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": _sections(self.text_dim // 8)},
             )
         )  # fmt: skip
         text_encoder_2 = T5EncoderModel(
             T5Config(
-                vocab_size=384, d_model=self.glyph_dim, d_kv=8, d_ff=40, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
-                relative_attention_num_buckets=8, relative_attention_max_distance=20, pad_token_id=0, eos_token_id=1,
+                vocab_size=384, d_model=self.glyph_dim, d_kv=8, d_ff=40, num_layers=2, num_heads=2,
+                feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=20,
+                pad_token_id=0, eos_token_id=1,
             )
         )  # fmt: skip
         transformer = HunyuanVideo15Transformer3DModel(
@@ -116,7 +118,8 @@ def run_stock(pipe: HunyuanVideo15Pipeline, config: GenerationConfig, output_typ
     pipe.guider = pipe.guider.new(**own)
     frames = pipe(
         config.prompt, config.negative_prompt, height=config.height, width=config.width, num_frames=config.num_frames,
-        num_inference_steps=config.num_inference_steps, generator=torch.Generator().manual_seed(config.seed), output_type=output_type,
+        num_inference_steps=config.num_inference_steps, generator=torch.Generator().manual_seed(config.seed),
+        output_type=output_type,
     ).frames  # fmt: skip
     return np.asarray(frames)
 

@@ -63,7 +63,8 @@ class Guidance:
         if not self.enabled:
             if given not in (None, self.neutral):
                 raise InputError(
-                    f"guidance_scale={given}: this checkpoint's guider is switched off (guider_config.json: enabled); leave it out"
+                    f"guidance_scale={given}: this checkpoint's guider is switched off "
+                    "(guider_config.json: enabled); leave it out"
                 )
             return self.neutral
         scale = self.guidance_scale if given is None else given

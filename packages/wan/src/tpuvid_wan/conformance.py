@@ -46,8 +46,8 @@ class RandomWan:
         )  # fmt: skip
         vae = AutoencoderKLWan(
             base_dim=self.vae_dim, z_dim=self.channels, dim_mult=list(self.dim_mult), num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.1 * i - 0.2 for i in range(self.channels)], latents_std=[1.0 + 0.3 * i for i in range(self.channels)],
+            temperal_downsample=[False, True, True], latents_mean=[0.1 * i - 0.2 for i in range(self.channels)],
+            latents_std=[1.0 + 0.3 * i for i in range(self.channels)],
         )  # fmt: skip
         for module in (text_encoder, transformer, vae):
             spread(module)
@@ -89,6 +89,7 @@ def run_stock(pipe: WanPipeline, config: GenerationConfig, output_type: str) -> 
     frames = pipe(
         config.prompt, config.negative_prompt, height=config.height, width=config.width, num_frames=config.num_frames,
         num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-        max_sequence_length=config.max_sequence_length, generator=torch.Generator().manual_seed(config.seed), output_type=output_type,
+        max_sequence_length=config.max_sequence_length, generator=torch.Generator().manual_seed(config.seed),
+        output_type=output_type,
     ).frames  # fmt: skip
     return np.asarray(frames)

@@ -1,4 +1,4 @@
-"""Tile sizes of the flash kernel, as data with provenance: rows that model packages bring (`tables_in_use`), and the user's own.
+"""Tile sizes of the flash kernel, as data with provenance: rows of model packages (`tables_in_use`), and the user's own.
 
 `tpuvid tune attention` writes them: into this package's table, or a file that the variable TPUVID_BLOCK_SIZES then names. The
 user's rows come before the package's, and those before the models'.

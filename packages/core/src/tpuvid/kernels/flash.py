@@ -16,13 +16,13 @@ Wan 2.1 720p, 5 heads, S = 75,600, D = 128; JAX's splash attention 41.6 to 44.4 
 
 The scale is applied to scores in float32: rounding a scaled q to bfloat16 would double the error of the result.
 
-Q·K in int8 (`int8`) is an option that gives up exactness: K's channels are scaled by their own ranges, Q takes these over and is
-scaled token by token, which costs nothing in the kernel. Without K's mean over all tokens, which changes no softmax (`smooth_k`),
-K has smaller ranges. Source of both: SageAttention (arXiv:2410.02367).
+Q·K in int8 (`int8`) is an option that gives up exactness: K's channels are scaled by their own ranges, Q takes these over and
+is scaled token by token, which costs nothing in the kernel. Without K's mean over all tokens, which changes no softmax
+(`smooth_k`), K has smaller ranges. Source of both: SageAttention (arXiv:2410.02367).
 
-With a window (`tpuvid.kernels.window`), the grid is the list of visits that hold anything seen. What else a block holds is hidden by
-the matrix units, in the half of their contraction that D = 128 leaves free: K gets a one-hot column for where a key stands,
-and Q, at the columns of what it doesn't see, −2²⁴. Scores that are seen stay what they are to the last bit.
+With a window (`tpuvid.kernels.window`), the grid is the list of visits that hold anything seen. What else a block holds is
+hidden by the matrix units, in the half of their contraction that D = 128 leaves free: K gets a one-hot column for where a key
+stands, and Q, at the columns of what it doesn't see, −2²⁴. Scores that are seen stay what they are to the last bit.
 
 Source: FlashAttention (arXiv:2205.14135, arXiv:2307.08691); the measurements of ideas are in docs/attention.md.
 """
@@ -81,8 +81,8 @@ def attention_flash(
 ) -> Float[Array, "B N T D"]:
     """As `attention_reference` with a mask over keys, and with `Band.mask`. Inputs must be finite where `kv_mask` keeps them.
 
-    `smooth_k` takes K's mean away; `int8` rounds Q and K to 8 bits. Raises `ValueError` for what a `band` can't be combined with:
-    `int8`, which can't hold its columns, a scale below `LEAST_SCALE`, and larger blocks than a window's own.
+    `smooth_k` takes K's mean away; `int8` rounds Q and K to 8 bits. Raises `ValueError` for what a `band` can't be combined
+    with: `int8`, which can't hold its columns, a scale below `LEAST_SCALE`, and larger blocks than a window's own.
 
     `blocks`: by default those for this shape on `chip`, see `flash_blocks`. `out_dtype`: by default the queries'.
     `interpret` runs the kernel on a CPU.
@@ -204,7 +204,7 @@ def _call(
     scale: float, dtype: DTypeLike, interpret: bool, table: Int[Array, "4 V"] | None = None,
     rows: Float[Array, "B N 1 T"] | None = None,
 ) -> Float[Array, "B N T D"]:  # fmt: skip
-    """T at least one block, of which `queries` count; S in whole lanes. `table`: the visits, where they aren't all there could be.
+    """T at least one block, of which `queries` count; S in whole lanes. `table`: the visits, where some are left out.
 
     `rows`: with a table, where a query's m starts at least; of integers, what a query's products are multiplied by.
     """

@@ -10,8 +10,15 @@ from jax.sharding import Mesh
 
 from tpuvid.kernels.window import Window
 
-ATTENTION_BACKENDS = {"auto": "any platform", "xla": "any platform", "flash": "tpu", "flash-smooth-k": "tpu", "flash-int8": "tpu",
-                      "splash": "tpu", "cudnn": "gpu"}  # fmt: skip
+ATTENTION_BACKENDS = {
+    "auto": "any platform",
+    "xla": "any platform",
+    "flash": "tpu",
+    "flash-smooth-k": "tpu",
+    "flash-int8": "tpu",
+    "splash": "tpu",
+    "cudnn": "gpu",
+}
 WINDOWED_BACKENDS = ("auto", "xla", "flash", "flash-smooth-k")
 """Of them, those that can hide what is outside an attention window."""
 

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from tpuvid.kernels.block_sizes import LANES, Blocks, round_up
 
 BLOCKS = Blocks(q=2944, kv=2048, kv_compute=1024)
-"""Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 41.6 ms per call by counting VLIW bundles without a mask (2026-11;
-the 3328/2816/256 of earlier ports: 44.4 predicted, 43.93 measured)."""
+"""Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 41.6 ms per call by counting VLIW bundles without a mask
+(2026-11; the 3328/2816/256 of earlier ports: 44.4 predicted, 43.93 measured)."""
 
 
 def attention_splash(

@@ -1,7 +1,7 @@
 """A sliding window: which tokens of a video see each other, and which blocks of scores a kernel then has to visit.
 
-Tokens stand in *runs* of equal length: the tokens of a frame, or of a few, or so many in a row. A token sees the runs that are at
-most `reach` away from its own. Source: sliding-window attention (arXiv:2004.05150), over the frames of a video.
+Tokens stand in *runs* of equal length: the tokens of a frame, or of a few, or so many in a row. A token sees the runs that are
+at most `reach` away from its own. Source: sliding-window attention (arXiv:2004.05150), over the frames of a video.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ COLUMNS = LANES
 HIDDEN = COLUMNS - 1
 """Of them, the one of keys that no query sees."""
 FORBIDDING = -(2.0**24)
-"""What is added to q·k of a pair that doesn't see each other: with any usual scale more than a million below what is seen, and still so
-near that a difference of two such scores is exact to a fraction."""
+"""What is added to q·k of a pair that doesn't see each other: with any usual scale more than a million below what is seen, and
+still so near that a difference of two such scores is exact to a fraction."""
 BLOCKS = Blocks(q=1024, kv=2048, kv_compute=1024)
 """Of a windowed call: smaller than without, since what of a block is hidden is computed all the same."""
 
@@ -51,7 +51,7 @@ class Window(NamedTuple):
         return found if found.reach < -(-total // found.run) - 1 else None
 
     def _is_told_apart(self, total: int) -> bool:
-        """Runs are numbered modulo `HIDDEN`: within the blocks that a query meets, no hidden one may have a seen one's number."""
+        """Runs are numbered modulo `HIDDEN`: within the blocks that a query meets, no hidden one has a seen one's number."""
         runs = -(-total // self.run)
         met = 2 * self.reach + -(-BLOCKS.q // self.run) + -(-BLOCKS.kv // self.run) + 2
         return runs <= HIDDEN or met <= HIDDEN
@@ -107,7 +107,7 @@ class Visit(NamedTuple):
 
 
 def visits(band: Band, queries: int, keys: int, blocks: Blocks) -> Int[np.ndarray, "P 4 V"]:
-    """For each part, the visits of all its blocks that hold anything seen, those that all their queries see as a whole first."""
+    """For each part, the visits of its blocks that hold anything seen, first those that all queries see as a whole."""
     tables = [list(_visits_of(band._replace(part=part), queries, keys, blocks)) for part in range(band.parts)]
     most = max(map(len, tables))
     for table in tables:  # what is only there to make parts alike does the last visit's work on a number of its own

@@ -52,7 +52,7 @@ def attention_xla_windowed(
     kv_mask: Bool[Array, "B S"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N T D"]:
-    """As `attention_reference` with `Band.mask` and a mask over keys; what a few neighbouring queries don't see isn't touched."""
+    """As `attention_reference` with `Band.mask` and a mask over keys; what no query of a few neighbours sees isn't touched."""
     batch, heads, length, dim = query.shape
     (run, reach), places = band.window, band.places
     kept = jnp.ones((batch, key.shape[2]), bool) if kv_mask is None else jnp.broadcast_to(kv_mask, (batch, key.shape[2]))

@@ -109,7 +109,7 @@ def read_schedule(name: str, bundles: Path, table: Path, grids: Mapping[str, Seq
 
 
 def dumped(folder: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Of each instruction whose schedule lies in `folder`, its name in the dump, and the files of its bundles and of their slots."""
+    """Of each instruction with a schedule in `folder`, its name in the dump and the files of its bundles and of their slots."""
     for path in sorted(folder.glob(f"*-{BUNDLES}.txt")):
         label = re.fullmatch(rf"(\d+)-(.+)-\d+-{BUNDLES}\.txt", path.name)
         if label is None or label[2].endswith("schedule-analysis"):
@@ -329,7 +329,7 @@ class _Program:
         return None if first is None else max(1, math.ceil((int(bound) - first) / size))
 
     def _find_grid(self, grids: Sequence[Grid]) -> Grid | None:
-        """The grid, whose steps the outermost loop counts: each coordinate wraps where it reaches its bound, innermost first."""
+        """The grid whose steps the outermost loop counts: each coordinate wraps where it reaches its bound, innermost first."""
         outer = self._outermost()
         if outer is None or outer.trips is None:
             return None

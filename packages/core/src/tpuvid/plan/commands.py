@@ -1,4 +1,4 @@
-"""The commands that answer for a TPU without one: plan, compile, tune. Nothing heavy is imported before the arguments are checked."""
+"""The commands that answer for a TPU without one: plan, compile, tune. Arguments are checked before heavy imports."""
 
 from __future__ import annotations
 

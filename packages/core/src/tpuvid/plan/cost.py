@@ -124,8 +124,8 @@ def predict(
     """The cost of one run of `program`, a compiled program's text or what `hlo.parse` made of it.
 
     `coords`: of the chip of each device of the program's mesh, in order (JAX: ``[d.coords for d in mesh.devices.flat]``);
-    needed where it has collectives. `schedule_cycles`: by instruction, cycles of all its grid steps. `kernel_flops`: by instruction,
-    of Pallas kernels whose operands don't begin with attention's query, key and value.
+    needed where it has collectives. `schedule_cycles`: by instruction, cycles of all its grid steps. `kernel_flops`: by
+    instruction, of Pallas kernels whose operands don't begin with attention's query, key and value.
 
     On a chip whose clock isn't known there are no seconds, but FLOPs, bytes and what collectives take. Raises `ValueError` for
     text that isn't a scheduled program, and for collectives without the `coords` of all devices or of a kind that has no model.

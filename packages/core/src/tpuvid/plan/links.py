@@ -18,8 +18,8 @@ Left out: latencies (about 1 µs per step: matters below a megabyte), rings alon
 has for slices wider than two chips, so that large groups there are faster than said here), links between slices, and what the
 two cores of a tpu7x chip exchange, which crosses no link.
 
-Sources: the vendor's pages (bandwidths); "How to Scale Your Model" (jax-ml.github.io/scaling-book, 2025) for the costs of rings,
-for wrap-around (v5e, v6e: where a dimension has 16 chips; 3D slices: multiples of 4), and for latency; Chan et al. 2007,
+Sources: the vendor's pages (bandwidths); "How to Scale Your Model" (jax-ml.github.io/scaling-book, 2025) for the costs of
+rings, for wrap-around (v5e, v6e: where a dimension has 16 chips; 3D slices: multiples of 4), and for latency; Chan et al. 2007,
 "Collective communication: theory, practice, and experience", for the lower bounds that rings meet.
 """
 

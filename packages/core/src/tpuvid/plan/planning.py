@@ -1,4 +1,4 @@
-"""`tpuvid plan`: does a model at a size fit a slice, how is it laid out, how long will it take; and what to change where it doesn't fit.
+"""`tpuvid plan`: does a model at a size fit a slice, how is it laid out, how long will it take; what to change if it doesn't.
 
 Imports neither jax nor torch: the compiling is done by jobs.
 """
@@ -210,7 +210,7 @@ class Planner:
         return None if low < 0 else step * low + 1
 
     def remedies(self, plan: Plan) -> Iterator[str]:
-        """Changes with which a plan for a TPU slice fits, as flags: another layout, more chips, fewer frames; the nearest of each.
+        """Changes that make a plan for a TPU slice fit, as flags: other layouts, more chips, fewer frames; the nearest of each.
 
         Each was compiled, but for what concerns the text encoder alone.
         """

@@ -1,4 +1,4 @@
-"""TPU slices by the names that users rent them under, and what the vendor says of their chips. Imports neither jax nor torch."""
+"""TPU slices by the names that users rent, and what the vendor says of their chips. Imports neither jax nor torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSTALL_LIBTPU = "pip install 'tpuvid-core[tpu]'"
 class Chip:
     """One device as JAX counts them: a chip of v4, v5e, v5p or v6e; one of the two cores of a tpu7x chip.
 
-    Source: the vendor's pages on each TPU version (2026-11). v4 is left out: libtpu compiles for its cores singly, JAX runs them in pairs.
+    Source: the vendor's pages on each TPU version (2026-11). v4 is left out: libtpu compiles for single cores, JAX runs pairs.
     """
 
     name: str

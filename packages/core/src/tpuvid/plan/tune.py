@@ -187,8 +187,8 @@ def search(
 
 
 def fit(shape: AttentionShape, block_q: float, block_kv: float, compute: float) -> Blocks:
-    """Blocks near these sizes, in whole lanes (queries: pairs), no longer than the sequences need; of the queries, the last block as full as the
-    others. What is padded all the same costs cycles, and so counts by itself."""
+    """Blocks near these sizes, in whole lanes (queries: pairs), no longer than the sequences need; of the queries, the last
+    block as full as the others. What is padded all the same costs cycles, and so counts by itself."""
     from tpuvid.kernels.block_sizes import LANES, Blocks
 
     def whole(length: float) -> int:

@@ -35,7 +35,7 @@ def new(name: str, family: str, output_dir: Path) -> None:
 @click.option("--checkpoint", type=path_type, help="A small diffusers folder, in the place of the model's random one.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def check(package: str | None, checkpoint: Path | None, as_json: bool) -> int:
-    """Run the conformance suite, on the CPU, against PACKAGE (or a plugin's name, or a model's id). Default: all that is installed.
+    """Run the conformance suite, on the CPU, against PACKAGE (or a plugin's name, or a model's id). Default: all installed.
 
     Exit code 1 if anything fails.
     """

@@ -130,7 +130,7 @@ def _printing_to_stderr() -> Iterator[None]:
 
 
 def _check_requirements(dist: Distribution) -> None:
-    """Raise `ImportError` where a package that `dist` requires is missing, or is a tpuvid package of another version than it declares."""
+    """Raise `ImportError` where a requirement of `dist` is missing, or is a tpuvid package of another version than declared."""
     from packaging.requirements import Requirement
 
     for text in dist.requires or ():
@@ -146,7 +146,8 @@ def _check_requirements(dist: Distribution) -> None:
             continue
         if needed.name.startswith("tpuvid") and not needed.specifier.contains(installed, prereleases=True):
             raise ImportError(
-                f"{dist.name} {dist.version} needs {wanted}, and {installed} is installed; pip install -U {dist.name}, or '{wanted}'"
+                f"{dist.name} {dist.version} needs {wanted}, and {installed} is installed; "
+                f"pip install -U {dist.name}, or '{wanted}'"
             )
 
 

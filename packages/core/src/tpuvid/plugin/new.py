@@ -28,8 +28,8 @@ LONGEST = 40
 def new_plugin(name: str, family: str, parent: Path, *, say: Callable[[str], None] = lambda line: None) -> Path:
     """Write the package ``tpuvid-NAME`` into a folder of that name in `parent`, with a random checkpoint; returns the folder.
 
-    It appears whole or not at all. Raises `InputError` for a name that can't be, or is taken, and where the package whose stages it
-    would change is missing.
+    It appears whole or not at all. Raises `InputError` for a name that can't be, or is taken, and where the package whose
+    stages it would change is missing.
     """
     if not (isinstance(name, str) and NAME.fullmatch(name) and len(name) <= LONGEST):
         near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:LONGEST]
@@ -104,7 +104,7 @@ def _files(name: str, family: str) -> Iterator[tuple[str, str]]:
 
 
 def _compatible() -> str:
-    """The versions that a package made today may be used with: all before the next minor one, which may change the interface."""
+    """The versions that a package made today may be used with: all before the next minor one, which may change interfaces."""
     major, minor, *_ = tpuvid.__version__.split(".")
     return f">={tpuvid.__version__},<{major}.{int(minor) + 1}"
 

@@ -30,8 +30,8 @@ def check(
 ) -> list[Sheet]:
     """The score sheets of `what`: a distribution, a plugin's name or a model's id; None: of all plugins that are installed.
 
-    `checkpoint`: a small diffusers folder to run, in the place of the one that the model's `Conformance` makes. The functions are
-    told of each sheet and each result as it comes. Raises `InputError` where nothing of that name is installed.
+    `checkpoint`: a small diffusers folder to run, in the place of the one that the model's `Conformance` makes. The functions
+    are told of each sheet and each result as it comes. Raises `InputError` where nothing of that name is installed.
     """
     plugins = _named(what)
     if checkpoint is not None and not checkpoint.is_dir():

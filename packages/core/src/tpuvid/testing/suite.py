@@ -132,7 +132,10 @@ def _wrong_settings(spec: ModelSpec, config: GenerationConfig) -> Iterator[tuple
 
 def check_light(subject: Subject) -> str:
     """Listing the models imports nothing heavy."""
-    script = f"import sys; from tpuvid.registry import registry; registry().get({subject.spec.model_id!r}); print([m for m in {HEAVY!r} if m in sys.modules])"
+    script = (
+        f"import sys; from tpuvid.registry import registry; registry().get({subject.spec.model_id!r}); "
+        f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr.splitlines()[-1]
@@ -421,8 +424,9 @@ def check_mesh(subject: Subject) -> str:
 
 
 SUITE = (
-    check_spec, check_light, check_found, check_shapes, check_bad_input, check_rules, check_determinism, check_staged, check_file,
-    check_batch, check_resume, check_settings, check_step_cache, check_window, check_decoders, check_parity, check_mesh,
+    check_spec, check_light, check_found, check_shapes, check_bad_input, check_rules, check_determinism, check_staged,
+    check_file, check_batch, check_resume, check_settings, check_step_cache, check_window, check_decoders, check_parity,
+    check_mesh,
 )  # fmt: skip
 FIRST = (check_spec, check_found)
 """Where these fail, the others would fail for the same reason."""
