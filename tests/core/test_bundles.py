@@ -79,7 +79,10 @@ def test_a_pipelined_loop_has_more_trips_than_steps():
 
 def test_only_kernels_of_a_folder_are_read(tmp_path):
     bundles, table = grid_kernel()
-    write = lambda name, text: (tmp_path / name).write_text(text)  # noqa: E731
+
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+
     write("17-double.1-02-final_bundles.txt", bundles)
     write("17-double.1-00-final_hlo-static-per-bundle-utilization.txt", table)
     write("17-double.1-01-schedule-analysis_final_bundles.txt", "Schedule analysis:")

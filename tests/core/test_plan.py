@@ -112,7 +112,10 @@ def test_arrays_alive_at_a_call_count_and_freed_ones_do_not(dry):
     runtime, programs = dry
     mesh = make_mesh(MeshConfig(), runtime.devices)
     get = replace(runtime, stage="decode").programs(mesh).get
-    put = lambda *shape: runtime.put(np.zeros(shape, np.float32), replicated(mesh))  # noqa: E731
+
+    def put(*shape):
+        return runtime.put(np.zeros(shape, np.float32), replicated(mesh))
+
     x, other = put(256, 1024), put(512, 1024)
     double = get("double", lambda x: 2 * x, x)
     y = double(x)

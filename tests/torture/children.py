@@ -25,9 +25,10 @@ def warm() -> None:
     import tpuvid_wan.decode
     import tpuvid_wan.denoise
     import tpuvid_wan.encode
-    from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+    from transformers import AutoConfig, AutoTokenizer
 
     assert all((tpuvid.batch, tpuvid.generating, tpuvid_wan.decode, tpuvid_wan.denoise, tpuvid_wan.encode))
+    assert all((AutoConfig, AutoTokenizer))
 
 
 def run(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from tpuvid.control import Cancelled, Control
@@ -159,7 +160,7 @@ class Batch:
         latents = self.work.load_latents(job.config)
         if latents is None:
             raise InputError(f"{self.work.latents(job.config)}: the latents are gone; run the command again")
-        go_on = lambda: raise_if_stopped(self.control.cancel)  # noqa: E731
+        go_on = partial(raise_if_stopped, self.control.cancel)
         written = job.outputs.write(self.pipe, latents, on_chunk=go_on, on_ready=job.on_ready)
         job.on_done(written)
         self.work.drop(self.work.latents(job.config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def tune_attention_command(
         shapes = [AttentionShape(**sizes)]
         which = " ".join(f"{_flag(name)} {size}" for name, size in sizes.items())
     command = f"tpuvid tune attention {which} --topology {topology.name} --max-candidates {max_candidates}"
-    say = lambda line: click.echo(line, err=True)  # noqa: E731
+    say = partial(click.echo, err=True)
     rows = tune_attention(shapes, topology, command=command, output=output, jobs=jobs, max_candidates=max_candidates, say=say)
     if as_json:
         click.echo(json.dumps([row._asdict() for row in rows], indent=2))
