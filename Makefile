@@ -1,7 +1,7 @@
 # The two commands: make demo, make test. Each sets up what it needs.
 # What this may be set to in a container keeps every process from reusing what another has compiled of the imported packages.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: setup demo test test-aot torture fidelity benchmark docs dist clean
+.PHONY: setup demo lint test test-aot torture fidelity benchmark docs dist clean
 BIN := .venv/bin
 STAMP := .venv/.set-up
 
@@ -14,7 +14,12 @@ $(STAMP): pyproject.toml packages/*/pyproject.toml scripts/setup.sh
 demo: setup
 	$(BIN)/tpuvid generate --model wan-tiny --prompt "a red circle moving right on a black background"
 
-test: setup
+# Whether all of the Python passes ruff, and stands as it formats: seconds.
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Compiles for real TPUs with libtpu: minutes of CPU, gigabytes of memory, no TPU needed.
