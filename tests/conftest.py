@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPUVID_CACHE_DIR", str(ROOT / ".pytest_cache" / "tpuvid"))
 
+FAMILIES = [family for family in ("wan", "cogvideox", "hunyuan") if find_spec(f"tpuvid_{family}")]
+"""Those installed: each package has an environment of its own (make test PACKAGE=wan)."""
+
 CHECKED = [f"tpuvid.{module}" for module in ("kernels", "sampling", "schedule", "denoising", "t5", "tiling")]
-CHECKED += [
-    f"tpuvid_{family}.{stage}" for family in ("wan", "cogvideox", "hunyuan") for stage in ("encode", "denoise", "decode")
-]
+CHECKED += [f"tpuvid_{family}.{stage}" for family in FAMILIES for stage in ("encode", "denoise", "decode")]
 install_import_hook(CHECKED, "beartype.beartype")
 
 from tpuvid.checkpoint import Weights  # noqa: E402  (after the hook)

@@ -8,19 +8,8 @@ import jax.numpy as jnp
 import pytest
 from tpuvid.errors import InputError
 from tpuvid.kernels import recorded_attention
-from tpuvid.kernels.block_sizes import (
-    LONG,
-    VARIABLE,
-    AttentionShape,
-    Blocks,
-    Row,
-    block_rows,
-    flash_blocks,
-    read_rows,
-    tables_in_use,
-)
+from tpuvid.kernels.block_sizes import LONG, VARIABLE, AttentionShape, Blocks, Row, flash_blocks, read_rows
 from tpuvid.kernels.flash import attention_flash
-from tpuvid.mesh import MeshConfig, make_mesh
 from tpuvid.plan.topologies import parse_topology
 from tpuvid.runtime import Runtime, plugin_tables
 
@@ -44,19 +33,6 @@ def table(tmp_path, monkeypatch):
         return path
 
     return write
-
-
-def test_model_packages_bring_rows_with_provenance():
-    """The hook tpuvid_block_sizes, and what the kernel makes of it."""
-    assert {path.parent.name for path in plugin_tables()} == {"tpuvid_wan", "tpuvid_cogvideox", "tpuvid_hunyuan"}
-    rows = [row for path in plugin_tables() for row in read_rows(path)]
-    assert len({(r.chip, r.shape) for r in rows}) == len(rows) > 0
-    runtime = Runtime.create()
-    for r in rows:
-        assert r.predicted_ms > 0 and r.date and r.jax and r.libtpu and r.command.startswith("tpuvid tune attention --")
-        with runtime.scope(make_mesh(MeshConfig(), runtime.devices)):
-            assert flash_blocks(r.queries, r.keys, r.head_dim, heads=r.heads, chip=r.chip) == r.blocks
-    assert not block_rows(), "outside a run there are no plugins"
 
 
 def test_a_plugins_broken_table_is_left_out(tmp_path, monkeypatch):
@@ -98,15 +74,6 @@ def test_other_lengths_take_the_default(table):
     table(row((1024, 1024, 512)), row((4096, 1024, 256), queries=4500, keys=4500, head_dim=64))
     assert flash_blocks(8000, 8000, 128, chip=CHIP) == LONG
     assert flash_blocks(9000, 512, 128, chip=CHIP) == LONG
-
-
-def test_the_users_row_comes_before_the_packages(table):
-    shipped = read_rows(plugin_tables()[0])[0]
-    table(row((256, 256, 128), heads=99, queries=shipped.queries, keys=shipped.keys, head_dim=shipped.head_dim))
-    shape = dict(heads=shipped.heads, chip=CHIP)
-    with tables_in_use(plugin_tables()[:1]):
-        assert flash_blocks(shipped.queries, shipped.keys, shipped.head_dim, **shape) == (256, 256, 128)
-        assert len(block_rows()) == len(read_rows(plugin_tables()[0]))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,24 @@ import pytest
 from tpuvid.errors import InputError
 from tpuvid.hookspecs import hookimpl
 from tpuvid.registry import Registry, load_plugins
-from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
+from tpuvid.stages import GenerationConfig, ModelSpec, SizeRules
+
+LARGE = ModelSpec(
+    model_id="zebra-14b",
+    family="zebra",
+    api_version=2,
+    pipeline_class="ZebraPipeline",
+    checkpoint="zoo/zebra-14b",
+    parameters="14B",
+    signature={"num_layers": 40, "in_channels": 16},
+    defaults=GenerationConfig(height=720, width=1280, num_frames=81, fps=16, num_inference_steps=50, guidance_scale=5.0),
+    rules=SizeRules(frame_step=4, size_multiple=16, max_frames=4093, max_size=16384),
+    components={"encode": ("text_encoder",), "denoise": ("transformer",), "decode": ("vae",)},
+    load_text_encoder="zebra.encode:Encoder",
+    load_denoiser="zebra.denoise:Denoiser",
+    load_decoder="zebra.decode:Decoder",
+)
+SMALL = replace(LARGE, model_id="zebra-1.3b", checkpoint="zoo/zebra-1.3b", signature={"num_layers": 30, "in_channels": 16})
 
 
 @pytest.fixture
@@ -31,13 +48,13 @@ def models(*specs):
     return tpuvid_models
 
 
-def good(plugin, name="good", spec=WAN_14B):
+def good(plugin, name="good", spec=LARGE):
     return plugin(name, tpuvid_models=models(spec))
 
 
 def test_models_come_from_every_plugin(plugin):
-    registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)])
-    assert set(registry.models) == {WAN_14B.model_id, WAN_1_3B.model_id}
+    registry = load_plugins([good(plugin), good(plugin, "other", SMALL)])
+    assert set(registry.models) == {LARGE.model_id, SMALL.model_id}
     assert not registry.broken
 
 
@@ -63,26 +80,26 @@ def misspelt():
         (dict(tpuvid_models=raising()), "RuntimeError: no luck"),
         (dict(tpuvid_modelz=misspelt()), "tpuvid_modelz"),
         (dict(tpuvid_models=models("wan")), "not a ModelSpec"),
-        (dict(tpuvid_models=models(replace(WAN_1_3B, api_version=99))), "plugin API 99"),
+        (dict(tpuvid_models=models(replace(SMALL, api_version=99))), "plugin API 99"),
     ],
 )
 @pytest.mark.parametrize("name", ["later", "zoo"])
 def test_a_broken_plugin_is_one_row_and_the_others_work(plugin, contents, reason, name):
     """Whether it loads before or after the last good one."""
-    registry = load_plugins([good(plugin), plugin(name, **contents), good(plugin, "yet", replace(WAN_1_3B, model_id="third"))])
+    registry = load_plugins([good(plugin), plugin(name, **contents), good(plugin, "yet", replace(SMALL, model_id="third"))])
     (broken,) = registry.broken
     assert broken.name == name and reason in broken.error and "\n" not in broken.error
-    assert {WAN_14B.model_id, "third"} <= set(registry.models)
+    assert {LARGE.model_id, "third"} <= set(registry.models)
 
 
 def test_a_duplicate_id_is_nobodys(plugin):
     """Neither package may take it from the other; what else they register works."""
-    registry = load_plugins([plugin("a", tpuvid_models=models(WAN_14B)), plugin("b", tpuvid_models=models(WAN_14B, WAN_1_3B))])
+    registry = load_plugins([plugin("a", tpuvid_models=models(LARGE)), plugin("b", tpuvid_models=models(LARGE, SMALL))])
     (problem,) = registry.problems
-    assert "model id 'wan2.1-t2v-14b' is registered by fake_a and fake_b; uninstall one" in problem
-    assert set(registry.models) == {WAN_1_3B.model_id}
+    assert "model id 'zebra-14b' is registered by fake_a and fake_b; uninstall one" in problem
+    assert set(registry.models) == {SMALL.model_id}
     with pytest.raises(InputError, match="registered by fake_a and fake_b; uninstall one"):
-        registry.get(WAN_14B.model_id)
+        registry.get(LARGE.model_id)
 
 
 def test_a_selected_plugin_that_is_not_there_is_a_row(plugin):
@@ -93,30 +110,30 @@ def test_a_selected_plugin_that_is_not_there_is_a_row(plugin):
 def test_missing_module_is_one_row(plugin):
     registry = load_plugins([EntryPoint("gone", "no_such_module_here", "tpuvid"), good(plugin)])
     assert "ModuleNotFoundError" in registry.broken[0].error
-    assert registry.get(WAN_14B.model_id) is WAN_14B
+    assert registry.get(LARGE.model_id) is LARGE
 
 
 @pytest.mark.parametrize(
     "selection, left", [("good", {"good"}), ("-good", {"other"}), ("good, other", {"good", "other"}), ("", {"good", "other"})]
 )
 def test_selection(plugin, selection, left):
-    registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)], selection)
+    registry = load_plugins([good(plugin), good(plugin, "other", SMALL)], selection)
     assert {p.name for p in registry.plugins} == left
 
 
 def test_unknown_model_names_the_nearest(plugin):
-    registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)])
-    with pytest.raises(InputError, match=r"'wan2.1-14b' is not known; did you mean wan2.1-t2v-14b"):
-        registry.get("wan2.1-14b")
-    with pytest.raises(InputError, match="installed: wan2.1-t2v-1.3b, wan2.1-t2v-14b"):
+    registry = load_plugins([good(plugin), good(plugin, "other", SMALL)])
+    with pytest.raises(InputError, match=r"'zebra-14' is not known; did you mean zebra-14b"):
+        registry.get("zebra-14")
+    with pytest.raises(InputError, match="installed: zebra-1.3b, zebra-14b"):
         registry.get("zzz")
     with pytest.raises(InputError, match="pip install tpuvid-wan"):
         Registry(()).get("zzz")
 
 
 def test_a_folder_is_matched_by_its_transformer(plugin):
-    registry = load_plugins([good(plugin), good(plugin, "other", WAN_1_3B)])
-    assert registry.match("WanPipeline", dict(WAN_1_3B.signature) | {"eps": 1e-6}) == WAN_1_3B
-    assert registry.match("WanPipeline", {"num_layers": [2]}).pipeline_class == "WanPipeline"
-    with pytest.raises(InputError, match="'FluxPipeline' has no plugin; installed plugins run WanPipeline"):
+    registry = load_plugins([good(plugin), good(plugin, "other", SMALL)])
+    assert registry.match("ZebraPipeline", dict(SMALL.signature) | {"eps": 1e-6}) == SMALL
+    assert registry.match("ZebraPipeline", {"num_layers": [2]}).pipeline_class == "ZebraPipeline"
+    with pytest.raises(InputError, match="'FluxPipeline' has no plugin; installed plugins run ZebraPipeline"):
         registry.match("FluxPipeline", {})

@@ -138,11 +138,3 @@ def test_real_candidates(tmp_path, tpuvid_command, python_env):
     (too_large,) = tune.compile_candidates(V6E, AttentionShape(1, 8192, 4096, 512), [Blocks(8192, 1024, 1024)], 1)
     assert too_large.cycles is None and "RESOURCE_EXHAUSTED" in too_large.reason
     assert not list(tmp_path.glob("tpuvid-job-*")), "no dumps are left"
-
-
-@pytest.mark.aot
-def test_the_shapes_of_a_model_are_those_of_its_step():
-    shapes = tune.attention_shapes("wan2.1-t2v-14b", V6E, {}, None)
-    assert AttentionShape(10, 75648, 75648, 128) in shapes, "40 heads over sp=4, all tokens, padded"
-    assert AttentionShape(40, 18912, 512, 128) in shapes, "to the text"
-    assert tune.attention_shapes("wan2.1-t2v-14b", V6E, {"num_frames": 5}, "dp=1,tp=8")[0].heads == 5

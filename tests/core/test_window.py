@@ -1,7 +1,5 @@
 """Sliding windows: what is visited, what is hidden, and that kernels agree with a mask written out in full."""
 
-from dataclasses import replace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from tpuvid.kernels.tokens import VIDEO, Stream
 from tpuvid.kernels.window import BLOCKS, FORBIDDING, Band, Window, key_columns, query_columns, visits
 from tpuvid.kernels.xla import attention_xla_windowed
 from tpuvid.window_size import WindowSize
-from tpuvid_wan.plugin import WAN_1_3B
 
 SMALL = Blocks(256, 256, 128)
 BANDS = {
@@ -214,10 +211,3 @@ def test_flash_refuses_scales_with_which_it_could_not_hide(scale):
 def test_settings_that_say_nothing_are_refused(value):
     with pytest.raises(InputError, match="needs a number of frames"):
         WindowSize.parse(value)
-
-
-def test_a_model_without_windows_says_so():
-    spec = replace(WAN_1_3B, takes=("flow_shift",))
-    with pytest.raises(InputError, match="window_size=8: wan2.1-t2v-1.3b has no attention window; leave it out"):
-        spec.configure(window_size=8)
-    assert WAN_1_3B.configure(window_size=8).window_size == "frames=8"

@@ -61,7 +61,7 @@ def dry_run(job, report):
 def test_a_dry_run_compiles_and_calls_what_generate_does():
     with scratch_folder() as scratch, Jobs(scratch) as jobs:
         wanted = {"stages": [["encode", "denoise", "decode"], ["denoise"]]}
-        jobs.start("dry", "core.test_plan:dry_run", wanted, {"PYTHONPATH": str(Path(__file__).parents[1])})
+        jobs.start("dry", "together.test_plan:dry_run", wanted, {"PYTHONPATH": str(Path(__file__).parents[1])})
         calls, compile_ = [], Programs._compile
 
         def counted(self, what, function, args):
