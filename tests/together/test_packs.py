@@ -467,10 +467,10 @@ def test_whatever_a_program_is_traced_from_makes_a_pack_anothers(tmp_path, monke
     """A plugin's stages, in a package or a single file, and a step cache of another package."""
     (module := tmp_path / "one_file.py").write_text("a = 1")
     monkeypatch.syspath_prepend(tmp_path)
-    before = keys._hash_sources("one_file")
-    keys._hash_sources.cache_clear()
+    before = keys.sources_hash("one_file")
+    keys.sources_hash.cache_clear()
     module.write_text("a = 2")
-    assert keys._hash_sources("one_file") != before
+    assert keys.sources_hash("one_file") != before
     spec = dataclasses.replace(resolve_model("wan-tiny")[0], load_decoder="one_file:Decoder")
     assert keys._packages(spec, spec.defaults) == ("one_file", "tpuvid_wan")
     monkeypatch.setattr(keys, "step_cache", lambda config: type("Cache", (), {"__module__": "zoo.caches"})())

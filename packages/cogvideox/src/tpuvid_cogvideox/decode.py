@@ -47,7 +47,7 @@ class ChunkDecoder(nn.Module):
 
 
 class CogVideoXDecoder(VaeDecoder):
-    stock_vae = AutoencoderKLCogVideoX
+    stock_vae = "diffusers:AutoencoderKLCogVideoX"
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         config = checkpoint.config("vae")

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +26,11 @@ from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
 from tpuvid import kernels, operators
+from tpuvid.kept import Entry, Kept
 from tpuvid.kernels.placement import TokenSplit, placement, tokens_split
 from tpuvid.kernels.tokens import Stream, padded_length
 from tpuvid.mesh import FSDP, fsdp_axis, fsdp_spec
+from tpuvid.outline import Config, Outline, code_of, config_of, words_of
 
 Params = dict[str, jax.Array]
 
@@ -376,51 +378,98 @@ class TracedModule:
     Parameter names have ``*`` for the block number of a scanned stack: ``blocks.*.attn1.to_q.weight`` [depth, out, in].
     """
 
-    def __init__(self, module: nn.Module, *, scan: Mapping[str, Scan] | None = None, keep_in_fp32: tuple[str, ...] = ()):
-        """`scan` says which lists of blocks, by name, run as one scan. `keep_in_fp32`: parts of parameter names
-        that stay float32 whatever the dtype of the others."""
-        self.module = module
-        self.keep_in_fp32 = keep_in_fp32
+    def __init__(
+        self,
+        module: nn.Module | Callable[[], nn.Module],
+        *,
+        scan: Mapping[str, Scan] | None = None,
+        keep_in_fp32: tuple[str, ...] = (),
+        kept: Kept | None = None,
+        key: Any = None,
+    ):
+        """`scan` says which lists of blocks, by name, run as one scan. `keep_in_fp32`: parts of parameter names that stay
+        float32 whatever the dtype of the others; a module may also name them in its `facts`, as "keep_in_fp32".
+
+        A function in the place of `module` is called when the module is first needed. Where an earlier process has `kept` its
+        outline under `key` (JSON-ready: all that the function depends on), that is when something has to be traced.
+        """
+        self._make = (lambda: module) if isinstance(module, nn.Module) else module
+        self._scan, self._keep_in_fp32, self._fsdp = dict(scan or {}), keep_in_fp32, False
         self._stacks: dict[str, ScannedBlocks] = {}
         """By the prefix of their parameters' names."""
-        for name, how in (scan or {}).items():
+        self._key = [_name_of(self._make), key, repr(self._scan)]
+        self._outlines = kept or Kept()
+        self.outline = Outline.of_entry(self._outlines.get("outline", self._key, self._described))
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The module, built: parameters have no values."""
+        module = self._make()
+        for name, how in self._scan.items():
             blocks = ScannedBlocks(getattr(module, name), how)
             setattr(module, name, blocks)
+            blocks.fsdp = self._fsdp
             self._stacks[f"{name}.layer."] = blocks
+        return module
+
+    def _described(self) -> Entry:
+        module = self.module
+        shared: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            shared.setdefault(id(parameter), []).append(self._public(name))
+        outline = Outline(
+            parameters={self._public(name): tuple(parameter.shape) for name, parameter in module.named_parameters()},
+            sources={group[0]: group for group in shared.values()},
+            depths={prefix.replace(".layer.", ".*."): stack.depth for prefix, stack in self._stacks.items()},
+            splits_tokens=bool(self._stacks) and all(stack.tokens for stack in self._stacks.values()),
+            buffers={name: buffer.numpy() for name, buffer in module.named_buffers()},
+            config=config_of(module),
+            facts=Config(getattr(module, "facts", {})),
+            words=words_of(module),
+        )
+        return outline.entry(code_of(module))
+
+    @property
+    def config(self) -> Config:
+        """The module's config, with its class's defaults filled in."""
+        return self.outline.config
+
+    @property
+    def facts(self) -> Config:
+        """What the module says of itself."""
+        return self.outline.facts
 
     @property
     def splits_tokens(self) -> bool:
         """Whether its blocks can have their tokens split over devices."""
-        return bool(self._stacks) and all(stack.tokens for stack in self._stacks.values())
+        return self.outline.splits_tokens
 
     @property
     def fsdp(self) -> bool:
         """Whether the weights of blocks are split over the devices that split tokens, and gathered block by block."""
-        return any(stack.fsdp for stack in self._stacks.values())
+        return self._fsdp
 
     @fsdp.setter
     def fsdp(self, value: bool) -> None:
+        self._fsdp = value and bool(self._scan)
         for stack in self._stacks.values():
-            stack.fsdp = value
+            stack.fsdp = self._fsdp
 
     def parameters(self, dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every parameter, by checkpoint name; tied parameters once."""
-        structs = {}
-        for name, parameter in self.module.named_parameters():
-            fp32 = any(part in name.split(".") for part in self.keep_in_fp32)
-            structs[self._public(name)] = jax.ShapeDtypeStruct(tuple(parameter.shape), np.float32 if fp32 else dtype)
-        return structs
+        in_fp32 = {*self._keep_in_fp32, *self.facts.get("keep_in_fp32", ())}
+        return {
+            name: jax.ShapeDtypeStruct(shape, np.float32 if in_fp32 & set(name.split(".")) else dtype)
+            for name, shape in self.outline.parameters.items()
+        }
 
-    def sources(self) -> dict[str, list[str]]:
+    def sources(self) -> Mapping[str, list[str]]:
         """For every parameter, the checkpoint names it may have: tied ones have several."""
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(self._public(name))
-        return {group[0]: group for group in names.values()}
+        return self.outline.sources
 
     def depth(self, name: str) -> int:
         """How many blocks the stacked parameter `name` has."""
-        return next(s.depth for prefix, s in self._stacks.items() if name.startswith(prefix.replace(".layer.", ".*.")))
+        return next(depth for prefix, depth in self.outline.depths.items() if name.startswith(prefix))
 
     @contextmanager
     def tapped(self, kept: tuple[jax.Array, ...] | None = None) -> Iterator[Tap]:
@@ -429,8 +478,9 @@ class TracedModule:
 
         Raises `ValueError` for a module that has not exactly one scanned stack.
         """
+        module = self.module
         if len(self._stacks) != 1:
-            raise ValueError(f"{type(self.module).__name__} has {len(self._stacks)} scanned stacks of blocks, not one")
+            raise ValueError(f"{type(module).__name__} has {len(self._stacks)} scanned stacks of blocks, not one")
         (stack,) = self._stacks.values()
         stack.tap = Tap(kept)
         try:
@@ -440,23 +490,22 @@ class TracedModule:
 
     def buffers(self) -> Params:
         """The module's buffers (RoPE tables and the like), computed by its own constructor."""
-        return {name: jnp.asarray(buffer.numpy()) for name, buffer in self.module.named_buffers()}
+        return {name: jnp.asarray(buffer) for name, buffer in self.outline.buffers.items()}
 
     def function(self, method: str = "forward", **static: Any) -> Callable[..., Any]:
-        """``f(params, *args, **kwargs)`` over jax arrays; `method` may be dotted ("decoder.forward"); `static`: fixed ones.
+        """``f(params, *args, **kwargs)`` over jax arrays; `method` may be dotted ("decoder.forward"). `static` are fixed.
 
         Results are trees of arrays; strings and None in them pass through.
         """
-        owner_name, _, name = method.rpartition(".")
-        owner = self.module.get_submodule(owner_name)
-        call = getattr(type(owner), name)
 
         def pure(params: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
+            owner_name, _, name = method.rpartition(".")
+            owner = self.module.get_submodule(owner_name)
             swapped = {self._private(k): v for k, v in params.items()}
             with _tracing() as env:
                 swapped, args, kwargs = env.j2t_iso((swapped, args, kwargs))
                 with stateless._reparametrize_module(self.module, swapped, tie_weights=True):
-                    out = call(owner, *args, **kwargs, **static)
+                    out = getattr(type(owner), name)(owner, *args, **kwargs, **static)
             return pytree.tree_map_only(torch.Tensor, lambda t: t.jax(), out)
 
         return pure
@@ -469,3 +518,9 @@ class TracedModule:
 
     def _private(self, name: str) -> str:
         return name.replace(".*.", ".layer.")
+
+
+def _name_of(make: Callable) -> str:
+    """A function's name, with the class of whom it is a method of."""
+    owner = getattr(make, "__self__", None)
+    return " of ".join(f"{x.__module__}:{x.__qualname__}" for x in (make, *([] if owner is None else [type(owner)])))

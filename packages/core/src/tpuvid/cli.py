@@ -412,7 +412,7 @@ def _load(model: str, options: Mapping[str, Any]) -> Pipeline:
 
     progress = ConsoleProgress()
     with progress.phase("start"):  # jax and torch are imported here
-        return tpuvid.load(model, progress=progress, **options)
+        return tpuvid.load(model, progress=progress, keep_programs=True, **options)
 
 
 def _stage_model(

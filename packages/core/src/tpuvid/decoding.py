@@ -43,14 +43,14 @@ class VaeDecoder(ABC):
 
     component: ClassVar[str] = "vae"
     """The checkpoint's folder with its config and weights; a `tpuvid.stages.DecoderSpec` has its own."""
-    stock_vae: ClassVar[type]
-    """The class of diffusers that encodes too: what previews are fitted with."""
+    stock_vae: ClassVar[str]
+    """The class of diffusers that encodes too, as "module:class": what previews are fitted with."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         runtime: Runtime,
-        module: nn.Module,
+        module: nn.Module | TracedModule,
         *,
         channels: int,
         tiling: Tiling,
@@ -61,7 +61,7 @@ class VaeDecoder(ABC):
         self.checkpoint, self.runtime = checkpoint, runtime
         self.channels, self.unused = channels, unused
         self.tiling = tiling if runtime.vae_tiling else None
-        self.traced = TracedModule(build(lambda: module))
+        self.traced = module if isinstance(module, TracedModule) else TracedModule(build(lambda: module))
         self.split: SpatialSplit | None = None
         self._place_on(1 if self.tiling else len(runtime.devices))
 

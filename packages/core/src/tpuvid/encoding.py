@@ -28,19 +28,22 @@ class Encoder:
         self,
         checkpoint: Checkpoint,
         runtime: Runtime,
-        module: nn.Module,
+        module: nn.Module | Callable[[], nn.Module],
         *,
-        heads: set[int],
+        heads: Sequence[str],
         rules: Sequence[Rule],
         component: str = "text_encoder",
         unused: Sequence[str] = (),
         scan: dict[str, int] | None = None,
     ):
-        """`heads`: numbers of heads that a mesh has to divide; `unused`: prefixes of weights that `module` leaves out."""
+        """`module`: of the component's config.json, or a function that makes it of that. `heads`: entries of the config that
+        a mesh has to divide; `unused`: prefixes of weights that `module` leaves out."""
         self.checkpoint, self.runtime, self.component = checkpoint, runtime, component
         self.rules, self.unused = rules, unused
-        self.traced = TracedModule(module, scan=scan)
-        self.mesh = runtime.encoder_mesh({*heads, *split_sizes(self.traced.parameters(runtime.dtype), rules)})
+        config = checkpoint.config(component)
+        self.traced = TracedModule(module, scan=scan, kept=runtime.kept.outlines, key=config)
+        numbers = {self.traced.config[name] for name in heads}
+        self.mesh = runtime.encoder_mesh(numbers | split_sizes(self.traced.parameters(runtime.dtype), rules))
         self.programs = runtime.programs(self.mesh, effort=LEAST_EFFORT)
 
     def verify(self) -> None:
@@ -64,7 +67,7 @@ class Encoder:
 
 def check_vocabulary(name: str, tokenizer: Any, encoder: Encoder) -> None:
     """Raise `InputError` if the tokenizer of component `name` gives tokens that the encoder has no embedding of."""
-    words = encoder.traced.module.get_input_embeddings().num_embeddings
+    words = encoder.traced.outline.words
     if len(tokenizer) > words:
         raise InputError(
             f"{name} has {len(tokenizer)} words, {encoder.component} embeds {words}: they are of two models; "

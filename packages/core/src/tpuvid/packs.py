@@ -91,18 +91,13 @@ class Pack:
         Unpickles and loads machine code: raises `InputError` before that unless the pack is trusted and the bytes are those
         that were written.
         """
-        import jax
-        from jax.experimental.serialize_executable import deserialize_and_load
-
         self.require_trust()
-        devices = tuple(mesh.devices.flat)
-        in_tree = jax.tree.structure((args, {}))
         try:
             payload = zlib.decompress(_payload(self.path, program))
-            out_tree = jax.tree.structure(tree_from_json(program.out_tree))
+            tree_from_json(program.out_tree)
         except (zlib.error, ValueError):
             raise InputError(f"{self.path}: {program.name!r} is damaged; make or fetch the pack again") from None
-        return deserialize_and_load(payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices)
+        return deserialized(payload, program.out_tree, args, mesh)
 
 
 def read_pack(path: str | Path, *, trusted: bool = False) -> Pack:
@@ -165,9 +160,8 @@ class PackWriter:
         """A program compiled for arguments like `args`; raises `TypeError` for results other than trees of plain containers."""
         import jax
         import numpy as np
-        from jax.experimental.serialize_executable import serialize
 
-        payload, _, out_tree = serialize(compiled)
+        payload, out_tree = serialized(compiled)
         data = zlib.compress(payload, COMPRESSION)
         program = PackedProgram(
             tensor=str(len(self.programs)),
@@ -175,7 +169,7 @@ class PackWriter:
             name=name,
             signature=signature(args, mesh),
             arguments=", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(args[1:])),
-            out_tree=tree_to_json(jax.tree.unflatten(out_tree, range(out_tree.num_leaves))),
+            out_tree=out_tree,
             sha256=hashlib.sha256(data).hexdigest(),
             bytes=len(data),
         )
@@ -194,6 +188,26 @@ class PackWriter:
 
 def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def serialized(compiled: jax.stages.Compiled) -> tuple[bytes, Any]:
+    """A program's bytes, and the tree of its results (see `tree_to_json`); raises `TypeError` as that does."""
+    import jax
+    from jax.experimental.serialize_executable import serialize
+
+    payload, _, out_tree = serialize(compiled)
+    return payload, tree_to_json(jax.tree.unflatten(out_tree, range(out_tree.num_leaves)))
+
+
+def deserialized(payload: bytes, out_tree: Any, args: tuple[Any, ...], mesh: Mesh) -> jax.stages.Compiled:
+    """The program of `serialized`, for arguments like `args` on the devices of `mesh`. It unpickles and loads machine code, so
+    the bytes must come from who may run code here."""
+    import jax
+    from jax.experimental.serialize_executable import deserialize_and_load
+
+    devices = tuple(mesh.devices.flat)
+    trees = jax.tree.structure((args, {})), jax.tree.structure(tree_from_json(out_tree))
+    return deserialize_and_load(payload, *trees, backend=devices[0].client, execution_devices=devices)
 
 
 # What a program is for

@@ -12,18 +12,20 @@ from typing import Any
 import numpy as np
 
 import tpuvid
-from tpuvid.artifacts import tensors_digest
+from tpuvid.artifacts import file_sha256, tensors_digest
 from tpuvid.checkpoint import Checkpoint, check_origin, resolve_model
 from tpuvid.control import Cancelled, Control
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.following import Follower
+from tpuvid.kept import Kept
+from tpuvid.kept_programs import KeptPrograms
 from tpuvid.lora import read_loras
 from tpuvid.mesh import MeshConfig
 from tpuvid.packs import Pack, read_pack
 from tpuvid.progress import Progress
 from tpuvid.resume import Checkpoints
-from tpuvid.run_key import run_key
-from tpuvid.runtime import Runtime, enable_compilation_cache
+from tpuvid.run_key import run_key, stages_key
+from tpuvid.runtime import Runtime, enable_compilation_cache, plugin_tables
 from tpuvid.stages import Conditioning, GenerationConfig, History, Latents, ModelSpec, StepCallback, Video, check_finite
 
 LOADERS = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
@@ -46,6 +48,7 @@ def load(
     trust_pack: bool = False,
     keep_loaded: bool = True,
     progress: Progress | None = None,
+    keep_programs: bool = False,
 ) -> Pipeline:
     """A pipeline for `model`; a stage's weights are loaded when it first runs.
 
@@ -66,6 +69,9 @@ def load(
             next one loads, for models whose stages don't fit in memory together. A text encoder on an accelerator is
             always freed before denoising.
         progress: where phases and steps are reported; default: recorded, not shown.
+        keep_programs: start from what earlier processes have traced and compiled, and leave the same for later ones, in
+            TPUVID_CACHE_DIR, as the ``tpuvid`` command does. Not for a process that monkeypatches tpuvid, diffusers or
+            transformers: what is kept doesn't know of it.
 
     Raises:
         InputError: unknown model, incomplete checkpoint, damaged pack, or options that this machine can't run.
@@ -88,6 +94,7 @@ def load(
         profile=profile,
         pack=pack,
         progress=progress or Progress(),
+        kept=KeptPrograms(Kept.in_cache() if keep_programs else None),
     )
     return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
 
@@ -323,7 +330,8 @@ class Pipeline:
             self.checkpoint.require(self.spec.components[name])
             with self.runtime.progress.phase(f"open {LOADERS[name].replace('_', ' ')}"):
                 try:
-                    stage = self.spec.load(LOADERS[name], self.checkpoint, self.runtime)
+                    runtime = replace(self.runtime, kept=self.runtime.kept.of_a_stage())
+                    stage = self.spec.load(LOADERS[name], self.checkpoint, runtime)
                     stage.verify()
                 except (TpuvidError, ImportError):
                     raise
@@ -333,6 +341,8 @@ class Pipeline:
                     raise InputError(
                         f"{self.checkpoint.source}: {parts} can't be used ({reason}); download the checkpoint again"
                     ) from error
+            tables = [file_sha256(path) for path in plugin_tables()]
+            runtime.kept.serve([getattr(self.spec, f"load_{LOADERS[name]}"), stages_key({name: stage}, runtime), tables])
             self._opened[name] = stage
         return self._opened[name]
 

@@ -19,6 +19,7 @@ from tpuvid.artifacts import atomic_path, digest_of, write_json
 from tpuvid.cache_folder import cache_folder
 from tpuvid.checkpoint import Checkpoint, weight_files
 from tpuvid.errors import InputError
+from tpuvid.stages import imported
 from tpuvid.video import to_uint8
 
 CLIPS, FRAMES, SIDE = 32, 9, 128
@@ -52,7 +53,7 @@ class Preview:
         folder = checkpoint.component("vae")
         files = [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in weight_files(folder)]
         kept = cache_folder("preview") / f"{digest_of([str(folder), files])[:16]}.json"
-        return cls(decoder, _kept(kept) if kept.exists() else _fitted(decoder.stock_vae, folder, kept), path)
+        return cls(decoder, _kept(kept) if kept.exists() else _fitted(imported(decoder.stock_vae), folder, kept), path)
 
     def show_soon(self, latents: Callable[[], np.ndarray]) -> None:
         """`show` in a thread of its own, so that no step waits for it. Of pictures that come faster than they are written, only

@@ -44,8 +44,9 @@ LIBRARIES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transf
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 APART = {
-    "artifacts", "builtin", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "lora", "options",
-    "packs", "pipeline", "profiling", "progress", "registry", "run_key", "stages", "video", "weights",
+    "artifacts", "builtin", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "kept",
+    "kept_programs", "lora", "options", "packs", "pipeline", "profiling", "progress", "registry", "run_key", "stages",
+    "video", "weights",
 }  # fmt: skip
 APART_FOLDERS = {"plan", "plugin", "testing"}
 """Modules of tpuvid whose code enters no program; any other's change makes a pack another's."""
@@ -63,10 +64,16 @@ def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig
     Not in it, since no program depends on it: prompt, seed, number of steps (two or more), guidance scale (only whether there
     is guidance), flow shift, which steps a cache serves, fps, LoRA.
     """
+    key = settings_key(spec, config) | stages_key(stages, runtime) | {"source": source_hash(_packages(spec, config))}
+    return {name: value for name, value in key.items() if set(CONCERNS.get(name, STAGES)) & set(stages)}
+
+
+def stages_key(stages: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
+    """The part of `run_key` that doesn't depend on what is asked for, but for tpuvid's own sources."""
     import jax
 
     first = runtime.devices[0]
-    key = settings_key(spec, config) | {
+    return {
         "mesh": _layout_text(stages.get("denoise")),
         "dtype": runtime.dtype.name,
         "attention_backend": runtime.attention_backend,
@@ -80,13 +87,11 @@ def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig
         "matmul_precision": jax.config.jax_default_matmul_precision,
         "x64": jax.dtypes.canonicalize_dtype("float64") == "float64",
         "configs": {name: module_configs(stage) for name, stage in stages.items()},
-        **{name: _version(name) for name in LIBRARIES if name != "libtpu" or first.platform == "tpu"},
+        **{name: installed_version(name) for name in LIBRARIES if name != "libtpu" or first.platform == "tpu"},
         **{name: " ".join(os.environ.get(name, "").split()) for name in VARIABLES},
-        "kernels": _hash_sources("tpuvid.kernels"),
+        "kernels": sources_hash("tpuvid.kernels"),
         "block_sizes": _own_block_sizes(),
-        "source": source_hash(_packages(spec, config)),
     }
-    return {name: value for name, value in key.items() if set(CONCERNS.get(name, STAGES)) & set(stages)}
 
 
 def _packages(spec: ModelSpec, config: GenerationConfig) -> tuple[str, ...]:
@@ -133,9 +138,7 @@ def module_configs(stage: Any) -> list[dict[str, Any]]:
     for value in vars(stage).values():
         traced = value if isinstance(value, TracedModule) else getattr(value, "traced", None)
         if isinstance(traced, TracedModule):
-            module = next((m for m in traced.module.modules() if hasattr(m, "config")), None)
-            config = {} if module is None else module.config
-            found.append(_plain(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
+            found.append(_plain(traced.config))
     if is_dataclass(guidance := getattr(stage, "guidance", None)):  # of HunyuanVideo: its form is traced
         found.append(_plain(asdict(guidance)))
     return found
@@ -221,7 +224,7 @@ def _layout_text(denoiser: Any) -> str | None:
     return None if layout is None else str(layout)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     for name in (package, f"{package}-tpu"):  # diffusers has a fork that answers to the same import
         try:
             return version(name)
@@ -245,11 +248,11 @@ def _cpu() -> str:
 @cache
 def source_hash(families: tuple[str, ...]) -> str:
     """Of the modules of tpuvid that enter programs, and of the families' packages."""
-    return _hash_sources("tpuvid", *families, apart=lambda path: path.parts[0] in APART_FOLDERS or path.stem in APART)
+    return sources_hash("tpuvid", *families, apart=lambda path: path.parts[0] in APART_FOLDERS or path.stem in APART)
 
 
 @cache
-def _hash_sources(*packages: str, apart: Callable[[Path], bool] = lambda path: False) -> str:
+def sources_hash(*packages: str, apart: Callable[[Path], bool] = lambda path: False) -> str:
     """Of code and of data tables, whichever the package holds, but not of bundled configs and weights."""
     digest = hashlib.sha256()
     for package in packages:

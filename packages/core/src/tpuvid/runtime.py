@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpuvid.artifacts import check_folder
 from tpuvid.cache_folder import cache_folder
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.kept_programs import KeptPrograms
 from tpuvid.kernels import placed_on
 from tpuvid.kernels.block_sizes import block_rows, read_rows, tables_in_use
 from tpuvid.kernels.placement import WINDOWED_BACKENDS
@@ -89,6 +90,8 @@ class Runtime:
     pack: Pack | None = None
     """Programs that need not be compiled; checked by whoever knows what is to run."""
     progress: Progress = field(default_factory=Progress)
+    kept: KeptPrograms = field(default_factory=KeptPrograms)
+    """What earlier processes have traced and compiled for one stage."""
 
     @classmethod
     def create(cls, *, dtype: str | None = None, **options: Any) -> Runtime:
@@ -216,10 +219,14 @@ class Programs:
         if key not in self._compiled:
             program = self._from_pack(what, args) if self._runtime.pack else None
             if program is None:
-                with self._runtime.progress.phase(f"{self._doing} {what}"), self._runtime.scope(self._mesh):
-                    program = self._compile(what, jax.jit(function, donate_argnums=donate), args)
+                how = [what, repr(variant), donate, self._options]
+                program = self._runtime.kept.get(how, args, self._mesh, partial(self._made, what, function, donate, args))
             self._compiled[key] = program
         return self._compiled[key]
+
+    def _made(self, what: str, function: Callable, donate: tuple[int, ...], args: tuple[Any, ...]) -> Callable:
+        with self._runtime.progress.phase(f"{self._doing} {what}"), self._runtime.scope(self._mesh):
+            return self._compile(what, jax.jit(function, donate_argnums=donate), args)
 
     def _from_pack(self, what: str, args: tuple[Any, ...]) -> Callable | None:
         """The program as the pack has it; None, with a note of why, where it is to be compiled: better late than not at all."""

@@ -8,6 +8,7 @@ denoising loop is then the same compiled step for all of them, with no host arit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from jax import Array
 from jaxtyping import Float
+
+from tpuvid.kept import Entry, Kept
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,18 @@ class Schedule:
     @property
     def memories(self) -> int:
         return self.weights.shape[1] - 1
+
+    @classmethod
+    def kept(cls, kept: Kept, key: Any, make: Callable[[], Schedule]) -> Schedule:
+        """What `make` gives, or an earlier process had from it under `key` (JSON-ready: all that it depends on)."""
+
+        def entry() -> Entry:
+            made = make()
+            arrays = {"timesteps": made.timesteps, "weights": made.weights}
+            return Entry(arrays if made.denoised is None else arrays | {"denoised": made.denoised}, {"draws": list(made.draws)})
+
+        found = kept.get("schedule", key, entry)
+        return cls(**found.arrays, draws=tuple(found.about["draws"]))
 
 
 def advance(

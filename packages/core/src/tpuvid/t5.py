@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ RULES = (
 class T5TextEncoder(Encoder, ABC):
     """A `tpuvid.stages.TextEncoder` over an encoder of transformers; a family says in `embed` what it does with padding."""
 
-    def __init__(self, checkpoint: Checkpoint, runtime: Runtime, *, module: nn.Module, tokenizer: Any):
-        super().__init__(checkpoint, runtime, module, heads={module.config.num_heads}, rules=RULES)
+    def __init__(
+        self, checkpoint: Checkpoint, runtime: Runtime, *, module: nn.Module | Callable[[], nn.Module], tokenizer: Any
+    ):
+        super().__init__(checkpoint, runtime, module, heads=("num_heads",), rules=RULES)
         self.tokenizer = tokenizer
 
     def verify(self) -> None:

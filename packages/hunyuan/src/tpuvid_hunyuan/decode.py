@@ -124,7 +124,7 @@ class DecoderHalf(nn.Module):
 
 
 class HunyuanDecoder(VaeDecoder):
-    stock_vae = AutoencoderKLHunyuanVideo15
+    stock_vae = "diffusers:AutoencoderKLHunyuanVideo15"
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         config = checkpoint.config("vae")

@@ -56,12 +56,12 @@ class HunyuanTextEncoder:
         )
         layers = text.num_hidden_layers
         unused = ["norm.", *(f"layers.{i}." for i in range(layers - SKIPPED_LAYERS, layers))]
-        heads = {text.num_attention_heads, text.num_key_value_heads}
+        heads = "num_attention_heads", "num_key_value_heads"
         self.text = Encoder(
             checkpoint, runtime, text_module(text), heads=heads, rules=QWEN, unused=unused, scan={"layers": Scan(1)}
         )
         module = build(lambda: T5EncoderModel(glyphs))
-        self.glyphs = Encoder(checkpoint, runtime, module, component="text_encoder_2", heads={glyphs.num_heads}, rules=t5.RULES)
+        self.glyphs = Encoder(checkpoint, runtime, module, component="text_encoder_2", heads=("num_heads",), rules=t5.RULES)
         self.glyph_width = glyphs.d_model
 
     def verify(self) -> None:

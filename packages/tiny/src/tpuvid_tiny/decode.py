@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from jax import Array
 from jaxtyping import Float
 from torch import Tensor, nn
-from tpuvid.bridge import build
+from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.decoding import FRAMES, VaeDecoder, split_evenly
 from tpuvid.runtime import Runtime
@@ -67,7 +66,7 @@ class PreviewNetwork(nn.Module):
 
 class PreviewDecoder(VaeDecoder):
     component = "preview"
-    stock_vae = AutoencoderKLWan
+    stock_vae = "diffusers:AutoencoderKLWan"
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         config = checkpoint.config(self.component)
@@ -78,7 +77,7 @@ class PreviewDecoder(VaeDecoder):
         super().__init__(
             checkpoint,
             runtime,
-            build(lambda: PreviewNetwork(config)),
+            TracedModule(lambda: build(lambda: PreviewNetwork(config)), kept=runtime.kept.outlines, key=config),
             channels=config["latent_channels"],
             tiling=Tiling(side, side),
         )

@@ -8,17 +8,16 @@ run as one `jax.lax.scan`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T, WanCausalConv3d
 from jax import Array
 from jaxtyping import Float
 from torch import nn
-from tpuvid.bridge import build
+from tpuvid.bridge import TracedModule
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.decoding import FRAMES, LATENTS, VaeDecoder, split_evenly
 from tpuvid.errors import InputError
@@ -30,42 +29,31 @@ ENCODER_HALF = ("encoder.", "quant_conv.")  # the checkpoint's other half
 CHUNK = 8
 """Latent frames per call at most: 32 video frames reach the host while the next ones are computed."""
 
+LOOK_BACK = 2
+"""Frames that a convolution remembers: ``CACHE_T`` of diffusers."""
+
 Cache = dict[int, Array]
 """Slot of a convolution → the frames [B, C, 2, h, w] that it remembers."""
 
 
-class FrameDecoder(nn.Module):
-    """The half of the VAE that decodes, under the checkpoint's own names."""
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    from tpuvid_wan.vae import build_decoder  # diffusers is imported when something has to be traced
 
-    def __init__(self, vae: AutoencoderKLWan):
-        super().__init__()
-        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
-        self.slots = sum(isinstance(m, WanCausalConv3d) for m in self.decoder.modules())
-
-    def forward(self, z, cache, first_chunk):
-        x = self.decoder(self.post_quant_conv(z), feat_cache=cache, feat_idx=[0], first_chunk=first_chunk)
-        return x, cache
+    return build_decoder(config)
 
 
 class WanDecoder(VaeDecoder):
-    stock_vae = AutoencoderKLWan
+    stock_vae = "diffusers:AutoencoderKLWan"
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         config = checkpoint.config("vae")
         if config.get("patch_size") or config.get("is_residual"):
             raise InputError("this checkpoint's VAE is Wan 2.2's (patch_size, is_residual); tpuvid-wan decodes Wan 2.1's")
-        vae = build(lambda: AutoencoderKLWan.from_config(config))
-        self.mean, self.std = (
-            np.asarray(values, np.float32).reshape(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        ratio = vae.spatial_compression_ratio
-        tiling = Tiling(
-            Side.by_stride(vae.tile_sample_min_height, vae.tile_sample_stride_height, ratio),
-            Side.by_stride(vae.tile_sample_min_width, vae.tile_sample_stride_width, ratio),
-        )
-        channels = self.mean.shape[1]
-        super().__init__(checkpoint, runtime, FrameDecoder(vae), channels=channels, tiling=tiling, unused=ENCODER_HALF)
+        traced = TracedModule(lambda: _build(config), kept=runtime.kept.outlines, key=config)
+        facts = traced.facts
+        self.mean, self.std = (np.asarray(x, np.float32).reshape(1, -1, 1, 1, 1) for x in (facts.mean, facts.std))
+        tiling = Tiling(Side.by_stride(*facts.tile_height), Side.by_stride(*facts.tile_width))
+        super().__init__(checkpoint, runtime, traced, channels=self.mean.shape[1], tiling=tiling, unused=ENCODER_HALF)
 
     def denormalise(self, latents: Float[np.ndarray, "B C f h w"]) -> Float[np.ndarray, "B C f h w"]:
         return latents * self.std + self.mean
@@ -88,7 +76,7 @@ class WanDecoder(VaeDecoder):
         cache = {}
         for slot, (value, shape) in enumerate(zip(found, shapes, strict=True)):
             if isinstance(value, Array):
-                missing = CACHE_T - value.shape[2]
+                missing = LOOK_BACK - value.shape[2]
                 cache[slot] = jnp.pad(value, ((0, 0), (0, 0), (missing, 0), (0, 0), (0, 0)))
             elif value is not None:  # "Rep": a temporal upsampler that the first frame skips
                 cache[slot] = jnp.zeros(shape.shape, shape.dtype)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import diffusers
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
+from torch import nn
 from tpuvid.bridge import Scan, TracedModule
 from tpuvid.checkpoint import Checkpoint, Weights
 from tpuvid.control import Loop
@@ -25,7 +25,6 @@ from tpuvid.weights import load_parameters, match_parameters
 
 from tpuvid_wan.lora import adapt
 from tpuvid_wan.sharding import TRANSFORMER
-from tpuvid_wan.transformer import TextToVideoTransformer, build_transformer
 
 SCHEDULERS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
 """By class: what its configuration calls the shift."""
@@ -39,6 +38,8 @@ def make_schedule(config: Mapping, num_inference_steps: int, flow_shift: float |
     if name not in SCHEDULERS:
         raise InputError(f"scheduler {name!r}: Wan runs with {' or '.join(SCHEDULERS)}; change scheduler_config.json")
     changes = {} if flow_shift is None else {SCHEDULERS[name]: flow_shift}
+    import diffusers
+
     try:
         return tabulate(getattr(diffusers, name).from_config(config, **changes), num_inference_steps)
     except ValueError as error:
@@ -48,25 +49,25 @@ def make_schedule(config: Mapping, num_inference_steps: int, flow_shift: float |
 class WanDenoiser:
     rules: ClassVar = TRANSFORMER
 
-    def build(self) -> TextToVideoTransformer:
+    def build(self) -> nn.Module:
         """The module of `config`, without weights."""
+        from tpuvid_wan.transformer import build_transformer  # diffusers is imported when something has to be traced
+
         return build_transformer(self.config)
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         self.config = checkpoint.config("transformer")
         self.scheduler_config = checkpoint.config("scheduler", "scheduler_config.json")
         self.runtime = runtime
-        module = self.build()
-        keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-        self.traced = TracedModule(module, scan={"blocks": BLOCKS}, keep_in_fp32=keep)
-        self.mesh = runtime.denoiser_mesh(self.traced, module.config.num_attention_heads, self.rules)
+        self.traced = TracedModule(self.build, scan={"blocks": BLOCKS}, kept=runtime.kept.outlines, key=self.config)
+        self.mesh = runtime.denoiser_mesh(self.traced, self.traced.config.num_attention_heads, self.rules)
         self.checkpoint = checkpoint
         self.sampler = Sampler(self.traced, self._predict, self.mesh, runtime)
         self.once = runtime.programs(self.mesh, effort=LEAST_EFFORT)
 
     def verify(self) -> None:
         match_parameters(self.traced, self._weights())
-        make_schedule(self.scheduler_config, 2, None)
+        self._schedule(2, None)
 
     def load(self) -> None:
         self.params = load_parameters(self.traced, self._weights(), mesh=self.mesh, rules=self.rules, dtype=self.runtime.dtype)
@@ -78,24 +79,22 @@ class WanDenoiser:
     def resolve(self, config: GenerationConfig) -> GenerationConfig:
         own = self.scheduler_config.get(SCHEDULERS[self.scheduler_config["_class_name"]], 1.0)
         config = config.override(flow_shift=own) if config.flow_shift is None else config
-        make_schedule(
-            self.scheduler_config, config.num_inference_steps, config.flow_shift
-        )  # fails for steps that it can't make
+        self._schedule(config.num_inference_steps, config.flow_shift)  # fails for steps that it can't make
         return config
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
-        check_embeds(tensors, self.traced.module.config.text_dim)
+        check_embeds(tensors, self.traced.config.text_dim)
 
     def denoise(
         self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop
     ) -> Float[np.ndarray, "B C f h w"]:
-        schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
+        schedule = self._schedule(config.num_inference_steps, config.flow_shift)
         scales = guidance_scales(config)
         text = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
         text = self._prompt(self.runtime.put(text, batch_sharded(self.mesh, len(text))))
         generators = make_generators(loop.seeds)
         noise = make_noise(self._latent_shape(config), generators)
-        patches = self.traced.module.config.patch_size
+        patches = self.traced.config.patch_size
         grid = tuple(size // patch for size, patch in zip(noise.shape[2:], patches, strict=True))
         return self.sampler.sample(
             self.params, text, noise, schedule, scales=scales, generators=generators, cache=step_cache(config), loop=loop,
@@ -123,7 +122,11 @@ class WanDenoiser:
 
         return self.once.get("prompt's keys and values", keys_values, self.params, text)(self.params, text)
 
+    def _schedule(self, num_inference_steps: int, flow_shift: float | None) -> Schedule:
+        wanted = self.scheduler_config, num_inference_steps, flow_shift
+        return Schedule.kept(self.runtime.kept.outlines, wanted, lambda: make_schedule(*wanted))
+
     def _latent_shape(self, config: GenerationConfig) -> tuple[int, int, int, int]:
-        channels = self.traced.module.config.in_channels
+        channels = self.traced.config.in_channels
         frames = (config.num_frames - 1) // VAE_TIME + 1
         return channels, frames, config.height // VAE_SPACE, config.width // VAE_SPACE

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
 
-import ftfy
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
+from torch import nn
 from tpuvid.bridge import build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.runtime import Runtime
 from tpuvid.t5 import T5TextEncoder
-from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
 
 
 def clean_prompt(text: str) -> str:
     """Mend mis-encoded text, undo HTML escapes (twice, as the reference does) and collapse whitespace."""
+    import ftfy
+
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 
+def _build(folder: Path) -> nn.Module:
+    from transformers import AutoConfig, UMT5EncoderModel  # seconds, and needed only when something has to be traced
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return build(lambda: UMT5EncoderModel(config))
+
+
 class WanTextEncoder(T5TextEncoder):
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
-        config = AutoConfig.from_pretrained(checkpoint.component("text_encoder"), trust_remote_code=False)
+        from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.component("tokenizer"), trust_remote_code=False)
-        super().__init__(checkpoint, runtime, module=build(lambda: UMT5EncoderModel(config)), tokenizer=tokenizer)
+        super().__init__(checkpoint, runtime, module=lambda: _build(checkpoint.component("text_encoder")), tokenizer=tokenizer)
 
     def prepare(self, prompt: str) -> str:
         return clean_prompt(prompt)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers.loaders import WanLoraLoaderMixin
 from tpuvid.checkpoint import Weights
 from tpuvid.errors import InputError
 from tpuvid.lora import AdaptedWeights, Delta, Lora, LowRank, Offset
@@ -24,6 +23,8 @@ def adapt(weights: Weights, loras: Sequence[Lora]) -> Weights:
 
 def read_lora(lora: Lora) -> dict[str, list[Delta]]:
     """The deltas of one file by checkpoint parameter; raises `InputError` if it is no LoRA of a Wan transformer."""
+    from diffusers.loaders import WanLoraLoaderMixin  # seconds, and only where there is a LoRA
+
     state, metadata = WanLoraLoaderMixin.lora_state_dict(str(lora.path), use_safetensors=True, return_lora_metadata=True)
     tensors = {name.removeprefix(PREFIX): _to_numpy(value) for name, value in state.items()}
     deltas: dict[str, list[Delta]] = defaultdict(list)

@@ -31,6 +31,7 @@ def build_transformer(
 ) -> TextToVideoTransformer:
     """The module of transformer/config.json."""
     module = build(lambda: kind.from_config(config))
+    module.facts = {"keep_in_fp32": tuple(module._keep_in_fp32_modules or ())}
     module.set_attn_processor(SplitTokenAttention())
     module.condition_embedder.text_embedder.forward = lambda keys_values: keys_values  # these are past it
     return module

@@ -21,7 +21,7 @@ STATISTICS = ("latents_mean", "latents_std")  # of each channel: buffers of the 
 
 
 class LTXDecoder(VaeDecoder):
-    stock_vae = AutoencoderKLLTXVideo
+    stock_vae = "diffusers:AutoencoderKLLTXVideo"
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         vae = build(lambda: AutoencoderKLLTXVideo.from_config(checkpoint.config("vae")))
