@@ -54,6 +54,8 @@ class Batch:
     def run(self) -> dict[int, Exception]:
         """What failed, by number of the job. Raises `KeyboardInterrupt`, between two parts of the work, once cancelled."""
         missing = [i for i, job in enumerate(self.jobs) if not (self.resume and self.work.load_latents(job.config))]
+        if missing:
+            self.pipe.read_ahead()
         self._encode(missing)
         self.pipe.free()
         groups = list(self._groups(missing))

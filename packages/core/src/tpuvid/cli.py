@@ -18,6 +18,7 @@ import click
 import tpuvid
 from tpuvid.control import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
 from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
+from tpuvid.leaving import leave
 from tpuvid.options import (
     config_option,
     control_options,
@@ -58,8 +59,8 @@ STAGE_FOLDER = "stage_outputs"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; every failure is one line on stderr and an exit code."""
-    sys.exit(run(argv))
+    """Run the command and end the process; every failure is one line on stderr and an exit code."""
+    leave(run(argv))
 
 
 def run(argv: list[str] | None = None) -> int:

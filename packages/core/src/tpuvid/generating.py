@@ -244,8 +244,6 @@ class Generation:
 
     def _make(self, missing: Sequence[Wanted], manifest: Manifest | None, load: Callable[[], Pipeline]) -> dict[str, str] | int:
         """What failed, by name of the video; or the exit code of a run that was stopped."""
-        from tpuvid.batch import Batch
-
         for stage in self.spec.components.values():
             self.checkpoint.require(stage)  # after all that is free to check: this may fetch
         if pack := self.options.get("pack"):
@@ -254,6 +252,8 @@ class Generation:
         try:
             with stoppable() as cancel:
                 pipe = load()
+                from tpuvid.batch import Batch  # after what says that it starts: jax and torch come with it
+
                 pipe.verify()
                 configs = [pipe.resolve(want.config) for want in missing]
                 for config in configs:

@@ -120,6 +120,7 @@ class Pipeline:
         self.verify()
         config = self.resolve(config)
         self.check_pack(config)
+        self.read_ahead()
         latents = self.denoise_config(self.encode_config(config), config, on_step=on_step, control=control)
         if control and control.cancel.cancelled:  # in the last step
             raise Cancelled(config.num_inference_steps, config.num_inference_steps, None, config.seed)
@@ -284,6 +285,11 @@ class Pipeline:
             self.checkpoint.require(components)
         for name in LOADERS:
             self._open(name)
+
+    def read_ahead(self) -> None:
+        """Have the denoiser's weights read from the disk while prompts are encoded: called where both are to come."""
+        if "denoise" not in self._loaded:
+            self.checkpoint.read_ahead(self.spec.components["denoise"])
 
     def resolve(self, config: GenerationConfig) -> GenerationConfig:
         """`config` with what it leaves to the checkpoint filled in; raises `InputError` for what the checkpoint can't take."""

@@ -45,8 +45,8 @@ VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 APART = {
     "artifacts", "builtin", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "kept",
-    "kept_programs", "lora", "options", "packs", "pipeline", "profiling", "progress", "registry", "run_key", "stages",
-    "video", "weights",
+    "kept_programs", "leaving", "lora", "options", "packs", "pipeline", "profiling", "progress", "registry", "run_key",
+    "stages", "video", "weights",
 }  # fmt: skip
 APART_FOLDERS = {"plan", "plugin", "testing"}
 """Modules of tpuvid whose code enters no program; any other's change makes a pack another's."""

@@ -1,0 +1,65 @@
+"""A command whose model has run before starts with what it needs and no more, and ends when its work is done."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = [
+    *("generate", "--model", "wan-tiny", "--prompt", "a red circle growing on a black background"),
+    *("--num-frames", "5", "--steps", "2", "--overwrite", "-o"),
+]
+HEAVY = ("diffusers", "torchax", "transformers.modeling_utils", "scipy", "torch._dynamo", "accelerate")
+
+
+def test_a_warm_start_builds_and_traces_nothing(tmp_path):
+    """Twice, with a cache of their own; the second is the first one's video, bit for bit."""
+    script = (
+        "import sys, json; from tpuvid.cli import run; code = run(sys.argv[1:]);"
+        f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules])); sys.exit(code)"
+    )
+    found = []
+    for name in ("first.mp4", "second.mp4"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script, *COMMAND, str(tmp_path / name)],
+            env=os.environ | {"TPUVID_CACHE_DIR": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.splitlines()[-1])
+    assert "diffusers" in found[0] and found[1] == "[]"
+
+    from tpuvid.record import read_record
+
+    first, second = (read_record(tmp_path / name) for name in ("first.mp4", "second.mp4"))
+    assert first["frames_sha256"] == second["frames_sha256"]
+    assert not any(part.startswith("compile") for stage in second["history"].values() for part in stage["seconds"])
+
+
+LEAVING = """
+import atexit, sys, threading, time
+from tpuvid.leaving import leave
+atexit.register(lambda: print("at exit"))
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread done"))).start()
+class Slow:
+    def __del__(self): print("taken apart")
+kept = Slow()
+{before}
+print("last words", end="")
+leave({code})
+"""
+
+
+@pytest.mark.parametrize(
+    "before, code, out",
+    [
+        ("", 0, "last wordsthread done\nat exit\n"),
+        ("", 3, "last wordsthread done\nat exit\n"),
+        ("sys.stdout.close(); sys.stdout = None; print = lambda *a, **k: None", 3, ""),
+    ],
+)
+def test_the_process_ends_with_its_code_its_threads_and_what_is_to_be_done_at_exit(before, code, out):
+    done = subprocess.run([sys.executable, "-c", LEAVING.format(before=before, code=code)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, "")
