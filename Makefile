@@ -1,7 +1,7 @@
 # The two commands: make demo, make test. Each sets up what it needs.
 # What this may be set to in a container keeps every process from reusing what another has compiled of the imported packages.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: setup demo lint test test-aot torture fidelity benchmark docs dist clean
+.PHONY: setup demo lint test test-oldest test-newest test-aot torture fidelity benchmark docs dist clean
 BIN := .venv/bin
 STAMP := .venv/.set-up
 
@@ -19,8 +19,33 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# With PACKAGE=wan, its tests and core's alone, in an environment (.venv-wan) that has what it needs and nothing else of ours.
+ifdef PACKAGE
+test:
+	scripts/setup.sh -e .venv-$(PACKAGE) -p "$(sort core $(if $(filter tiny,$(PACKAGE)),wan) $(PACKAGE))"
+	.venv-$(PACKAGE)/bin/python -m pytest $(sort tests/core tests/$(PACKAGE)) $(PYTEST_ARGS)
+else
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
+
+# With the oldest, and with the newest, that the packages' own ranges allow, in environments of their own: each family against
+# diffusers once, and what touches libraries that change.
+RANGES := $(addprefix tests/core/test_,$(addsuffix .py,artifacts bridge compare registry rotary sampling schedule video))
+RANGES += $(addprefix tests/together/test_,$(addsuffix .py,checkpoint cli describe_doctor isolation))
+RANGES += $(foreach family,wan cogvideox hunyuan,tests/$(family)/test_$(family)_fidelity.py) -k "not fidelity or DeepCache"
+
+define test-range
+	rm -rf .venv-$(1)
+	scripts/setup.sh -e .venv-$(1) -p "core wan cogvideox hunyuan tiny" -v $(1)
+	.venv-$(1)/bin/python -m pytest $(RANGES) $(PYTEST_ARGS)
+endef
+
+test-oldest:
+	$(call test-range,oldest)
+
+test-newest:
+	$(call test-range,newest)
 
 # Compiles for real TPUs with libtpu: minutes of CPU, gigabytes of memory, no TPU needed.
 test-aot: setup
@@ -54,4 +79,4 @@ dist: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist packages/*
 
 clean:
-	rm -rf .venv dist site
+	rm -rf .venv .venv-* dist site

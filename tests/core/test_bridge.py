@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -250,3 +253,34 @@ def test_rows_run_in_a_loop_of_the_program():
     run = jax.jit(TracedModule(RowByRow()).function("forward"))
     np.testing.assert_array_equal(run({}, x.numpy(), ends.numpy().astype(np.int32)), expected.numpy())
     assert run.lower({}, x.numpy(), ends.numpy().astype(np.int32)).as_text().count("stablehlo.while") == 1
+
+
+def test_what_torchax_names_and_torch_lacks_is_skipped():
+    """In a process of its own: torchax is imported once. Each torch removes other operators; here, one that this torch has."""
+    code = """
+import torch
+from torch._ops import OpOverloadPacket, _OpNamespace
+find, overload = _OpNamespace.__getattr__, OpOverloadPacket.__getattr__
+def without(name, lookup):
+    def changed(owner, key):
+        if key == name:
+            raise AttributeError(f"this torch has no {key}")
+        return lookup(owner, key)
+    return changed
+_OpNamespace.__getattr__ = without("_linalg_slogdet", find)
+OpOverloadPacket.__getattr__ = without("dim_int", overload)
+for name in ("_linalg_slogdet", "prod"):
+    vars(torch.ops.aten).pop(name, None)
+import jax.numpy as jnp
+from tpuvid.bridge import TracedModule, build, environment
+environment()
+assert not hasattr(torch.ops.aten, "_linalg_slogdet"), "others still see that it lacks"
+assert not hasattr(torch.ops.aten.prod, "dim_int")
+from torchax.ops.ops_registry import all_aten_ops
+print([op for op in all_aten_ops if "lacks" in repr(op)])
+traced = TracedModule(build(lambda: torch.nn.Linear(2, 1)))
+print(traced.function()({"weight": jnp.ones((1, 2)), "bias": jnp.ones(1)}, jnp.ones((1, 2))))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "aten._linalg_slogdet" in done.stdout and done.stdout.endswith("[[3.]]\n")

@@ -43,6 +43,10 @@ def is_run(block: Block) -> bool:
     return block.language in ("sh", "python") and not block.is_file and not block.title.startswith("needs")
 
 
+CHANGES = [
+    "CHANGELOG.md",
+    *sorted(f"packages/{path.parent.name}/CHANGELOG.md" for path in (ROOT / "packages").glob("*/CHANGELOG.md")),
+]
 PAGES = [page for page in pages() if (ROOT / page).exists()]
 RUN = [page for page in PAGES if page not in RUN_ELSEWHERE and any(is_run(block) for block in blocks(page))]
 COMPILED: set[str] = set()
@@ -240,7 +244,7 @@ def test_the_site_fetches_nothing_from_elsewhere(site):
         assert not [tag for tag in tags if re.search(r'(?:src|href)=["\']?(?:https?:)?//', tag)], page
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(p for p in PAGES if p.startswith("docs/"))])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *CHANGES, *(p for p in PAGES if p.startswith("docs/"))])
 def test_links_lead_somewhere(page):
     """As a forge shows the files; the site's own links are checked where it is built."""
     text = prose(page)

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from safetensors.numpy import save_file
 from tpuvid.checkpoint import resolve_model
 from tpuvid.cli import run
 from tpuvid.describe import describe, render
-from tpuvid.doctor import diffusers_kind, examine
+from tpuvid.doctor import examine
 from tpuvid.errors import InputError
 
 
@@ -58,17 +60,50 @@ def test_doctor_finds_nothing_wrong_here(capsys):
     assert report["devices"] and report["versions"]["torchax"] == "0.0.13" and not report["problems"]
 
 
+@pytest.fixture
+def fake_diffusers(tmp_path, python_env):
+    """Puts a distribution of this name and version, with these modules, before the real one; runs a program that sees it."""
+
+    def make(name, version, modules=()):
+        (folder := tmp_path / "diffusers" / "models" / "transformers").mkdir(parents=True)
+        for path in (tmp_path / "diffusers" / "__init__.py", *(folder / f"{module}.py" for module in modules)):
+            path.write_text("raise AssertionError('nobody imports it')")
+        (about := tmp_path / f"{name.replace('-', '_')}-{version}.dist-info").mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+        def run(*command):
+            env = python_env | {"PYTHONPATH": str(tmp_path)}
+            return subprocess.run(list(map(str, command)), env=env, cwd=tmp_path, capture_output=True, text=True)
+
+        return run
+
+    return make
+
+
+STOCK, FORK = ("transformer_wan",), ("transformer_wan", "transformer_wan_torchax")
+
+
 @pytest.mark.parametrize(
-    "stock, fork, says",
+    "name, version, modules, says",
     [
-        ("0.42.1", None, "stock 0.42.1"),
-        ("0.37.0.dev0", None, "fork"),
-        (None, "0.37.0.dev0", "fork"),
-        (None, None, "not installed"),
+        ("diffusers", "0.42.1", STOCK, "stock 0.42.1"),
+        ("diffusers", "0.43.0.dev0", STOCK, "stock 0.43.0.dev0"),
+        ("diffusers", "0.36.0.dev0", FORK, "fork diffusers-tpu 0.36.0.dev0"),
+        ("diffusers-tpu", "0.37.0.dev0", FORK, "fork diffusers-tpu 0.37.0.dev0"),
     ],
 )
-def test_doctor_tells_the_fork_from_stock(stock, fork, says):
-    assert diffusers_kind({"diffusers": stock, "diffusers-tpu": fork}).startswith(says)
+def test_doctor_tells_the_fork_from_stock(fake_diffusers, name, version, modules, says):
+    """By what it holds: the fork's distribution has stock's name, and stock has development versions too."""
+    run = fake_diffusers(name, version, modules)
+    done = run(sys.executable, "-c", "from tpuvid.installed import diffusers_kind; print(diffusers_kind())")
+    assert done.stdout == f"{says}\n"
+
+
+def test_the_fork_is_all_right(fake_diffusers, tpuvid_command):
+    run = fake_diffusers("diffusers", "0.36.0.dev0", FORK)
+    listed, examined = run(tpuvid_command, "list-models"), run(tpuvid_command, "doctor")
+    assert "wan2.1-t2v-14b" in listed.stdout and listed.stderr == ""
+    assert "diffusers in use: fork diffusers-tpu 0.36.0.dev0" in examined.stdout and "no problems found" in examined.stdout
 
 
 def test_doctor_reports_what_is_wrong(monkeypatch, capsys):
@@ -83,7 +118,7 @@ def test_doctor_reports_what_is_wrong(monkeypatch, capsys):
         "av": None,
         "transformers": None,
     }
-    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    monkeypatch.setattr(doctor, "distribution_version", versions.get)
     assert run(["doctor"]) == 1
     out = capsys.readouterr().out
     assert (

@@ -126,7 +126,7 @@ def test_the_package_that_it_changes_must_be_there(tmp_path, monkeypatch):
 def test_templates_are_in_the_package_and_compile():
     for source in TEMPLATES.rglob("*.py.tmpl"):
         text = source.read_text().replace("@api@", "2")
-        for word in ("name", "module", "Class", "family", "compatible"):
+        for word in ("name", "module", "Class", "family"):
             text = text.replace(f"@{word}@", "x")
         compile(text, str(source), "exec")
     assert {folder.name for folder in TEMPLATES.iterdir()} == {"common", *FAMILIES}

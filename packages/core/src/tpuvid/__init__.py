@@ -16,8 +16,16 @@ from tpuvid.errors import InputError, TpuvidError
 if TYPE_CHECKING:
     from tpuvid.pipeline import Pipeline
 
-__version__ = "0.1.0"
 __all__ = ["CancelToken", "Cancelled", "Control", "InputError", "TpuvidError", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, that of the distribution tpuvid-core: its one source is the pyproject.toml."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tpuvid-core")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(model: str, **options: Any) -> Pipeline:

@@ -8,6 +8,7 @@ compiler sees one block: Wan 2.1 14B at 720p compiles for a v6e-8 in 23 s instea
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from jax.sharding import Mesh, PartitionSpec
 from torch import nn
-from torch._ops import OpOverloadPacket
+from torch._ops import OpOverloadPacket, _OpNamespace
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
@@ -35,30 +36,56 @@ from tpuvid.outline import Config, Outline, code_of, config_of, words_of
 Params = dict[str, jax.Array]
 
 
+class _Missing:
+    """Stands for an operator or overload that this torch lacks: a key of torchax's tables that nothing looks up."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, key: str) -> _Missing:
+        if key.startswith("__"):
+            raise AttributeError(key)
+        return _Missing(f"{self.name}.{key}")
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, which torch {torch.__version__} lacks>"
+
+
 @contextmanager
-def _missing_overloads_aliased() -> Iterator[None]:
-    """torchax 0.0.13 names the named-tensor overloads that torch 2.13 removed; during its import they alias the first one."""
-    original = OpOverloadPacket.__getattr__
+def _missing_operators_skipped() -> Iterator[None]:
+    """Within it, torchax can be imported: of the operators that 0.0.13 asks for, those that torch has removed are skipped.
 
-    def lookup(packet: OpOverloadPacket, key: str) -> Any:
-        try:
-            return original(packet, key)
-        except AttributeError:
-            if "imname" in key or "names" in key:
-                return getattr(packet, packet.overloads()[0])
-            raise
+    So far these are the overloads for named tensors (2.13), `aten.cholesky` and `aten.qr` (2.15); no model calls them. Whoever
+    else asks for an operator still gets an `AttributeError`: torch probes for some.
+    """
+    stock = {kind: kind.__getattr__ for kind in (_OpNamespace, OpOverloadPacket)}
 
-    OpOverloadPacket.__getattr__ = lookup
+    def skipping(kind: type) -> Callable[[Any, str], Any]:
+        def lookup(owner: Any, key: str) -> Any:
+            try:
+                return stock[kind](owner, key)
+            except AttributeError:
+                name = f"{owner.name if kind is _OpNamespace else owner}.{key}"
+                asks = sys._getframe(1).f_globals.get("__name__", "")
+                if key.startswith("__") or not name.startswith("aten.") or asks.partition(".")[0] != "torchax":
+                    raise
+                return _Missing(name)
+
+        return lookup
+
+    for kind in stock:
+        kind.__getattr__ = skipping(kind)
     try:
         yield
     finally:
-        OpOverloadPacket.__getattr__ = original
+        for kind, lookup in stock.items():
+            kind.__getattr__ = lookup
 
 
 @cache
 def environment() -> Any:
     """Our own torchax environment, with our attention and the few operators that torchax gets wrong or slow."""
-    with _missing_overloads_aliased():
+    with _missing_operators_skipped():
         from torchax.tensor import Environment
 
         env = Environment()

@@ -7,20 +7,20 @@ import platform
 import sys
 from typing import Any
 
-from tpuvid.record import installed_version
+from tpuvid.installed import FORK, diffusers_kind, distribution_version
 from tpuvid.registry import registry
 
 TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")  # of older and of newer TPU machines
 
 PACKAGES = (
-    "tpuvid-core", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "diffusers-tpu", "transformers",
+    "tpuvid-core", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", FORK, "transformers",
     "safetensors", "pluggy", "av",
 )  # fmt: skip
 
 
 def examine() -> dict[str, Any]:
     """Versions, devices, plugins and problems, as JSON-ready data."""
-    versions = {name: installed_version(name) for name in PACKAGES}
+    versions = {name: distribution_version(name) for name in PACKAGES}
     problems = [f"{name} is not installed" for name in ("jax", "torch", "torchax", "av") if not versions[name]]
     problems += registry().problems
     if not registry().models:
@@ -28,7 +28,7 @@ def examine() -> dict[str, Any]:
     problems += [
         f"{name} is not installed, and the installed models need it"
         for name in ("diffusers", "transformers")
-        if registry().models and not versions[name] and not (name == "diffusers" and versions["diffusers-tpu"])
+        if registry().models and not versions[name] and not (name == "diffusers" and versions[FORK])
     ]
     problems += _diffusers_problems(versions)
     devices, problem = _devices()
@@ -37,7 +37,7 @@ def examine() -> dict[str, Any]:
     return {
         "python": f"{platform.python_version()} ({sys.platform})",
         "versions": {name: v for name, v in versions.items() if v},
-        "diffusers": diffusers_kind(versions),
+        "diffusers": diffusers_kind(),
         "devices": devices,
         "environment": {
             k: v for k, v in sorted(os.environ.items()) if k.startswith("TPUVID_") or k in ("HF_HOME", "HF_HUB_OFFLINE")
@@ -56,20 +56,9 @@ def examine() -> dict[str, Any]:
     }
 
 
-def diffusers_kind(versions: dict[str, str | None]) -> str:
-    """Which distribution answers to ``import diffusers``: the fork installs under the same import name."""
-    stock, fork = versions["diffusers"], versions["diffusers-tpu"]
-    if fork or (stock and ".dev" in stock):
-        return f"fork (diffusers-tpu {fork or stock})"
-    return f"stock {stock}" if stock else "not installed"
-
-
 def _diffusers_problems(versions: dict[str, str | None]) -> list[str]:
-    if versions["diffusers"] and versions["diffusers-tpu"]:
-        return [
-            "diffusers and diffusers-tpu are both installed and overwrite each other's files; "
-            "uninstall both, then reinstall one"
-        ]
+    if versions["diffusers"] and versions[FORK]:
+        return [f"diffusers and {FORK} are both installed and overwrite each other's files; uninstall both, then reinstall one"]
     return []
 
 

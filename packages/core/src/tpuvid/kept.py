@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tpuvid.artifacts import atomic_path, digest_of, tensors_digest
 from tpuvid.cache_folder import cache_folder
 from tpuvid.errors import TpuvidError
+from tpuvid.installed import installed_version
 from tpuvid.registry import registry
-from tpuvid.run_key import LIBRARIES, installed_version, sources_hash
+from tpuvid.run_key import LIBRARIES, sources_hash
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,12 +17,12 @@ Flat, JSON-ready: ``model_id``, every setting of `GenerationConfig`, and
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpuvid.artifacts import check_seal, file_sha256, sealed, tensors_digest
 from tpuvid.errors import InputError
+from tpuvid.installed import installed_version
 from tpuvid.registry import registry
 
 if TYPE_CHECKING:
@@ -119,10 +119,3 @@ def versions(*packages: str | None) -> dict[str, str]:
         if (installed := installed_version(name)) is not None:
             found[name] = installed
     return found
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpuvid.installed import installed_version
 from tpuvid.stepcache import step_cache
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ LIBRARIES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transf
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 APART = {
-    "artifacts", "builtin", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "kept",
-    "kept_programs", "leaving", "lora", "options", "packs", "pipeline", "profiling", "progress", "registry", "run_key",
+    "artifacts", "builtin", "checkpoint", "cli", "compare", "describe", "doctor", "errors", "hookspecs", "installed",
+    "kept", "kept_programs", "leaving", "lora", "options", "packs", "pipeline", "profiling", "progress", "registry",
+    "run_key",
     "stages", "video", "weights",
 }  # fmt: skip
 APART_FOLDERS = {"plan", "plugin", "testing"}
@@ -222,15 +223,6 @@ def _layout_text(denoiser: Any) -> str | None:
 
     layout = layout_of(denoiser)
     return None if layout is None else str(layout)
-
-
-def installed_version(package: str) -> str | None:
-    for name in (package, f"{package}-tpu"):  # diffusers has a fork that answers to the same import
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            pass
-    return None
 
 
 @cache

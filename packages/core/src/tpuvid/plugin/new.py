@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
-import tpuvid
 from tpuvid.artifacts import check_output
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.plan.jobs import scratch_folder
@@ -91,7 +91,8 @@ def _files(name: str, family: str) -> Iterator[tuple[str, str]]:
         "module": _module(name),
         "Class": "".join(word.capitalize() for word in name.split("-")),
         "family": family,
-        "compatible": _compatible(),
+        "compatible": _compatible("tpuvid-core"),
+        **{f"compatible with {package}": _compatible(package) for package in FAMILIES[family]},
         "api": str(API_VERSION),
     }
     for folder in (TEMPLATES / "common", TEMPLATES / family):
@@ -103,10 +104,12 @@ def _files(name: str, family: str) -> Iterator[tuple[str, str]]:
             yield path, text
 
 
-def _compatible() -> str:
-    """The versions that a package made today may be used with: all before the next minor one, which may change interfaces."""
-    major, minor, *_ = tpuvid.__version__.split(".")
-    return f">={tpuvid.__version__},<{major}.{int(minor) + 1}"
+def _compatible(package: str) -> str:
+    """The versions of `package` that a plugin made today may be used with: all before the next minor one, which may change
+    interfaces."""
+    found = version(package)
+    major, minor, *_ = found.split(".")
+    return f">={found},<{major}.{int(minor) + 1}"
 
 
 def _make_checkpoint(source: Path, module: str) -> None:
