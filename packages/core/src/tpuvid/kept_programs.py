@@ -6,8 +6,9 @@ made again, on any difference in what programs depend on (`tpuvid.run_key`), and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tpuvid.kept import Entry, Kept
@@ -26,15 +27,18 @@ class KeptPrograms:
     def __init__(self, kept: Kept | None = None):
         self.outlines = kept or Kept()
         """What else is kept for the stage: outlines of modules, schedules."""
-        self._programs = Kept()
+        self._programs, self._code = Kept(), list
 
     def of_a_stage(self) -> KeptPrograms:
         """For one more stage."""
         return KeptPrograms(self.outlines)
 
-    def serve(self, key: Any) -> None:
-        """From now on, programs are those of the stage that `key` (JSON-ready) describes."""
-        self._programs = self.outlines.within(key)
+    def serve(self, key: Any, code: Callable[[], Iterable[ModuleType]] = list) -> None:
+        """From now on, programs are those of the stage that `key` (JSON-ready) describes.
+
+        `code` gives the Python modules of what it traces.
+        """
+        self._programs, self._code = self.outlines.within(key), code
 
     def get(self, how: Any, args: tuple[Any, ...], mesh: Mesh, make: Callable[[], Any]) -> Any:
         """The program that is known by `how` (JSON-ready) and by arguments like `args`, or else what `make` compiles."""
@@ -56,7 +60,7 @@ class KeptPrograms:
             payload, out_tree = serialized(program)
         except Exception:  # a backend that can't, or results that are no plain trees: it is made each time
             return program
-        self._programs.add("program", key, Entry({"program": np.frombuffer(payload, np.uint8)}, out_tree))
+        self._programs.add("program", key, Entry({"program": np.frombuffer(payload, np.uint8)}, out_tree, self._code()))
         return program
 
 

@@ -77,9 +77,9 @@ def words_of(module: nn.Module) -> int | None:
         return None
 
 
-def code_of(module: nn.Module) -> list[ModuleType]:
-    """The Python modules that define the classes of `module` and of its parts."""
-    names = {base.__module__ for part in module.modules() for base in type(part).__mro__}
+def code_of(*modules: nn.Module) -> list[ModuleType]:
+    """The Python modules that define the classes of `modules` and of their parts."""
+    names = {base.__module__ for module in modules for part in module.modules() for base in type(part).__mro__}
     return [sys.modules[name] for name in sorted(names) if name in sys.modules]
 
 

@@ -21,10 +21,11 @@ from tpuvid.kept import Kept
 from tpuvid.kept_programs import KeptPrograms
 from tpuvid.lora import read_loras
 from tpuvid.mesh import MeshConfig
+from tpuvid.outline import code_of
 from tpuvid.packs import Pack, read_pack
 from tpuvid.progress import Progress
 from tpuvid.resume import Checkpoints
-from tpuvid.run_key import run_key, stages_key
+from tpuvid.run_key import run_key, stages_key, traced_modules
 from tpuvid.runtime import Runtime, enable_compilation_cache, plugin_tables
 from tpuvid.stages import Conditioning, GenerationConfig, History, Latents, ModelSpec, StepCallback, Video, check_finite
 
@@ -347,10 +348,17 @@ class Pipeline:
                     raise InputError(
                         f"{self.checkpoint.source}: {parts} can't be used ({reason}); download the checkpoint again"
                     ) from error
-            tables = [file_sha256(path) for path in plugin_tables()]
-            runtime.kept.serve([getattr(self.spec, f"load_{LOADERS[name]}"), stages_key({name: stage}, runtime), tables])
+            self._serve_kept(name, stage, runtime)
             self._opened[name] = stage
         return self._opened[name]
+
+    def _serve_kept(self, name: str, stage: Any, runtime: Runtime) -> None:
+        """Programs of earlier processes to the stage `name`."""
+        tables = [file_sha256(path) for path in plugin_tables()]
+        runtime.kept.serve(
+            [getattr(self.spec, f"load_{LOADERS[name]}"), stages_key({name: stage}, runtime), tables],
+            lambda: code_of(*(traced.module for traced in traced_modules(stage))),
+        )
 
     @contextmanager
     def _stage(self, name: str, check: Callable[[Any], None] = lambda stage: None) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from tpuvid.installed import installed_version
 from tpuvid.stepcache import step_cache
 
 if TYPE_CHECKING:
+    from tpuvid.bridge import TracedModule
     from tpuvid.runtime import Runtime
     from tpuvid.stages import GenerationConfig, ModelSpec
 
@@ -130,16 +131,18 @@ def key_hash(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def traced_modules(stage: Any) -> list[TracedModule]:
+    """The modules that a stage traces, its own and those of its parts."""
+    from tpuvid.bridge import TracedModule
+
+    found = [value if isinstance(value, TracedModule) else getattr(value, "traced", None) for value in vars(stage).values()]
+    return [traced for traced in found if isinstance(traced, TracedModule)]
+
+
 def module_configs(stage: Any) -> list[dict[str, Any]]:
     """The configs of the modules that a stage traces, with their classes' defaults filled in: equal for a full config.json
     and for one that leaves out what it takes as it is."""
-    from tpuvid.bridge import TracedModule
-
-    found: list[dict[str, Any]] = []
-    for value in vars(stage).values():
-        traced = value if isinstance(value, TracedModule) else getattr(value, "traced", None)
-        if isinstance(traced, TracedModule):
-            found.append(_plain(traced.config))
+    found = [_plain(traced.config) for traced in traced_modules(stage)]
     if is_dataclass(guidance := getattr(stage, "guidance", None)):  # of HunyuanVideo: its form is traced
         found.append(_plain(asdict(guidance)))
     return found

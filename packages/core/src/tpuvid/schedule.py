@@ -8,6 +8,7 @@ denoising loop is then the same compiled step for all of them, with no host arit
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ class Schedule:
     """Of a stochastic scheduler: how many normal tensors each step draws; the host puts them into the first memories."""
     denoised: Float[np.ndarray, "steps 2"] | None = None
     """Weights of sample and model output in what the model takes the denoised sample for; None: not known."""
+    made_by: str = ""
+    """The Python module of the scheduler's class."""
 
     @property
     def memories(self) -> int:
@@ -43,10 +46,12 @@ class Schedule:
         def entry() -> Entry:
             made = make()
             arrays = {"timesteps": made.timesteps, "weights": made.weights}
-            return Entry(arrays if made.denoised is None else arrays | {"denoised": made.denoised}, {"draws": list(made.draws)})
+            arrays |= {} if made.denoised is None else {"denoised": made.denoised}
+            about = {"draws": list(made.draws), "made_by": made.made_by}
+            return Entry(arrays, about, [sys.modules[made.made_by]] if made.made_by else [])
 
         found = kept.get("schedule", key, entry)
-        return cls(**found.arrays, draws=tuple(found.about["draws"]))
+        return cls(**found.arrays, draws=tuple(found.about["draws"]), made_by=found.about["made_by"])
 
 
 def advance(
@@ -96,6 +101,7 @@ def _tabulate(scheduler: Any, num_inference_steps: int, timesteps: dict[str, Any
         scheduler.timesteps.double().numpy().astype(np.float32),
         np.stack(rows).astype(np.float32),
         denoised=None if None in denoised else np.array(denoised, np.float32),
+        made_by=type(scheduler).__module__,
     )
 
 
