@@ -1,7 +1,7 @@
 # The two commands: make demo, make test. Each sets up what it needs.
 # What this may be set to in a container keeps every process from reusing what another has compiled of the imported packages.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: setup demo lint test test-aot torture fidelity benchmark docs dist clean
+.PHONY: setup demo lint test test-all test-aot torture fidelity benchmark docs dist clean
 BIN := .venv/bin
 STAMP := .venv/.set-up
 
@@ -19,8 +19,16 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Two processes share the files of tests, each file to one, which makes its fixtures once; the slowest are named at the end.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=1
+
+# What a change is checked with: everything but what repeats in kind.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) -m "not aot and not slow" $(PYTEST_ARGS)
+
+# Every check that needs no TPU and no libtpu.
+test-all: lint
+	$(PYTEST) $(PYTEST_ARGS)
 
 # Compiles for real TPUs with libtpu: minutes of CPU, gigabytes of memory, no TPU needed.
 test-aot: setup
