@@ -1,7 +1,7 @@
 # The two commands: make demo, make test. Each sets up what it needs.
 # What this may be set to in a container keeps every process from reusing what another has compiled of the imported packages.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: setup demo lint test test-oldest test-newest test-aot torture fidelity benchmark docs dist clean
+.PHONY: setup demo lint test test-all test-oldest test-newest test-aot torture fidelity benchmark docs dist clean
 BIN := .venv/bin
 STAMP := .venv/.set-up
 
@@ -19,15 +19,23 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# With PACKAGE=wan, its tests and core's alone, in an environment (.venv-wan) that has what it needs and nothing else of ours.
+# Two processes share the files of tests, each file to one, which makes its fixtures once; the slowest are named at the end.
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=1
+
+# What a change is checked with: everything but what repeats in kind. With PACKAGE=wan, its tests and core's alone, in an
+# environment (.venv-wan) that has what it needs and nothing else of ours.
 ifdef PACKAGE
 test:
 	scripts/setup.sh -e .venv-$(PACKAGE) -p "$(sort core $(if $(filter tiny,$(PACKAGE)),wan) $(PACKAGE))"
-	.venv-$(PACKAGE)/bin/python -m pytest $(sort tests/core tests/$(PACKAGE)) $(PYTEST_ARGS)
+	.venv-$(PACKAGE)/bin/$(PYTEST) -m "not aot and not slow" $(sort tests/core tests/$(PACKAGE)) $(PYTEST_ARGS)
 else
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) -m "not aot and not slow" $(PYTEST_ARGS)
 endif
+
+# Every check that needs no TPU and no libtpu.
+test-all: lint
+	$(BIN)/$(PYTEST) $(PYTEST_ARGS)
 
 # With the oldest, and with the newest, that the packages' own ranges allow, in environments of their own: each family against
 # diffusers once, and what touches libraries that change.
@@ -38,7 +46,7 @@ RANGES += $(foreach family,wan cogvideox hunyuan,tests/$(family)/test_$(family)_
 define test-range
 	rm -rf .venv-$(1)
 	scripts/setup.sh -e .venv-$(1) -p "core wan cogvideox hunyuan tiny" -v $(1)
-	.venv-$(1)/bin/python -m pytest $(RANGES) $(PYTEST_ARGS)
+	.venv-$(1)/bin/$(PYTEST) $(RANGES) $(PYTEST_ARGS)
 endef
 
 test-oldest:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin while they wait, as many a worker as there are cores
 os.environ.setdefault("TPUVID_CACHE_DIR", str(ROOT / ".pytest_cache" / "tpuvid"))
 
 FAMILIES = [family for family in ("wan", "cogvideox", "hunyuan") if find_spec(f"tpuvid_{family}")]
@@ -22,7 +23,34 @@ CHECKED = [f"tpuvid.{module}" for module in ("kernels", "sampling", "schedule", 
 CHECKED += [f"tpuvid_{family}.{stage}" for family in FAMILIES for stage in ("encode", "denoise", "decode")]
 install_import_hook(CHECKED, "beartype.beartype")
 
-from tpuvid.checkpoint import Weights  # noqa: E402  (after the hook)
+import jax  # noqa: E402  (after the hook and the environment)
+from tpuvid.checkpoint import Weights  # noqa: E402
+
+LONGEST = (
+    "test_cogvideox_tiling", "test_generate", "test_packs", "test_cogvideox_mesh", "test_cogvideox_fidelity",
+    "test_conformance", "test_hunyuan_mesh", "test_wan_mesh", "test_hunyuan_fidelity", "test_wan_fidelity", "test_torture",
+    "test_plugin_new", "test_tutorial", "test_docs", "test_attention", "test_hunyuan_stages", "test_wan_stages",
+    "test_cogvideox_stages",
+)  # fmt: skip
+"""Files that take a minute and more: they come first, so that no worker of pytest-xdist begins one when the others are done."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilers_effort(request):
+    """Small programs are compiled with the least effort, which takes half of the time, but for modules marked `optimized`."""
+    least = request.node.get_closest_marker("optimized") is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(least)))  # of children
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", least)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

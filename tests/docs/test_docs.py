@@ -30,6 +30,7 @@ from docs.blocks import (
     make_targets,
     pages,
 )
+from shared.pipes import kept
 from tpuvid.cli import run
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -69,6 +70,7 @@ def test_whatever_a_page_says_can_be_typed(page):
 @pytest.mark.parametrize("page", RUN)
 def test_what_a_page_says_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tpuvid.load", kept)
     run_all(blocks(page), tmp_path)
 
 

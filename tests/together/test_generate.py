@@ -4,8 +4,6 @@ import html
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from dataclasses import replace
@@ -16,6 +14,8 @@ import numpy as np
 import pytest
 import tpuvid
 from PIL import Image
+from shared.pipes import kept
+from shared.processes import COMMAND, Forked
 from tpuvid.artifacts import file_sha256, read_stage_file, sealed
 from tpuvid.cli import run
 from tpuvid.outputs import Outputs
@@ -24,6 +24,7 @@ from tpuvid.record import read_record
 from tpuvid.stages import Latents
 from tpuvid.video import read_metadata, save_mp4
 
+pytestmark = pytest.mark.optimized  # bits are compared
 RED, BLUE = "a red circle growing on a black background", "a blue square growing on a white background"
 QUICK = ["--steps", "2", "--num-frames", "5"]
 
@@ -39,6 +40,18 @@ def names(folder, suffix=".mp4"):
 def left_over(folder):
     """Work that is not done yet, and temporary files."""
     return [path.name for path in Path(folder).iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture(autouse=True)
+def open_pipes(request, monkeypatch):
+    """Command lines use pipelines that others have opened, but in tests that ask for `new_pipes`."""
+    if "new_pipes" not in request.fixturenames:
+        monkeypatch.setattr("tpuvid.load", kept)
+
+
+@pytest.fixture
+def new_pipes():
+    """What is loaded is part of the test."""
 
 
 @pytest.fixture
@@ -71,7 +84,7 @@ def calls(monkeypatch):
     return seen
 
 
-def test_a_batch_goes_through_each_stage_once_and_a_rerun_makes_what_is_missing(tmp_path, capsys, calls):
+def test_a_batch_goes_through_each_stage_once_and_a_rerun_makes_what_is_missing(tmp_path, capsys, calls, new_pipes):
     (tmp_path / "p.csv").write_text(f'prompt,seed,guidance_scale,output\n"{RED}",1,,\n"{BLUE}",7,1.0,mine.mp4\n')
     batch = ["--prompts", tmp_path / "p.csv", "--num-videos", 2, "--output-dir", tmp_path / "out", "--batch-size", 2]
     assert generate(*batch) == 0
@@ -368,40 +381,20 @@ def test_decoding_holds_a_bounded_number_of_frames(tmp_path, monkeypatch):
 
 def started(*arguments, steps=40):
     """A generation in a process of its own, which says its steps and takes a while for each."""
-    script = (
+    slow = (
         "import time, tpuvid.following as f\n"
         "after = f.Follower._after_step\n"
         "def slow(self, at):\n"
         "    print(at.done, flush=True); time.sleep(0.2); after(self, at)\n"
         "f.Follower._after_step = slow\n"
-        "from tpuvid.cli import main; main()"
     )
-    command = [
-        "generate",
-        "--model",
-        "wan-tiny",
-        "--prompt",
-        RED,
-        "--num-frames",
-        "5",
-        "--steps",
-        str(steps),
-        *map(str, arguments),
-    ]
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", script, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also of tests in the background
-    )
+    settings = ("--model", "wan-tiny", "--prompt", RED, "--num-frames", "5", "--steps", str(steps))
+    return Forked(("generate", *settings, *map(str, arguments)), code=slow + COMMAND)
 
 
 def until_step(process, step):
-    for line in process.stdout:
-        if line.strip() == str(step):
-            return
-    raise AssertionError(f"it never came to step {step}: {process.stderr.read()}")
+    if str(step) not in process.lines():
+        raise AssertionError(f"it never came to step {step}: {process.communicate()[1]}")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -458,7 +451,9 @@ def test_resuming_what_is_done_finds_it_by_its_content(tmp_path, capsys):
     assert generate(*command) == 2 and "already exists" in capsys.readouterr().err
 
 
-def test_files_of_others_stay(tmp_path, capsys):
+def test_files_of_others_stay(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("tpuvid.preview.CLIPS", 2)  # nobody looks at the colours
     (tmp_path / "p.txt").write_text(f"{RED}\n")
     for name in ("preview.png", "batch.preview.png", "clip.preview.png"):
         (tmp_path / name).write_text("mine")

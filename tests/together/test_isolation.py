@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from shared import processes
 from tpuvid.stages import API_VERSION
 
 ONE_FRAME = ("--prompt", "a red circle", "--num-frames", "1", "-o", "a.mp4")
@@ -37,7 +38,7 @@ def returns(what, hook="models", imports=""):
 
 
 @pytest.fixture
-def zoo(tmp_path, tpuvid_command):
+def zoo(tmp_path):
     """Installs a plugin where only its own child processes look, and runs commands there."""
 
     class Zoo:
@@ -56,7 +57,7 @@ def zoo(tmp_path, tpuvid_command):
         def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
             path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
             env = os.environ | {"PYTHONPATH": path} | variables
-            return subprocess.run([tpuvid_command, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True)
+            return processes.tpuvid(*arguments, env=env, cwd=tmp_path)
 
     return Zoo()
 
@@ -341,7 +342,14 @@ def test_variables_that_mean_nothing_are_a_row(zoo, what, said):
     assert what in warning
 
 
-@pytest.mark.parametrize("ends", ["os._exit(0)", "sys.exit(0)", "raise BaseException('x')"])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "os._exit(0)",
+        pytest.param("sys.exit(0)", marks=pytest.mark.slow),
+        pytest.param("raise BaseException('x')", marks=pytest.mark.slow),
+    ],
+)
 def test_one_that_ends_the_check_is_a_line_of_the_sheet(zoo, ends):
     zoo.install(
         dedent(GOOD)

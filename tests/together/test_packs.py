@@ -30,6 +30,7 @@ from tpuvid.packs import HEADER, PackWriter, read_pack, signature, tree_from_jso
 from tpuvid.plan.compiling import compile_pack
 from tpuvid.runtime import Runtime
 
+pytestmark = pytest.mark.optimized  # bits are compared
 SIZE = dict(height=32, width=32, num_frames=5)
 PROMPT = "a red circle moving right on a black background"
 CACHE = dict(cache="deepcache", cache_start_step=1, cache_end_step=4, cache_step_interval=2)
