@@ -30,8 +30,8 @@ python=${PYTHON:-python3}
 command -v uv >/dev/null || "$python" -m pip install --quiet uv
 uv=$(command -v uv || "$python" -c 'import sysconfig; print(sysconfig.get_path("scripts") + "/uv")')
 
-[ -x "$venv/bin/python" ] || "$uv" venv --quiet --seed --python "$python" "$venv"
 export VIRTUAL_ENV=$PWD/$venv
+[ -x "$venv/bin/python" ] || { "$uv" venv --quiet --python "$python" "$venv" && "$uv" pip install --quiet pip; }
 
 wanted=$(sed -n 's/^ *"\(torch>=[^"]*\)",/\1/p' packages/core/pyproject.toml)
 case $versions in
@@ -74,6 +74,7 @@ done
 [ -n "$packages" ] || groups+=" --group dev"
 # shellcheck disable=SC2086  # lists of words
 "$uv" pip install --quiet "${resolve[@]}" --constraint "$hold" $members ${extras:+-e "packages/core$extras"}
-# Tests' own tools are of today, whatever they test.
+# Tests' own tools may not move what they are to test.
+"$uv" pip freeze --quiet --exclude-editable | grep -v '@' >>"$hold"
 # shellcheck disable=SC2086
-"$uv" pip install --quiet ${resolve:+--no-config} --constraint "$hold" $groups $members
+"$uv" pip install --quiet ${resolve:+--no-config} --constraint "$hold" $groups

@@ -55,7 +55,7 @@ class _Missing:
 def _missing_operators_skipped() -> Iterator[None]:
     """Within it, torchax can be imported: of the operators that 0.0.13 asks for, those that torch has removed are skipped.
 
-    So far these are the overloads for named tensors (2.13), `aten.cholesky` and `aten.qr` (2.15); no model calls them. Whoever
+    So far these are the overloads for named tensors (2.13), `aten.cholesky` and `aten.qr` (2.14); no model calls them. Whoever
     else asks for an operator still gets an `AttributeError`: torch probes for some.
     """
     stock = {kind: kind.__getattr__ for kind in (_OpNamespace, OpOverloadPacket)}
