@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import nn
 from tpuvid import kept as kept_module
+from tpuvid import kept_programs
 from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.kept import Entry, Kept
 from tpuvid.kept_programs import KeptPrograms
 from tpuvid.layout import MeshConfig
 from tpuvid.mesh import make_mesh
+from tpuvid.packs import signature
 from tpuvid.runtime import Runtime
 
 ENTRY = Entry({"a": np.arange(6, dtype=np.float32).reshape(2, 3).T}, {"says": "é"})
@@ -155,6 +157,8 @@ def test_a_program_is_compiled_once(compiled, tmp_path):
         assert compiled(x, **change)[1], change
     assert compiled(x[:3])[1] and compiled(x.astype(np.int32))[1]
     assert np.array_equal(compiled(x[:3])[0], first[:3])
+    with jax.numpy_rank_promotion("raise"):
+        assert compiled(x)[1], "JAX's settings are part of the key"
 
 
 def test_bytes_that_are_no_program_are_made_again(compiled, tmp_path):
@@ -162,16 +166,10 @@ def test_bytes_that_are_no_program_are_made_again(compiled, tmp_path):
     compiled(x)
     path = only_file(tmp_path)
     kept = Kept(tmp_path).within("stage")
-    key = [["f"], kept_programs_signature(x)]
+    key = [["f"], signature((x,), make_mesh(MeshConfig(), jax.devices()[:1])), kept_programs._flags()]
     assert kept._path("program", key) == path
     kept.add("program", key, kept.find("program", key)._replace(arrays={"program": np.zeros(100, np.uint8)}))
     assert compiled(x)[1] and not compiled(x)[1]
-
-
-def kept_programs_signature(*args):
-    from tpuvid.packs import signature
-
-    return signature(args, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def test_what_jaxs_own_cache_gives_is_not_taken_for_compiled(compiled, tmp_path):

@@ -1,10 +1,8 @@
-"""A command whose model has run before starts with what it needs and no more, and ends when its work is done."""
+"""A command whose model has run before starts with what it needs and no more."""
 
 import os
 import subprocess
 import sys
-
-import pytest
 
 COMMAND = [
     *("generate", "--model", "wan-tiny", "--prompt", "a red circle growing on a black background"),
@@ -36,30 +34,3 @@ def test_a_warm_start_builds_and_traces_nothing(tmp_path):
     first, second = (read_record(tmp_path / name) for name in ("first.mp4", "second.mp4"))
     assert first["frames_sha256"] == second["frames_sha256"]
     assert not any(part.startswith("compile") for stage in second["history"].values() for part in stage["seconds"])
-
-
-LEAVING = """
-import atexit, sys, threading, time
-from tpuvid.leaving import leave
-atexit.register(lambda: print("at exit"))
-threading.Thread(target=lambda: (time.sleep(0.2), print("thread done"))).start()
-class Slow:
-    def __del__(self): print("taken apart")
-kept = Slow()
-{before}
-print("last words", end="")
-leave({code})
-"""
-
-
-@pytest.mark.parametrize(
-    "before, code, out",
-    [
-        ("", 0, "last wordsthread done\nat exit\n"),
-        ("", 3, "last wordsthread done\nat exit\n"),
-        ("sys.stdout.close(); sys.stdout = None; print = lambda *a, **k: None", 3, ""),
-    ],
-)
-def test_the_process_ends_with_its_code_its_threads_and_what_is_to_be_done_at_exit(before, code, out):
-    done = subprocess.run([sys.executable, "-c", LEAVING.format(before=before, code=code)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (code, out, "")

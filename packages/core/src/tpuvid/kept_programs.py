@@ -46,7 +46,7 @@ class KeptPrograms:
 
         if self._programs.folder is None:
             return make()
-        key = [how, signature(args, mesh)]
+        key = [how, signature(args, mesh), _flags()]
         if (found := self._programs.find("program", key)) is not None:
             try:
                 return deserialized(found.arrays["program"].tobytes(), found.about, args, mesh)
@@ -62,6 +62,14 @@ class KeptPrograms:
             return program
         self._programs.add("program", key, Entry({"program": np.frombuffer(payload, np.uint8)}, out_tree, self._code()))
         return program
+
+
+def _flags() -> dict[str, str]:
+    """JAX's settings in this process, but for those that enter no program."""
+    import jax
+
+    apart = ("cache", "log", "debug", "traceback", "platform", "pgle")
+    return {name: str(value) for name, value in jax.config.values.items() if not any(word in name for word in apart)}
 
 
 @contextmanager
