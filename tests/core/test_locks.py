@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tpuvid.errors import InputError
@@ -36,6 +37,14 @@ def test_a_killed_process_leaves_no_lock(tmp_path, holder):
     with locked(tmp_path / "clip.mp4"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_can_not_be_made_is_refused(tmp_path):
+    """Where the system says "file exists" or "no such file", as it does where another process is at work on the folder."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in (tmp_path / "link", Path("/proc/nowhere")):
+        with pytest.raises(InputError, match="can't be made"), locked(place / "clip.mp4"):
+            pass
 
 
 def test_nothing_is_left_and_it_can_be_taken_again(tmp_path):

@@ -18,6 +18,7 @@ from shared.pipes import kept
 from shared.processes import COMMAND, Forked
 from tpuvid.artifacts import file_sha256, read_stage_file, sealed
 from tpuvid.cli import run
+from tpuvid.errors import InputError
 from tpuvid.outputs import Outputs
 from tpuvid.pipeline import Pipeline
 from tpuvid.record import read_record
@@ -184,6 +185,15 @@ def test_latents_that_are_not_finite_fail_alone(tmp_path, capsys, monkeypatch):
     assert code == 3 and len(names(tmp_path)) == 2 and "the latents hold NaN or infinity" in capsys.readouterr().err
 
 
+def test_what_is_wrong_with_the_request_is_2_whatever_is_kept(tmp_path, capsys, monkeypatch):
+    def fail(self, latents):
+        raise InputError("these latents won't do")
+
+    monkeypatch.setattr(Pipeline, "decode_chunks", fail)
+    assert generate("--prompt", RED, "-o", tmp_path / "clip.mp4") == 2
+    assert "what is done is kept" in capsys.readouterr().err
+
+
 def test_what_decoding_fails_with_does_not_lose_the_latents(tmp_path, capsys, calls):
     command = ["--prompt", RED, "-o", tmp_path / "clip.mp4"]
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -265,6 +275,10 @@ def test_what_is_to_be_left_out_is_left_out(tmp_path, capsys, monkeypatch):
     assert video.name.startswith("video_42_") and not any(
         b"zqxw" in path.read_bytes() for path in (tmp_path / "a").rglob("*.*")
     )
+    frames = ["--save-frames", "--no-prompt-in-metadata", "-o", tmp_path / "frames" / "clip.mp4"]
+    assert generate("--prompt", secret, "--negative-prompt", secret, *frames) == 0
+    assert {path.suffix for path in (tmp_path / "frames").iterdir()} == {".mp4", ".png", ".json", ".safetensors"}
+    assert not any(b"zqxw" in path.read_bytes() for path in (tmp_path / "frames").iterdir())
     monkeypatch.chdir(tmp_path)
     assert generate("--prompt", secret, "--sweep", "seed=1,2", "--no-prompt-in-metadata") == 0
     assert (tmp_path / "outputs" / "video_sweep" / "index.html").exists()

@@ -63,6 +63,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(pipe, conditioning, tmp_path, setting
         assert list(tmp_path.iterdir()) == [], "checkpoints are removed once the result is there"
 
 
+def test_steps_of_another_attention_are_not_gone_on_with(pipe, conditioning, tmp_path):
+    stop_after(pipe, conditioning, tmp_path, 4)
+    assert go_on(kept("wan-tiny", attention_backend="xla"), conditioning, tmp_path)[1] == list(range(1, 9))
+    assert go_on(pipe, conditioning, tmp_path)[1] == list(range(5, 9))
+
+
 def test_the_noise_of_a_stochastic_scheduler_goes_on_too(tmp_path):
     from tpuvid_cogvideox.conformance import RandomCogVideoX
 

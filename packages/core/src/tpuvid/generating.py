@@ -285,7 +285,8 @@ class Generation:
         except Exception as error:
             if work is None or not work.holds_latents() or os.environ.get(DEBUG_VARIABLE):
                 raise
-            raise TpuvidError(f"{_reason(error)} ({self._how_to_go_on()})") from error
+            kind = InputError if isinstance(error, InputError) else TpuvidError  # the exit code stays
+            raise kind(f"{_reason(error)} ({self._how_to_go_on()})") from error
         finally:
             if work and not self.many and not finished and not work.holds_latents():
                 work.drop(work.folder)  # there is nothing in it that took long

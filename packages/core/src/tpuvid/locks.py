@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tpuvid.errors import InputError
 
+TRIES = 1000
+"""How often a lock is tried whose folder others remove meanwhile, each time at most once for each of them."""
 WORK_FOLDER = ".tpuvid"
 """Beside the results: locks, and work that is not done yet."""
 
@@ -74,7 +76,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def _acquire(lock: Path, path: Path) -> int:
-    while True:
+    for _ in range(TRIES):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -87,6 +89,7 @@ def _acquire(lock: Path, path: Path) -> int:
             if _take(handle, lock, path):
                 return handle
             os.close(handle)
+    raise InputError(f"{lock}: can't be made (its folder can't, or is removed all the time); choose another place")
 
 
 def _take(handle: int, lock: Path, path: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpuvid.artifacts import FRAMES, FramesWriter, atomic_path, check_output, file_sha256, sealed
-from tpuvid.record import make_record
+from tpuvid.record import PROMPTS, make_record
 
 if TYPE_CHECKING:
     from tpuvid.pipeline import Pipeline
@@ -70,6 +70,7 @@ class Outputs:
                 frames = None
                 if self.save_frames:
                     about = {"model_id": latents.model_id, **latents.config.to_dict()}
+                    about |= {} if self.prompt_in_metadata else dict.fromkeys(PROMPTS)
                     frames = writers.enter_context(FramesWriter(temporary["frames"], about))
                 for chunk in pipe.decode_chunks(latents):
                     video.write(chunk[0])

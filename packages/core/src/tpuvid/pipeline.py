@@ -239,7 +239,9 @@ class Pipeline:
             "model_id": self.spec.model_id,
             "fingerprint": self.checkpoint.fingerprint(),
             "loras": self.checkpoint.lora_record(),
+            "revision": self.revision(),
             "dtype": self.runtime.dtype.name,
+            "attention_backend": self.runtime.attention_backend,
             "settings": [config.to_dict() for config in configs],
             "conditioning": tensors_digest(tensors),
         }
