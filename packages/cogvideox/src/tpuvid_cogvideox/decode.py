@@ -66,7 +66,8 @@ class CogVideoXDecoder(VaeDecoder):
 
     def chunks(self, z: Float[Array, "B C f h w"]) -> Iterator[Float[Array, "B n H W 3"]]:
         ends = range(self.chunk + z.shape[2] % self.chunk, z.shape[2] + 1, self.chunk)
-        cache, start = {}, 0
+        cache: Cache | None = {}
+        start = 0
         for end in ends or (z.shape[2],):  # one latent frame alone is less than a chunk
             part = z[:, :, start:end]
             what = "decoder, further frames" if start else "decoder, first frames"

@@ -96,7 +96,7 @@ def _normed_convolution(
     def one_frame(last: Tensor, frame: Tensor, z: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         seen = torch.cat([last, activated(frame, z)], dim=1)
         out = F.conv2d(seen, taps, conv.conv.bias, padding=(conv.height_pad, conv.width_pad))
-        return seen[:, frame.shape[1] :], sum(map(shortcut, inputs), out)
+        return seen[:, frame.shape[1] :], out if shortcut is None else sum(map(shortcut, inputs), out)
 
     taps = conv.conv.weight.movedim(2, 1).flatten(1, 2)  # frames that are seen together are more channels of one
     if last is None:  # the first frame stands for those before it

@@ -38,10 +38,10 @@ COGVIDEOX_1_5_5B = ModelSpec(
 
 
 @hookimpl
-def tpuvid_block_sizes():
+def tpuvid_block_sizes() -> list[Path]:
     return [Path(__file__).with_name("block_sizes.json")]
 
 
 @hookimpl
-def tpuvid_models():
+def tpuvid_models() -> list[ModelSpec]:
     return [COGVIDEOX_1_5_5B]

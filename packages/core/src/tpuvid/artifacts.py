@@ -170,8 +170,8 @@ def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _bytes(value: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+def _bytes(value: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
 
 
 def file_sha256(path: Path) -> str:
@@ -205,7 +205,7 @@ def _check_content(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapp
     version = metadata.get("format_version")
     if version is None and "checksum" not in metadata:
         return False
-    if (version or "").isdecimal() and int(version) > FORMAT_VERSION:
+    if version is not None and version.isdecimal() and int(version) > FORMAT_VERSION:
         raise InputError(
             f"{path}: format version {version} is newer than {FORMAT_VERSION}, which this tpuvid reads; upgrade it"
         )

@@ -34,6 +34,10 @@ from tpuvid.mesh import FSDP, fsdp_axis, fsdp_spec
 from tpuvid.outline import Config, Outline, code_of, config_of, words_of
 
 Params = dict[str, jax.Array]
+Carry = tuple[jax.Array, ...]
+"""What passes from block to block of a scanned stack."""
+State = tuple[Carry, Carry | None]
+"""And what entered the last block that has run, where a tap asks for it."""
 
 
 class _Missing:
@@ -90,7 +94,7 @@ def environment() -> Any:
 
         env = Environment()
 
-    def on_arrays(function: Callable) -> Callable:
+    def on_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
         def operator(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = env.t2j_iso((args, kwargs))
             return env.j2t_iso(function(*args, **kwargs))
@@ -235,17 +239,16 @@ class ScannedBlocks(nn.Module):
 
         return env.j2t_iso(jax.lax.map(one, {name: p.jax() for name, p in self.layer.named_parameters()}))
 
-    def _start(self, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def _start(self, carry: Carry) -> Carry:
         """What the first block that runs gets: all run on `carry`, or, on what a tap has kept, the last one alone."""
         return carry if self.tap is None or self.tap.value is None else self.tap.value
 
-    def _keep(self, entered: tuple[jax.Array, ...] | None) -> None:
+    def _keep(self, entered: Carry | None) -> None:
         if entered is not None:
+            assert self.tap is not None, "only a tap has `_run` give what enters the last block"
             self.tap.value = entered
 
-    def _run_split(
-        self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params, mesh: Mesh
-    ) -> tuple[jax.Array, ...]:
+    def _run_split(self, carry: Carry, shared: dict[str, Any], stacked: Params, mesh: Mesh) -> Carry:
         """What leaves the last block, each device having worked on its part of the tokens."""
         names = self._names[: self.carries]
         inputs = dict(zip(names, carry, strict=True)) | shared
@@ -254,7 +257,8 @@ class ScannedBlocks(nn.Module):
         lengths = {name: jax.tree.leaves(inputs[name])[0].shape[axis] for name, axis in self.tokens.items()}
 
         def spec(name: str, leaf: jax.Array) -> PartitionSpec:
-            axes, first = [None] * leaf.ndim, int(name in self.per_block)
+            axes: list[str | None] = [None] * leaf.ndim
+            first = int(name in self.per_block)
             if leaf.ndim > first and leaf.shape[first] == batch:
                 axes[first] = dp
             if name in self.tokens:
@@ -271,7 +275,7 @@ class ScannedBlocks(nn.Module):
         specs = {name: jax.tree.map(partial(spec, name), value) for name, value in inputs.items()}
         carry, carry_specs = (tuple(tree.pop(name) for name in names) for tree in (inputs, specs))
 
-        def one_part(carry, shared, stacked):
+        def one_part(carry: Carry, shared: dict[str, Any], stacked: Params) -> State:
             with tokens_split(TokenSplit(parts, lengths)):
                 return self._run(carry, shared, stacked)
 
@@ -288,9 +292,7 @@ class ScannedBlocks(nn.Module):
         self._keep(entered)
         return tuple(jax.lax.slice_in_dim(c, 0, lengths[n], axis=self.tokens[n]) for n, c in zip(names, carry, strict=True))
 
-    def _run(
-        self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params
-    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...] | None]:
+    def _run(self, carry: Carry, shared: dict[str, Any], stacked: Params) -> State:
         """What leaves the last block and, for a tap that has nothing yet, what enters it."""
         if self.tap is not None and self.tap.value is not None:
             return self._last_block(carry, shared, stacked), None
@@ -298,28 +300,28 @@ class ScannedBlocks(nn.Module):
 
         own = {name: shared[name] for name in self.per_block}
 
-        def step(state, weights, own):
+        def step(state: State, weights: Params, own: dict[str, Any]) -> State:
             carry, _ = state
             return self._block(carry, shared | own, weights), carry if tapped else None
 
-        state = (carry, carry if tapped else None)
+        state: State = (carry, carry if tapped else None)
         if not self._gathers():
             return jax.lax.scan(lambda state, block: (step(state, *block), None), state, (stacked, own))[0]
 
-        def step_and_gather(both, block):
+        def step_and_gather(both: tuple[State, Params], block: tuple[Any, dict[str, Any]]) -> tuple[tuple[State, Params], None]:
             (state, weights), (number, own) = both, block
             upcoming = self._gather(stacked, jnp.minimum(number + 1, self.depth - 1))  # beside the step, which doesn't need it
             return (step(state, weights, own), upcoming), None
 
         return jax.lax.scan(step_and_gather, (state, self._gather(stacked, 0)), (jnp.arange(self.depth), own))[0][0]
 
-    def _last_block(self, carry: tuple[jax.Array, ...], shared: dict[str, Any], stacked: Params) -> tuple[jax.Array, ...]:
+    def _last_block(self, carry: Carry, shared: dict[str, Any], stacked: Params) -> Carry:
         last = self.depth - 1
         weights = self._gather(stacked, last) if self._gathers() else {name: w[last] for name, w in stacked.items()}
         own = {name: jax.tree.map(lambda x: x[last], shared[name]) for name in self.per_block}
         return self._block(carry, shared | own, weights)
 
-    def _block(self, carry: tuple[jax.Array, ...], shared: dict[str, Any], weights: Params) -> tuple[jax.Array, ...]:
+    def _block(self, carry: Carry, shared: dict[str, Any], weights: Params) -> Carry:
         env = environment()
         with stateless._reparametrize_module(self.layer, env.j2t_iso(weights)):
             out = self.layer(**env.j2t_iso(dict(zip(self._names, carry, strict=False)) | shared))
@@ -332,6 +334,7 @@ class ScannedBlocks(nn.Module):
     def _gather(self, stacked: Params, block: Any) -> Params:
         """One block's weights, of which each device has a part."""
         mesh = placement().mesh
+        assert mesh is not None, "tokens are split over a mesh"
         shapes = {name: parameter.shape[1:] for name, parameter in self.layer.named_parameters()}
 
         def whole(name: str, part: jax.Array) -> jax.Array:
@@ -547,7 +550,8 @@ class TracedModule:
         return name.replace(".*.", ".layer.")
 
 
-def _name_of(make: Callable) -> str:
+def _name_of(make: Callable[..., Any]) -> str:
     """A function's name, with the class of whom it is a method of."""
     owner = getattr(make, "__self__", None)
-    return " of ".join(f"{x.__module__}:{x.__qualname__}" for x in (make, *([] if owner is None else [type(owner)])))
+    named: list[Any] = [make] if owner is None else [make, type(owner)]
+    return " of ".join(f"{x.__module__}:{x.__qualname__}" for x in named)

@@ -55,7 +55,7 @@ class Checkpoint:
         """The folder of component `name` ("vae", "scheduler", …); raises `InputError` where it is missing."""
         if name in self.others:
             return self.others[name].component(name)
-        path = (self.folder or _download(self.repo_id, f"{name}/*")) / name
+        path = self.root(f"{name}/*") / name
         if not path.is_dir():
             raise InputError(f"{path}: the checkpoint has no {name!r} folder; download the checkpoint again")
         return path
@@ -64,8 +64,15 @@ class Checkpoint:
         """One JSON file of a component; of a Hub repository, that file alone is fetched."""
         if component in self.others:
             return self.others[component].config(component, file)
-        root = self.folder or _download(self.repo_id, f"{component}/{file}")
+        root = self.root(f"{component}/{file}")
         return read_json(root / component / file)
+
+    def root(self, pattern: str) -> Path:
+        """The folder, or that of a Hub repository once what matches `pattern` is in it."""
+        if self.folder is not None:
+            return self.folder
+        assert self.repo_id is not None, "a checkpoint is a folder or a repository"
+        return _download(self.repo_id, pattern)
 
     @property
     def source(self) -> str:
@@ -223,7 +230,7 @@ def _registered_checkpoint(name: str, checkpoint: str) -> Checkpoint:
 
 
 def _identify(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
-    root = checkpoint.folder or _download(checkpoint.repo_id, INDEX)
+    root = checkpoint.root(INDEX)
     index = read_json(root / INDEX)
     pipeline_class = index.get("_class_name")
     if not isinstance(pipeline_class, str):
@@ -316,7 +323,7 @@ class Weights(Mapping[str, tuple[int, ...]]):
         from safetensors import safe_open
 
         self.folder = shards[0].parent
-        self._slices = {}
+        self._slices: dict[str, Any] = {}
         for shard in shards:
             with readable_safetensors(shard):
                 handle = safe_open(shard, framework="numpy")

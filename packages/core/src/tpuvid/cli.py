@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ from tpuvid.registry import registry
 if TYPE_CHECKING:
     from tpuvid.checkpoint import Checkpoint
     from tpuvid.pipeline import Pipeline
-    from tpuvid.stages import ModelSpec
+    from tpuvid.stages import Latents, ModelSpec
 
 STAGE_FOLDER = "stage_outputs"
 
@@ -70,7 +70,7 @@ def run(argv: list[str] | None = None) -> int:
         click.echo(help_request.format_message())
         return 0
     except click.ClickException as error:
-        usage = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+        usage = f" (see {context.command_path} --help)" if (context := getattr(error, "ctx", None)) else ""
         return _fail(error.format_message().replace("\n", " ") + usage, error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         return _fail("interrupted", EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED)
@@ -252,10 +252,15 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpo
             preview = output_dir / "stage2_preview.png"
             if preview_every:
                 check_output(preview, overwrite=overwrite or resume)
+
+            def keep(found: Sequence[Latents]) -> None:
+                for latents in found:
+                    save_latents(output_dir, latents, overwrite=overwrite)
+
             control = Control(
                 cancel=cancel, checkpoint_dir=output_dir / WORK_FOLDER, checkpoint_every=checkpoint_every, resume=resume,
                 preview=preview if preview_every else None, preview_every=preview_every or 1,
-                on_result=lambda found: [save_latents(output_dir, latents, overwrite=overwrite) for latents in found],
+                on_result=keep,
             )  # fmt: skip
             try:
                 latents = _load(model, options).denoise(conditioning, control=control, **settings)
@@ -348,7 +353,7 @@ def reproduce(video: Path, output: Path | None, model: str | None, prompt: str |
         video=output or video.with_name(f"{video.stem}-reproduced.mp4"), overwrite=overwrite,
         prompt_in_metadata="prompt" in recorded.record,
     )  # fmt: skip
-    options = recorded.options | ({"mesh": mesh} if mesh else {})
+    options = dict(recorded.options) | ({"mesh": mesh} if mesh else {})
     with locked(outputs.video):
         outputs.check()
         found = recorded.run(lambda: _load(recorded.model, options), outputs)

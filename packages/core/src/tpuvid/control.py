@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tpuvid.errors import InputError, TpuvidError
 
@@ -137,5 +137,5 @@ class Loop:
     """Where to go on."""
     estimates_after: Callable[[int], bool] = lambda done: False
     """Whether `StepDone.estimate` will be called after so many steps."""
-    running: Callable[[], AbstractContextManager] = nullcontext
+    running: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Entered around the steps, once everything is compiled."""

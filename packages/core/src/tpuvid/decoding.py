@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -21,7 +22,8 @@ from tpuvid.bridge import TracedModule, build
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.kernels.placement import SpatialSplit, picture_split
 from tpuvid.kernels.spatial import AXIS, choose_split
-from tpuvid.mesh import MeshConfig, make_mesh
+from tpuvid.layout import MeshConfig
+from tpuvid.mesh import make_mesh
 from tpuvid.runtime import LEAST_EFFORT, Runtime, replicated
 from tpuvid.sampling import check_latents
 from tpuvid.tiling import Tiling
@@ -106,7 +108,7 @@ class VaeDecoder(ABC):
             self.params = self.runtime.put(self.params, replicated(self.mesh))
 
     def call(
-        self, what: str, function: Callable, *args: Any, gives: Any, donate: tuple[int, ...] = (), once: bool = False
+        self, what: str, function: Callable[..., Any], *args: Any, gives: Any, donate: tuple[int, ...] = (), once: bool = False
     ) -> Any:
         """``function(params, *args)`` as a compiled program, on each device with its strip.
 
@@ -114,21 +116,17 @@ class VaeDecoder(ABC):
         runs once per video.
         """
         programs = self.once if once else self.programs
-        run = function if self.split is None else self._in_strips(function, len(args), gives)
+        run = function if self.split is None else self._in_strips(self.split, function, len(args), gives)
         return programs.get(what, run, self.params, *args, donate=donate, variant=self.split)(self.params, *args)
 
-    def _in_strips(self, function: Callable, args: int, gives: Any) -> Callable:
+    def _in_strips(self, split: SpatialSplit, function: Callable[..., Any], args: int, gives: Any) -> Callable[..., Any]:
         def one_strip(*args: Any) -> Any:
-            with picture_split(self.split):
+            with picture_split(split):
                 return function(*args)
 
-        in_specs = PartitionSpec(), *(self._spec(LATENTS),) * args
-        out_specs = jax.tree.map(self._spec, gives)
+        in_specs = PartitionSpec(), *(_spec(split, LATENTS),) * args
+        out_specs = jax.tree.map(partial(_spec, split), gives)
         return jax.shard_map(one_strip, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-    def _spec(self, layout: str) -> PartitionSpec:
-        side = "H" if self.split.axis == -2 else "W"
-        return PartitionSpec(*(AXIS if name.upper() == side else None for name in layout.split()))
 
     def _put(self, z: Float[np.ndarray, "B C f h w"]) -> Float[Array, "B C f h2 w2"]:
         """On the devices; with rows that are none of the picture's where strips don't divide it."""
@@ -136,7 +134,7 @@ class VaeDecoder(ABC):
             return self.runtime.put(z, replicated(self.mesh))
         pads = [(0, 0)] * z.ndim
         pads[self.split.axis] = (0, self.split.size * self.split.parts - self.split.length)
-        return self.runtime.put(np.pad(z, pads), NamedSharding(self.mesh, self._spec(LATENTS)))
+        return self.runtime.put(np.pad(z, pads), NamedSharding(self.mesh, _spec(self.split, LATENTS)))
 
     def _cut(self, frames: Float[np.ndarray, "B n H2 W2 3"]) -> Float[np.ndarray, "B n H W 3"]:
         """Without those rows."""
@@ -167,6 +165,11 @@ class VaeDecoder(ABC):
         """Pixels in [−1, 1] → frames in [0, 1]; tiles are blended before they are clipped."""
         frames = pixels.astype(jnp.float32) / 2 + 0.5
         return jnp.moveaxis(frames if self.tiling else jnp.clip(frames, 0, 1), 1, -1)
+
+
+def _spec(split: SpatialSplit, layout: str) -> PartitionSpec:
+    side = "H" if split.axis == -2 else "W"
+    return PartitionSpec(*(AXIS if name.upper() == side else None for name in layout.split()))
 
 
 def split_evenly(count: int, most: int) -> int:

@@ -6,6 +6,7 @@ A model brings its prediction, a schedule and its inputs; guidance, step caches,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from tpuvid.control import Loop, LoopState, StepDone
 from tpuvid.errors import InputError
 from tpuvid.kernels import Window, attention_window
 from tpuvid.profiling import StepProfiler
-from tpuvid.runtime import Runtime, batch_sharded, replicated
+from tpuvid.runtime import Program, Runtime, batch_sharded, replicated
 from tpuvid.schedule import Schedule, advance, estimate
 from tpuvid.stages import GenerationConfig
 from tpuvid.stepcache import StepCache, Uncached, ranges
@@ -82,7 +83,8 @@ class Sampler:
             with progress.phase("warm up"):
                 self._warm_up(full, cached, params, state, inputs, first)
 
-        kept = resumable = None
+        kept: Any = None
+        resumable: Callable[[], LoopState] | None = None
         steps = progress.steps("denoise", total, begun)
         with steps as report, StepProfiler(self.runtime.profile, is_full, progress) as profiler, loop.running():
             for step in range(begun, total):
@@ -95,12 +97,14 @@ class Sampler:
                         kept = None  # makes room for what this step keeps
                         state, kept = full(params, state, inputs, moment)
                     else:
+                        assert cached is not None, "only a cache that keeps something leaves out steps"
                         state = cached(params, state, kept, inputs, moment)
                     jax.block_until_ready(state)
                 report(step + 1)
                 if loop.after_step:
                     if step + 1 == total or is_full[step + 1]:
                         resumable = self._state(step + 1, state, generators)
+                    assert resumable is not None, "the first step is a full one"
                     seen = self._estimate(schedule, step, before, moment, state, to_latents)
                     loop.after_step(StepDone(step + 1, total, state=resumable, estimate=seen))
         if profiler.written:
@@ -108,11 +112,11 @@ class Sampler:
         if begun:
             progress.note("resumed", f"after step {begun}")
         if cached:
-            steps = {
+            found = {
                 what: ranges(i for i in range(total) if is_full[i] is flag)
                 for what, flag in (("full", True), ("cached", False))
             }
-            progress.note("cache", {"name": cache.name, **steps, "saved_steps": is_full.count(False)})
+            progress.note("cache", {"name": cache.name, **found, "saved_steps": is_full.count(False)})
         return to_latents(self.runtime.fetch(state[0]))
 
     def _begin(
@@ -185,22 +189,22 @@ class Sampler:
 
     def compile(
         self, params: Params, state: Any, inputs: Any, moment: Moment, cache: StepCache, window: Window | None
-    ) -> tuple[Callable, Callable | None]:
+    ) -> tuple[Program, Program | None]:
         """The programs of full and of cached steps for such arguments (arrays or shape structs); None where nothing is kept."""
         names = (
             ("denoiser", "") if isinstance(cache, Uncached) else (f"full step ({cache.name})", f"cached step ({cache.name})")
         )
-        how = {"donate": (1,), "variant": window}
-        full = self.programs.get(names[0], self._full(cache, window), params, state, inputs, moment, **how)
+        get = partial(self.programs.get, donate=(1,), variant=window)
+        full = get(names[0], self._full(cache, window), params, state, inputs, moment)
         _, kept = full.out_info
         if not jax.tree.leaves(kept):
             return full, None
         kept = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding), kept)
-        return full, self.programs.get(names[1], self._cached(cache, window), params, state, kept, inputs, moment, **how)
+        return full, get(names[1], self._cached(cache, window), params, state, kept, inputs, moment)
 
-    def _full(self, cache: StepCache, window: Window | None) -> Callable:
+    def _full(self, cache: StepCache, window: Window | None) -> Callable[..., Any]:
         def full_step(
-            params, state: Float[Array, "K B ..."], inputs: Any, moment: Moment
+            params: Params, state: Float[Array, "K B ..."], inputs: Any, moment: Moment
         ) -> tuple[Float[Array, "K B ..."], Any]:
             latents, timesteps = self._model_inputs(state, moment)
             with attention_window(window):
@@ -209,9 +213,9 @@ class Sampler:
 
         return full_step
 
-    def _cached(self, cache: StepCache, window: Window | None) -> Callable:
+    def _cached(self, cache: StepCache, window: Window | None) -> Callable[..., Any]:
         def cached_step(
-            params, state: Float[Array, "K B ..."], kept: Any, inputs: Any, moment: Moment
+            params: Params, state: Float[Array, "K B ..."], kept: Any, inputs: Any, moment: Moment
         ) -> Float[Array, "K B ..."]:
             latents, timesteps = self._model_inputs(state, moment)
             with attention_window(window):
@@ -220,22 +224,26 @@ class Sampler:
 
         return cached_step
 
-    def _model_inputs(self, state, moment: Moment) -> tuple[Float[Array, "B2 ..."], Float[Array, " B2"]]:
+    def _model_inputs(
+        self, state: Float[Array, "K B ..."], moment: Moment
+    ) -> tuple[Float[Array, "B2 ..."], Float[Array, " B2"]]:
         latents = state[0].astype(self.runtime.dtype)
         if moment.scale is not None:  # prompt and negative prompt in one batch
             latents = jnp.concatenate([latents, latents])
             latents = jax.lax.with_sharding_constraint(latents, batch_sharded(self.mesh, len(latents)))
         return latents, jnp.broadcast_to(moment.timestep, len(latents))
 
-    def _update(self, state, output: Float[Array, "B2 ..."], moment: Moment) -> Float[Array, "K B ..."]:
+    def _update(
+        self, state: Float[Array, "K B ..."], output: Float[Array, "B2 ..."], moment: Moment
+    ) -> Float[Array, "K B ..."]:
         output = output.astype(jnp.float32)
         if moment.scale is not None:
-            output = self.guide(output, moment.scale)
+            output = self.guide(output, jnp.asarray(moment.scale))
         state = jnp.concatenate([state[:1], moment.drawn, state[1 + len(moment.drawn) :]])
-        return jax.lax.with_sharding_constraint(advance(moment.weights, state, output), replicated(self.mesh))
+        return jax.lax.with_sharding_constraint(advance(jnp.asarray(moment.weights), state, output), replicated(self.mesh))
 
     def _warm_up(
-        self, full: Callable, cached: Callable | None, params: Params, state: Array, inputs: Any, moment: Moment
+        self, full: Program, cached: Program | None, params: Params, state: Array, inputs: Any, moment: Moment
     ) -> None:
         """Run the programs on copies: neither the sample, nor what a cache keeps, nor the generator is touched."""
         for _ in range(self.runtime.warmup_steps):

@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from torch import nn
 
-from tpuvid.bridge import TracedModule
+from tpuvid.bridge import Scan, TracedModule
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.errors import InputError
 from tpuvid.mesh import Rule, split_sizes
@@ -34,7 +34,7 @@ class Encoder:
         rules: Sequence[Rule],
         component: str = "text_encoder",
         unused: Sequence[str] = (),
-        scan: dict[str, int] | None = None,
+        scan: Mapping[str, Scan] | None = None,
     ):
         """`module`: of the component's config.json, or a function that makes it of that. `heads`: entries of the config that
         a mesh has to divide; `unused`: prefixes of weights that `module` leaves out."""
@@ -68,7 +68,7 @@ class Encoder:
 def check_vocabulary(name: str, tokenizer: Any, encoder: Encoder) -> None:
     """Raise `InputError` if the tokenizer of component `name` gives tokens that the encoder has no embedding of."""
     words = encoder.traced.outline.words
-    if len(tokenizer) > words:
+    if words is not None and len(tokenizer) > words:
         raise InputError(
             f"{name} has {len(tokenizer)} words, {encoder.component} embeds {words}: they are of two models; "
             "download both again"

@@ -15,7 +15,7 @@ class InputError(TpuvidError):
     exit_code = 2
 
 
-def unexpected(error: Exception) -> str:
+def unexpected(error: BaseException) -> str:
     """One line for a user about an error that nobody foresaw: a bug, or a backend's failure."""
     first = (str(error).splitlines() or [""])[0]
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):

@@ -57,7 +57,7 @@ class Follower:
         return self.preview is not None and (done % self.control.preview_every == 0 or done == self.steps)
 
     def _after_step(self, at: StepDone) -> None:
-        if self._shows(at.done):
+        if self.preview is not None and self._shows(at.done):
             self.preview.show_soon(at.estimate())
         if self.on_step:
             self.on_step(at.done, at.total)

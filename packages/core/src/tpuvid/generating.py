@@ -162,7 +162,7 @@ class Generation:
             if with_seed is not config and manifest:
                 drawn[config] += 1  # of several that are alike, the first has the first seed
                 request = [self.spec.model_id, config.to_dict(), drawn[config]]
-                with_seed = replace(config, seed=manifest.seed(request, lambda seed=with_seed.seed: seed))
+                with_seed = replace(config, seed=manifest.seed(request, with_seed.seed))
             elif with_seed is not config and self.resume and (seed := work.seed()) is not None:
                 with_seed = replace(config, seed=seed)
             configs.append(with_seed)

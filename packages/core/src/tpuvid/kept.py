@@ -110,6 +110,7 @@ class Kept:
             pass
 
     def _path(self, kind: str, key: Any) -> Path:
+        assert self.folder is not None, "nothing is kept without a folder"
         return self.folder / f"{kind}-{digest_of([FORMAT, _environment(), self.scope, key])[:32]}.safetensors"
 
 

@@ -89,7 +89,7 @@ def _own_cache(used: bool) -> Iterator[list[str]]:
         if event == CACHE_HIT:
             hits.append(event)
 
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # JAX adds its settings at run time
     monitoring.register_event_listener(listen)
     try:
         if not used:

@@ -35,9 +35,9 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds a {type(values).__name__}; needs lines of the form 'num_frames: 81'")
     # one file may serve all commands: what only another one has is left to that one
-    known = {
-        flag: option for command in context.find_root().command.commands.values() for flag, option in _flags(command).items()
-    }
+    group = context.find_root().command
+    assert isinstance(group, click.Group)
+    known = {flag: option for command in group.commands.values() for flag, option in _flags(command).items()}
     own = _flags(context.command)
     defaults = {}
     for key, value in values.items():
@@ -50,7 +50,7 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
             raise InputError(f"{path}: {key}={value!r}: needs one {known[flag].type.name}, as on the command line")
         if flag in own and value is not None:
             text = value if isinstance(value, bool) else str(value)
-            defaults[own[flag].name] = text.split() if own[flag].multiple else text
+            defaults[own[flag].name] = text.split() if own[flag].multiple and isinstance(text, str) else text
     context.default_map = defaults
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from tpuvid.kept import Entry
 
 
-class Config(dict):
+class Config(dict[str, Any]):
     """A module's config as JSON has it; entries can be read like attributes, as those of diffusers and transformers."""
 
     def __getattr__(self, name: str) -> Any:

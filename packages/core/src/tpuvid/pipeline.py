@@ -19,8 +19,8 @@ from tpuvid.errors import InputError, TpuvidError
 from tpuvid.following import Follower
 from tpuvid.kept import Kept
 from tpuvid.kept_programs import KeptPrograms
+from tpuvid.layout import MeshConfig
 from tpuvid.lora import read_loras
-from tpuvid.mesh import MeshConfig
 from tpuvid.outline import code_of
 from tpuvid.packs import Pack, read_pack
 from tpuvid.progress import Progress
@@ -245,14 +245,14 @@ class Pipeline:
             "settings": [config.to_dict() for config in configs],
             "conditioning": tensors_digest(tensors),
         }
-        checkpoints = Checkpoints(control.checkpoint_dir, run) if control.checkpoint_dir else None
+        checkpoints = Checkpoints(Path(control.checkpoint_dir), run) if control.checkpoint_dir else None
         preview = None
         if control.preview:
             from tpuvid.preview import Preview
 
             self.checkpoint.require(("vae",))  # also where another decoder runs
             with self.runtime.progress.phase("fit preview"):
-                preview = Preview.fit(self.checkpoint, self._open("decode"), control.preview)
+                preview = Preview.fit(self.checkpoint, self._open("decode"), Path(control.preview))
         return Follower(control, configs[0].num_inference_steps, on_step, checkpoints, preview)
 
     def decode(self, latents: Latents) -> Video:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Self
 
@@ -62,10 +61,12 @@ class StepProfiler:
 
 def new_folder(parent: Path) -> Path:
     """The first of ``parent/1``, ``parent/2``, … that does not exist yet, made."""
-    for number in count(1):
+    number = 1
+    while True:
         folder = parent / str(number)
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
-        return folder
+            number += 1
+        else:
+            return folder

@@ -170,7 +170,7 @@ def _conflicts(plugins: Iterable[Plugin]) -> tuple[Conflict, ...]:
 def _without(plugin: Plugin, conflicts: Iterable[Conflict]) -> Plugin:
     """The plugin less what is in a conflict."""
     disputed = {(conflict.kind, conflict.name) for conflict in conflicts}
-    left = {}
+    left: dict[str, Any] = {}
     for name, (kind, taken) in _named(plugin).items():
         lost = [thing for each, things in taken.items() if (kind, each) in disputed for thing in things]
         left[name] = tuple(thing for thing in getattr(plugin, name) if not any(thing is other for other in lost))

@@ -81,9 +81,9 @@ class Recorded:
         settings |= {name: text for name, text in prompts.items() if text is not None}
         if "prompt" not in settings:
             raise InputError(f"{path}: its record leaves out the prompts (--no-prompt-in-metadata); give --prompt")
-        options, loras = record.get("options"), record.get("loras")
         if not _well_formed(record):
             raise InputError(f"{path}: its record is incomplete; take the .json beside it, or another copy")
+        options, loras = record["options"], record["loras"]
         name = model or record["model_id"]
         try:
             spec, checkpoint = resolve_model(name, decoder=options.get("decoder"))

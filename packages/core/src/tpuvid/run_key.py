@@ -86,7 +86,7 @@ def stages_key(stages: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
         "device_count": len(runtime.devices),
         "device_order": [[d.id, *(getattr(d, "coords", None) or ()), getattr(d, "core_on_chip", 0)] for d in runtime.devices],
         "cpu": _cpu() if first.platform == "cpu" else None,
-        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # JAX adds its settings at run time
         "x64": jax.dtypes.canonicalize_dtype("float64") == "float64",
         "configs": {name: module_configs(stage) for name, stage in stages.items()},
         **{name: installed_version(name) for name in LIBRARIES if name != "libtpu" or first.platform == "tpu"},
@@ -143,7 +143,8 @@ def module_configs(stage: Any) -> list[dict[str, Any]]:
     """The configs of the modules that a stage traces, with their classes' defaults filled in: equal for a full config.json
     and for one that leaves out what it takes as it is."""
     found = [_plain(traced.config) for traced in traced_modules(stage)]
-    if is_dataclass(guidance := getattr(stage, "guidance", None)):  # of HunyuanVideo: its form is traced
+    guidance = getattr(stage, "guidance", None)  # of HunyuanVideo: its form is traced
+    if is_dataclass(guidance) and not isinstance(guidance, type):
         found.append(_plain(asdict(guidance)))
     return found
 
@@ -251,14 +252,24 @@ def sources_hash(*packages: str, apart: Callable[[Path], bool] = lambda path: Fa
     """Of code and of data tables, whichever the package holds, but not of bundled configs and weights."""
     digest = hashlib.sha256()
     for package in packages:
-        spec = find_spec(package)
-        root = Path(next(iter(spec.submodule_search_locations or [Path(spec.origin).parent])))
-        for path in _sources(root) if spec.submodule_search_locations else [Path(spec.origin)]:
+        root, paths = _package(package)
+        for path in paths:
             relative = path.relative_to(root)
             if package == "tpuvid" and apart(relative):
                 continue
             digest.update(f"{package}/{relative.as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _package(name: str) -> tuple[Path, Iterable[Path]]:
+    """The folder of a package, or of a module, and its files."""
+    spec = find_spec(name)
+    assert spec is not None, f"{name} has been imported"
+    if spec.submodule_search_locations:
+        root = Path(next(iter(spec.submodule_search_locations)))
+        return root, _sources(root)
+    assert spec.origin is not None, f"{name} is a file"
+    return Path(spec.origin).parent, [Path(spec.origin)]
 
 
 def _sources(root: Path) -> Iterable[Path]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import jax
 import ml_dtypes
@@ -23,7 +23,8 @@ from tpuvid.kept_programs import KeptPrograms
 from tpuvid.kernels import placed_on
 from tpuvid.kernels.block_sizes import block_rows, read_rows, tables_in_use
 from tpuvid.kernels.placement import WINDOWED_BACKENDS
-from tpuvid.mesh import MeshConfig, Rule, default_mesh_config, make_mesh, split_sizes
+from tpuvid.layout import MeshConfig
+from tpuvid.mesh import Rule, default_mesh_config, make_mesh, split_sizes
 from tpuvid.packs import Pack, signature
 from tpuvid.plan.topologies import CHIPS
 from tpuvid.progress import Progress
@@ -66,8 +67,9 @@ def enable_compilation_cache() -> Path:
 
     A cache that the user has configured in JAX stays as it is. Raises `InputError` where the folder can't be made.
     """
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds its settings at run time
+    if configured:
+        return Path(configured)
     folder = cache_folder("xla")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a second run compiles nothing
@@ -94,7 +96,7 @@ class Runtime:
     """What earlier processes have traced and compiled for one stage."""
 
     @classmethod
-    def create(cls, *, dtype: str | None = None, **options: Any) -> Runtime:
+    def create(cls, *, dtype: str | None = None, **options: Any) -> Self:
         """A runtime on this machine's devices; `options` are its other fields. Raises `InputError` for what can't run here."""
         name = dtype or default_dtype()
         if name not in DTYPES:
@@ -111,8 +113,9 @@ class Runtime:
         if runtime.profile is not None:
             if not isinstance(runtime.profile, str | Path):
                 raise InputError(f"profile={runtime.profile!r}: needs the path of a folder")
-            runtime = replace(runtime, profile=Path(runtime.profile))
-            check_folder(runtime.profile)
+            folder = Path(runtime.profile)
+            runtime = replace(runtime, profile=folder)
+            check_folder(folder)
         return runtime
 
     def asked(self) -> dict[str, Any]:
@@ -195,20 +198,31 @@ class Runtime:
         return Programs(self, mesh, effort)
 
 
+@runtime_checkable
+class Program(Protocol):
+    """A compiled function."""
+
+    @property
+    def out_info(self) -> Any:
+        """Of its results: a tree of shapes, dtypes and shardings."""
+
+    def __call__(self, *args: Any) -> Any: ...
+
+
 class Programs:
     """The compiled functions of one stage: each is compiled ahead of time, once for every set of argument shapes."""
 
     def __init__(self, runtime: Runtime, mesh: Mesh, effort: float | None = None):
         self._runtime, self._mesh = runtime, mesh
         on_tpu = mesh.devices.flat[0].platform == "tpu"
-        own = {} if effort is None else {"exec_time_optimization_effort": effort}
+        own: dict[str, Any] = {} if effort is None else {"exec_time_optimization_effort": effort}
         self._options = TPU_OPTIONS | own if on_tpu else None
-        self._compiled: dict[tuple, Callable] = {}
+        self._compiled: dict[tuple[Hashable, ...], Program] = {}
         self._doing = "compile"
 
     def get(
-        self, what: str, function: Callable, *args: Any, donate: tuple[int, ...] = (), variant: Hashable = None
-    ) -> Callable:
+        self, what: str, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), variant: Hashable = None
+    ) -> Program:
         """`function` compiled for arguments like `args` (arrays or shape structs); compiling is a phase of its own.
 
         `variant`: what `function` is traced for beside the shapes of `args`.
@@ -217,20 +231,20 @@ class Programs:
         leaves, structure = jax.tree.flatten(args)
         key = (what, variant, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
-            program = self._from_pack(what, args) if self._runtime.pack else None
+            program = self._from_pack(self._runtime.pack, what, args) if self._runtime.pack else None
             if program is None:
                 how = [what, repr(variant), donate, self._options]
                 program = self._runtime.kept.get(how, args, self._mesh, partial(self._made, what, function, donate, args))
             self._compiled[key] = program
         return self._compiled[key]
 
-    def _made(self, what: str, function: Callable, donate: tuple[int, ...], args: tuple[Any, ...]) -> Callable:
+    def _made(self, what: str, function: Callable[..., Any], donate: tuple[int, ...], args: tuple[Any, ...]) -> Program:
         with self._runtime.progress.phase(f"{self._doing} {what}"), self._runtime.scope(self._mesh):
             return self._compile(what, jax.jit(function, donate_argnums=donate), args)
 
-    def _from_pack(self, what: str, args: tuple[Any, ...]) -> Callable | None:
+    def _from_pack(self, pack: Pack, what: str, args: tuple[Any, ...]) -> Program | None:
         """The program as the pack has it; None, with a note of why, where it is to be compiled: better late than not at all."""
-        pack, progress = self._runtime.pack, self._runtime.progress
+        progress = self._runtime.progress
         found = pack.find(what, signature(args, self._mesh))
         if found is None:
             progress.note_also("compiled beside the pack", f"{what} (not in it for these shapes)")
@@ -247,7 +261,7 @@ class Programs:
         progress.note_also("loaded from pack", what)
         return program
 
-    def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> Callable:
+    def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> Program:
         return function.lower(*args).compile(self._options)
 
 

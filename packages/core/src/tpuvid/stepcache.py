@@ -111,7 +111,8 @@ def _given(config: GenerationConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _settings(cache: StepCache | type[StepCache]) -> list[str]:
+def _settings(cache: Any) -> list[str]:
+    """Of a cache or of its class, which the registry has seen to be a dataclass."""
     return [field.name for field in fields(cache)]
 
 

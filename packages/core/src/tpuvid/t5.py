@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 from torch import nn
 
+from tpuvid.bridge import Params
 from tpuvid.checkpoint import Checkpoint
 from tpuvid.encoding import Encoder, check_vocabulary
 from tpuvid.runtime import Runtime
@@ -44,7 +45,7 @@ class T5TextEncoder(Encoder, ABC):
         return prompt
 
     @abstractmethod
-    def embed(self, params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:
+    def embed(self, params: Params, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"]) -> Float[Array, "B L E"]:
         """The embeddings of padded tokens; traced."""
 
     def encode(self, config: GenerationConfig, *, negative: bool) -> dict[str, np.ndarray]:

@@ -86,7 +86,7 @@ class Mp4Writer:
             self._stream.height, self._stream.width = frames.shape[1:3]
         with _encoder_errors(self.path):
             for frame in map(to_uint8, frames):
-                self._digest.update(np.ascontiguousarray(frame))
+                self._digest.update(np.ascontiguousarray(frame).data)
                 self.frames += 1
                 for packet in self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
                     self._container.mux(packet)

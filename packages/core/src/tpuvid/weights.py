@@ -67,7 +67,8 @@ def load_parameters(
     def load(name: str) -> jax.Array:
         struct, members = structs[name], sources[name]
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "every device has a part"
             if "*" not in name:
                 return weights.read(members[0], index).astype(struct.dtype)
             layers, index = members[index[0]], index[1:]

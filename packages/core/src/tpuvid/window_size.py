@@ -25,7 +25,7 @@ class WindowSize:
                 f"window_size={str(value)[:40]!r}: needs a number of frames (16 or frames=16) or of tokens (tokens=8192), "
                 "whole, from 0 to 999999999"
             )
-        return cls(int(found[2]), found[1] or "frames")
+        return cls(int(found[2]), "tokens" if found[1] == "tokens" else "frames")
 
     def __str__(self) -> str:
         return f"{self.unit}={self.size}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,9 @@ class Manifest:
         check_seal(self.path, value, remedy)
         self.videos, self.drawn, self.pages = value["videos"], value["drawn"], bool(value.get("pages"))
 
-    def seed(self, request: Mapping[str, Any], draw: Callable[[], int]) -> int:
-        """The seed that was drawn for this request when it was first made."""
-        return self.drawn.setdefault(digest_of(request)[:16], draw())
+    def seed(self, request: Sequence[Any], drawn: int) -> int:
+        """The seed that was drawn for this request when it was first made: `drawn`, where that is now."""
+        return self.drawn.setdefault(digest_of(request)[:16], drawn)
 
     def names(self) -> dict[str, str]:
         """By key, of videos that are done."""

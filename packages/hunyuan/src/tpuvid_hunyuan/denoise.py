@@ -148,5 +148,6 @@ class HunyuanDenoiser:
             mask = with_negative(tensors, f"prompt_embeds_mask{stream}", scales) != 0
             embeds = np.where(mask[..., None], with_negative(tensors, f"prompt_embeds{stream}", scales), 0)
             streams += [embeds.astype(self.runtime.dtype), mask.astype(np.int32)]
-        streams = self.runtime.put(streams, batch_sharded(self.mesh, len(streams[0])))
-        return Inputs(*streams, rotary=self.runtime.put(rotary_tables(self.rope, *grid), replicated(self.mesh)))
+        text, text_mask, glyphs, glyph_mask = self.runtime.put(streams, batch_sharded(self.mesh, len(streams[0])))
+        rotary = self.runtime.put(rotary_tables(self.rope, *grid), replicated(self.mesh))
+        return Inputs(text, text_mask, glyphs, glyph_mask, rotary)

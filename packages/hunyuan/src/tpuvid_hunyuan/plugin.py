@@ -1,6 +1,7 @@
 """The HunyuanVideo 1.5 text-to-video models. Imports neither jax nor torch."""
 
 from pathlib import Path
+from typing import Any
 
 from tpuvid.hookspecs import hookimpl
 from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
@@ -9,7 +10,7 @@ from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
 # computed, not looked up, so the limits are only those of good sense.
 RULES = SizeRules(frame_step=4, size_multiple=16, max_frames=4 * 1023 + 1, max_size=1024 * 16)
 
-COMMON = dict(
+COMMON: dict[str, Any] = dict(
     family="hunyuan",
     api_version=2,
     pipeline_class="HunyuanVideo15Pipeline",
@@ -33,7 +34,7 @@ COMMON = dict(
     load_decoder="tpuvid_hunyuan.decode:HunyuanDecoder",
 )
 # guidance_scale: the guider's in the checkpoint, 6.0 as published
-SAMPLING = dict(num_frames=121, fps=24, num_inference_steps=50, guidance_scale=None, max_sequence_length=1000)
+SAMPLING: dict[str, Any] = dict(num_frames=121, fps=24, num_inference_steps=50, guidance_scale=None, max_sequence_length=1000)
 
 # Sizes: what `HunyuanVideo15Pipeline` takes for a 16:9 video at the transformer's target_size.
 HUNYUAN_720P = ModelSpec(
@@ -55,10 +56,10 @@ HUNYUAN_480P = ModelSpec(
 
 
 @hookimpl
-def tpuvid_block_sizes():
+def tpuvid_block_sizes() -> list[Path]:
     return [Path(__file__).with_name("block_sizes.json")]
 
 
 @hookimpl
-def tpuvid_models():
+def tpuvid_models() -> list[ModelSpec]:
     return [HUNYUAN_720P, HUNYUAN_480P]

@@ -99,21 +99,21 @@ class TextToVideoTransformer(HunyuanVideo15Transformer3DModel):
 
 def build_transformer(config: Mapping[str, Any]) -> TextToVideoTransformer:
     """The module of transformer/config.json; raises `InputError` for a transformer that needs more than text."""
-    module = build(lambda: TextToVideoTransformer.from_config(config))
-    config = module.config
-    if config.use_meanflow:
+    module: Any = build(lambda: TextToVideoTransformer.from_config(config))
+    full = module.config
+    if full.use_meanflow:
         raise InputError(
             "use_meanflow=True: this transformer takes two timesteps (step-distilled, super-resolution); use one without"
         )
-    patch = config.patch_size_t, config.patch_size
+    patch = full.patch_size_t, full.patch_size
     if patch != (1, 1):
         raise InputError(
             f"patch_size_t, patch_size={patch}: tpuvid-hunyuan runs patches of one latent, as HunyuanVideo 1.5 has"
         )
-    if config.in_channels != 2 * config.out_channels + 1:
+    if full.in_channels != 2 * full.out_channels + 1:
         raise InputError(
-            f"in_channels={config.in_channels}: needs {2 * config.out_channels + 1} (latents, condition, mask) for "
-            f"out_channels={config.out_channels}; this is another model than HunyuanVideo 1.5"
+            f"in_channels={full.in_channels}: needs {2 * full.out_channels + 1} (latents, condition, mask) for "
+            f"out_channels={full.out_channels}; this is another model than HunyuanVideo 1.5"
         )
     del module.image_embedder
     module.set_attn_processor(KeyMaskedAttention())

@@ -4,7 +4,7 @@ nor torch."""
 import dataclasses
 
 from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import DecoderSpec, GenerationConfig
+from tpuvid.stages import DecoderSpec, GenerationConfig, ModelSpec
 from tpuvid_wan.plugin import WAN_1_3B
 
 WAN_TINY = dataclasses.replace(
@@ -28,10 +28,10 @@ PREVIEW = DecoderSpec(
 
 
 @hookimpl
-def tpuvid_models():
+def tpuvid_models() -> list[ModelSpec]:
     return [WAN_TINY]
 
 
 @hookimpl
-def tpuvid_decoders():
+def tpuvid_decoders() -> list[DecoderSpec]:
     return [PREVIEW]

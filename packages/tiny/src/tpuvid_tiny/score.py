@@ -43,7 +43,7 @@ class Reading:
 def nearest(rgb: np.ndarray, palette: dict[str, tuple[float, float, float]]) -> str | None:
     """The palette's name for a colour, or None if it is near none of them."""
     distance = {name: float(np.linalg.norm(rgb - np.array(value))) for name, value in palette.items()}
-    name = min(distance, key=distance.get)
+    name = min(distance, key=distance.__getitem__)
     return name if distance[name] <= COLOUR_TOLERANCE else None
 
 
@@ -73,7 +73,7 @@ def motion_of(masks: np.ndarray) -> str | None:
         "growing": np.log(growth) / np.log(LEAST_GROWTH),
         "shrinking": -np.log(growth) / np.log(LEAST_GROWTH),
     }
-    motion = max(MOTIONS, key=strength.get)
+    motion = max(MOTIONS, key=strength.__getitem__)
     return motion if strength[motion] >= 1 else None
 
 
@@ -100,7 +100,7 @@ def drawn_silhouettes() -> dict[str, np.ndarray]:
     """Each shape's silhouette as the renderer draws it, large."""
     axis = np.arange(128) - 63.5
     x, y = np.meshgrid(axis, axis)
-    return {shape: silhouette(signed_distance(shape, x, y, np.float64(36.0)) < 0) for shape in SHAPES}
+    return {shape: silhouette(signed_distance(shape, x, y, np.array(36.0)) < 0) for shape in SHAPES}
 
 
 TEMPLATES = drawn_silhouettes()

@@ -90,8 +90,8 @@ class WanDenoiser:
     ) -> Float[np.ndarray, "B C f h w"]:
         schedule = self._schedule(config.num_inference_steps, config.flow_shift)
         scales = guidance_scales(config)
-        text = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
-        text = self._prompt(self.runtime.put(text, batch_sharded(self.mesh, len(text))))
+        embeds = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
+        text = self._prompt(self.runtime.put(embeds, batch_sharded(self.mesh, len(embeds))))
         generators = make_generators(loop.seeds)
         noise = make_noise(self._latent_shape(config), generators)
         patches = self.traced.config.patch_size

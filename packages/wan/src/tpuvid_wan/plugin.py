@@ -1,6 +1,7 @@
 """The Wan 2.1 text-to-video models. Imports neither jax nor torch."""
 
 from pathlib import Path
+from typing import Any
 
 from tpuvid.hookspecs import hookimpl
 from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
@@ -13,7 +14,7 @@ RULES = SizeRules(frame_step=4, size_multiple=16, max_frames=4 * 1023 + 1, max_s
 # smaller videos keep the checkpoint's own shift.
 FLOW_SHIFTS = ((600_000, 5.0), (300_000, 3.0))
 
-COMMON = dict(
+COMMON: dict[str, Any] = dict(
     family="wan",
     api_version=2,
     pipeline_class="WanPipeline",
@@ -31,7 +32,7 @@ COMMON = dict(
     load_denoiser="tpuvid_wan.denoise:WanDenoiser",
     load_decoder="tpuvid_wan.decode:WanDecoder",
 )
-SAMPLING = dict(num_frames=81, fps=16, num_inference_steps=50, guidance_scale=5.0)
+SAMPLING: dict[str, Any] = dict(num_frames=81, fps=16, num_inference_steps=50, guidance_scale=5.0)
 
 WAN_14B = ModelSpec(
     model_id="wan2.1-t2v-14b",
@@ -56,10 +57,10 @@ WAN_1_3B = ModelSpec(
 
 
 @hookimpl
-def tpuvid_block_sizes():
+def tpuvid_block_sizes() -> list[Path]:
     return [Path(__file__).with_name("block_sizes.json")]
 
 
 @hookimpl
-def tpuvid_models():
+def tpuvid_models() -> list[ModelSpec]:
     return [WAN_14B, WAN_1_3B]

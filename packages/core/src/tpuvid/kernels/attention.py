@@ -56,8 +56,10 @@ def local_attention(
         case "flash" | "flash-smooth-k" | "flash-int8" as backend:
             device = jax.devices()[0] if place.mesh is None else place.mesh.devices.flat[0]
             chip = device_chip(device, query.dtype)
-            how = {"smooth_k": backend != "flash", "int8": backend == "flash-int8"}
-            return attention_flash(query, key, value, kv_mask=kv_mask, band=band, scale=scale, chip=chip, **how)
+            return attention_flash(
+                query, key, value, kv_mask=kv_mask, band=band, scale=scale, chip=chip,
+                smooth_k=backend != "flash", int8=backend == "flash-int8",
+            )  # fmt: skip
         case "splash":
             return attention_splash(query, key, value, kv_mask=kv_mask, scale=scale)
         case "cudnn":

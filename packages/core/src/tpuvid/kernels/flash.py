@@ -32,6 +32,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,7 @@ def _call(
     batch, heads, length, width = query.shape
     keys, depth = key.shape[2], value.shape[2]
     block_q, block_kv = min(blocks.q, round_up(length)), min(blocks.kv, keys)
+    grid: tuple[int, ...]
     if table is None:
         grid = (batch, heads, pl.cdiv(length, block_q), pl.cdiv(keys, block_kv))
         of_query, of_key = (lambda b, n, i, j: i), (lambda b, n, i, j: j)
@@ -230,6 +232,7 @@ def _call(
         transcendentals=scores,
         bytes_accessed=query.dtype.itemsize * (query.size * 2 + scores // block_q * (width + depth)),
     )
+    parallel: list[Literal["parallel"]] = ["parallel" for _ in grid[1:]]
     out_shape = jax.ShapeDtypeStruct((batch, heads, length, depth - ONES), dtype)
     return pl.pallas_call(
         functools.partial(_every_step if table is None else _visit_step, kernel),
@@ -248,7 +251,7 @@ def _call(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(*("parallel",) * (len(grid) - 1), "arbitrary"),
+            dimension_semantics=(*parallel, "arbitrary"),
             disable_bounds_checks=True,
             vmem_limit_bytes=VMEM_BYTES,
         ),
@@ -297,17 +300,17 @@ def _kernel(
         precision=lax.Precision.HIGHEST if v_ref.dtype == jnp.float32 else None,
     )
 
-    def scores(keys: pl.Slice, queries: pl.Slice) -> Float[Array, "k q"]:
+    def scores(keys: pl.Slice | slice, queries: pl.Slice | slice) -> Float[Array, "k q"]:
         """In powers of two, which are what the hardware computes."""
         if steps_ref is None:
             return multiply(k_ref[keys, :], q_ref[queries, :], NT) * scale
         products = lax.dot_general(k_ref[keys, :], q_ref[queries, :], NT, preferred_element_type=jnp.int32)
         return products.astype(jnp.float32) * (steps_ref[:, queries] * scale)
 
-    def values(keys: pl.Slice, p: Float[Array, "k q"]) -> Float[Array, "D1 q"]:
+    def values(keys: pl.Slice | slice, p: Float[Array, "k q"]) -> Float[Array, "D1 q"]:
         return multiply(v_ref[:, keys], p.astype(v_ref.dtype), NN)
 
-    def chunk(index: Array) -> pl.Slice:
+    def chunk(index: Array) -> pl.Slice | slice:
         return pl.ds(pl.multiple_of(index * CHUNK, CHUNK), CHUNK)
 
     @pl.when(j == 0)
@@ -322,7 +325,9 @@ def _kernel(
         """The first `length` keys of the block."""
         parts = [(k, min(compute, length - k)) for k in range(0, length, compute)]
         items = [(pl.ds(k, size), t) for k, size in parts for t in tiles]
-        s, p, acc = {}, {}, {}
+        s: dict[int, Array] = {}
+        p: dict[int, Array] = {}
+        acc: dict[int, Array] = {}
         overflow = jnp.zeros((1, tile), bool)
         for n in range(len(items) + SCORES_AHEAD + VALUES_BEHIND):
             if n < len(items):

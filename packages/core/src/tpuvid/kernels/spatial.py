@@ -62,6 +62,7 @@ def gather_keys(
 ) -> tuple[Float[Array, "B N S2 D"], Float[Array, "B N S2 D"], Bool[Array, "#B #N #T S2"] | None]:
     """Those of all strips, where every latent pixel is a token. Attention doesn't care in which order keys stand."""
     split = placement().spatial
+    assert split is not None, "frames are in strips"
     if split.length < split.size * split.parts:
         place = jnp.arange(key.shape[2])
         row = (place // split.other if split.axis == -2 else place) % split.size

@@ -58,12 +58,14 @@ def token_attention(streams: Sequence[Stream], *, scale: float | None = None) ->
     others = [s for s in streams if window is None or s.name != VIDEO]
     groups = [group for group in (apart, others) if group]
     joined = [exchange.all_tokens(_joined(group)) for group in groups]
-    key, value = (jnp.concatenate([s[field] for s in joined], axis=2) for field in (2, 3))
+    key, value = (jnp.concatenate(parts, axis=2) for parts in ([s.key for s in joined], [s.value for s in joined]))
     mask = _mask(groups)
     mask = None if mask is None else mask[:, None, None]
-    found = {}
+    found: dict[str, Array] = {}
     for group, stream in zip(groups, joined, strict=True):
-        band = Band(window, stream.key.shape[2], *exchange.part_of_queries()) if group is apart else None
+        band = None
+        if window is not None and group is apart:
+            band = Band(window, stream.key.shape[2], *exchange.part_of_queries())
         out = exchange.all_heads(attention(stream.query, key, value, mask=mask, band=band, scale=scale))
         ends = itertools.accumulate((s.query.shape[2] for s in group), initial=0)
         found |= {s.name: out[:, :, start:end] for s, (start, end) in zip(group, itertools.pairwise(ends), strict=True)}
@@ -126,7 +128,8 @@ class Exchange:
 
 def _joined(streams: Sequence[Stream]) -> Stream:
     """One after the other, in each part."""
-    query, key, value = (jnp.concatenate([s[field] for s in streams], axis=2) for field in (1, 2, 3))
+    each = [s.query for s in streams], [s.key for s in streams], [s.value for s in streams]
+    query, key, value = (jnp.concatenate(parts, axis=2) for parts in each)
     return Stream(streams[0].name, query, key, value)
 
 

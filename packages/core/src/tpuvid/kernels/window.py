@@ -119,7 +119,7 @@ def _visits_of(band: Band, queries: int, keys: int, blocks: Blocks) -> Iterator[
     key_starts = np.arange(0, keys, blocks.kv)
     key_ends = np.minimum(key_starts + blocks.kv, keys)
     for number, start in enumerate(range(0, queries, blocks.q)):
-        places = band.part * queries + np.array([start, min(start + blocks.q, queries) - 1])
+        places = np.asarray(band.part * queries + np.array([start, min(start + blocks.q, queries) - 1]))
         firsts, ends = band.window.seen(places, band.places)
         met = (key_starts < ends[1]) & (key_ends > firsts[0]) | (key_ends > band.places)
         whole = (key_starts >= firsts[1]) & (key_ends <= ends[0]) | (key_starts >= band.places)

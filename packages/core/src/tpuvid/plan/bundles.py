@@ -271,12 +271,12 @@ class _Program:
         """[bundles] how often each runs per call, and whether that is a guess."""
         size = len(self.lines)
         weights, uncertain = np.ones(size), np.zeros(size, bool)
-        spans = [*self.loops, *self.regions]
+        spans: list[_Loop | _Region] = [*self.loops, *self.regions]
         cuts = sorted({0, size, *(s.start for s in spans), *(s.end for s in spans)})
         for start, end in pairwise(cuts):
             loops = [x for x in self.loops if x.start <= start < x.end]
             regions = [x for x in self.regions if x.start <= start < x.end]
-            weight = math.prod(x.trips or 1 for x in loops)
+            weight: float = math.prod(x.trips or 1 for x in loops)
             for loop in {x.loop for x in regions if x.entered is not None}:
                 entered = [x.entered for x in regions if x.entered is not None and x.loop == loop]
                 weight *= float(np.mean(np.logical_and.reduce(np.broadcast_arrays(*entered))))

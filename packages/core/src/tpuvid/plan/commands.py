@@ -111,7 +111,7 @@ def plan_command(
     plan = planner.plan(topology, config)
     if not as_json:  # before what else is asked for, which takes minutes more
         click.echo(render(plan))
-    searches = {}
+    searches: dict[str, Any] = {}
     if plan.fits is False and not no_search and topology not in LOCAL:
         searches["remedies"] = list(planner.remedies(plan))
     if max_frames:
@@ -167,7 +167,7 @@ def tune_attention_command(
     else:
         from tpuvid.kernels.block_sizes import AttentionShape
 
-        shapes = [AttentionShape(**sizes)]
+        shapes = [AttentionShape(**{name: size for name, size in sizes.items() if size is not None})]
         which = " ".join(f"{_flag(name)} {size}" for name, size in sizes.items())
     command = f"tpuvid tune attention {which} --topology {topology.name} --max-candidates {max_candidates}"
     say = partial(click.echo, err=True)

@@ -110,7 +110,7 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
         import jax
 
         from tpuvid.checkpoint import resolve_model
-        from tpuvid.mesh import MeshConfig
+        from tpuvid.layout import MeshConfig
         from tpuvid.packs import PackWriter
         from tpuvid.plan.dryrun import PROMPT, STAGES, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
         from tpuvid.run_key import run_key
@@ -123,6 +123,7 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
 
     def keep(program: DryProgram) -> None:
         if program.compiled is None:
+            assert program.needed is not None, "it is compiled, or it doesn't fit"
             raise TpuvidError(
                 f"{program.name} needs {program.needed / 2**30:.1f} GiB per device, more than {topology} has; "
                 "choose a larger topology, another --mesh, fewer frames or a smaller size"

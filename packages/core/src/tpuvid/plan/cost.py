@@ -165,14 +165,16 @@ class _Tally:
     hbm_bytes: float = 0.0
 
     def part(self, timed: bool) -> Part:
-        seconds = (self.seconds, self.hbm_bound, self.estimated) if timed else (None,) * 3
-        return Part(*seconds, self.flops, self.hbm_bytes)
+        if not timed:
+            return Part(None, None, None, self.flops, self.hbm_bytes)
+        return Part(self.seconds, self.hbm_bound, self.estimated, self.flops, self.hbm_bytes)
 
 
 @dataclass
 class _Runs:
     """Of one collective."""
 
+    kind: str
     instruction: hlo.Instruction
     group: int
     bytes: int
@@ -185,7 +187,7 @@ class _Runs:
     def result(self, timed: bool) -> Collective:
         i = self.instruction
         return Collective(
-            kind=i.collective,
+            kind=self.kind,
             name=i.name,
             op_name=i.op_name,
             group=self.group,
@@ -297,8 +299,8 @@ class _Pricer:
 
     def _collective(self, computation: hlo.Computation, instruction: hlo.Instruction) -> _Runs | None:
         """What `instruction` is, starts or, as a fusion, contains of collectives."""
-        found = computation, instruction
-        if not instruction.collective:
+        found = (computation, instruction) if instruction.collective else None
+        if found is None:
             if instruction.opcode not in ("fusion", "async-start"):
                 return None
             inner = ((c, i) for c in self.module.called(instruction) for i in c if i.collective)
@@ -308,20 +310,22 @@ class _Pricer:
         if len(self.coords) != self.module.devices:
             raise ValueError(f"coords of {len(self.coords)} devices; the program has collectives of {self.module.devices}")
         computation, collective = found
+        kind = collective.collective
+        assert kind is not None, "it was chosen for that"
         if collective.name not in self.collectives:
             members = collective.pairs() or collective.groups(self.module.devices)
             size = len(members[0])
             arrays = [a for operand in computation.operands(collective) for a in operand.outputs if a.shape]
-            if collective.collective == "collective-permute":
+            if kind == "collective-permute":
                 arrays = arrays[:1]  # the others say where to write
-            payload = sum(a.bytes for a in arrays) * (size if collective.collective == "all-gather" else 1)
-            each, sent = collective_cost(collective.collective, payload, members, self.coords, self.topology)
-            self.collectives[collective.name] = _Runs(collective, size, payload, sent, each)
+            payload = sum(a.bytes for a in arrays) * (size if kind == "all-gather" else 1)
+            each, sent = collective_cost(kind, payload, members, self.coords, self.topology)
+            self.collectives[collective.name] = _Runs(kind, collective, size, payload, sent, each)
         return self.collectives[collective.name]
 
     def _execute(self, computation: hlo.Computation, instruction: hlo.Instruction, times: int) -> float:
         """Seconds of one run on the core; counts it `times` over."""
-        part = self._part(instruction)
+        part = self._part(computation, instruction)
         tally = self.tallies[part]
         flops = self._flops(computation, instruction)
         tally.flops += flops * times
@@ -345,24 +349,24 @@ class _Pricer:
             tally.estimated += seconds * times
         return seconds
 
-    def _part(self, instruction: hlo.Instruction) -> str:
+    def _part(self, computation: hlo.Computation, instruction: hlo.Instruction) -> str:
         if instruction.target == KERNEL:
             return "attention"
-        opcodes = {i.opcode for _, i in self._inside(instruction)}
+        opcodes = {i.opcode for _, i in self._inside(computation, instruction)}
         if opcodes & set(MULTIPLIES):
             return "matmul"
         return "other" if opcodes <= MOVES or instruction.opcode == "custom-call" else "elementwise"
 
     def _inside(
-        self, instruction: hlo.Instruction, within: hlo.Computation | None = None
-    ) -> Iterator[tuple[hlo.Computation | None, hlo.Instruction]]:
+        self, computation: hlo.Computation, instruction: hlo.Instruction
+    ) -> Iterator[tuple[hlo.Computation, hlo.Instruction]]:
         """`instruction`, or what a fusion is made of, fusions within it too."""
         if instruction.opcode != "fusion":
-            yield within, instruction
+            yield computation, instruction
             return
         for called in self.module.called(instruction):
             for inner in called:
-                yield from self._inside(inner, called)
+                yield from self._inside(called, inner)
 
     def _flops(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
         if instruction.target == KERNEL:
@@ -372,7 +376,7 @@ class _Pricer:
             if flops is None:
                 self.notes[f"{instruction.name}: the FLOPs of this kernel aren't known"] = None
             return flops or 0.0
-        inside = self._inside(instruction, computation)
+        inside = self._inside(computation, instruction)
         return sum(multiply_flops(*found) for found in inside if found[1].opcode in MULTIPLIES)
 
     def _hbm_bytes(self, computation: hlo.Computation, instruction: hlo.Instruction) -> int:

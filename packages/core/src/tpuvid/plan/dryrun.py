@@ -29,7 +29,7 @@ from tpuvid.layout import MeshConfig
 from tpuvid.mesh import layout_of
 from tpuvid.plan.bundles import Grid, pallas_grids
 from tpuvid.progress import Progress
-from tpuvid.runtime import Programs, Runtime
+from tpuvid.runtime import Program, Programs, Runtime
 from tpuvid.stages import GenerationConfig, ModelSpec
 
 OUT_OF_HBM = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
@@ -150,7 +150,7 @@ class DryProgram:
     def footprint(self) -> Footprint | None:
         if self.compiled is None:
             return None
-        m = self.compiled.memory_analysis()
+        m: Any = self.compiled.memory_analysis()  # what a backend gives; no type says it
         return Footprint(
             arguments=m.argument_size_in_bytes,
             outputs=m.output_size_in_bytes,
@@ -162,7 +162,11 @@ class DryProgram:
     @property
     def peak(self) -> int:
         """Bytes per device while it runs, with all else that stands there."""
-        return self.around + (self.needed if self.footprint is None else self.footprint.total)
+        footprint = self.footprint
+        if footprint is not None:
+            return self.around + footprint.total
+        assert self.needed is not None, "it is compiled, or it doesn't fit"
+        return self.around + self.needed
 
 
 class DryPrograms(Programs):
@@ -172,14 +176,14 @@ class DryPrograms(Programs):
         if runtime.stage not in runtime.compiled_stages:
             self._doing = "trace"
 
-    def get(self, what: str, function: Callable, *args: Any, **how: Any) -> Callable:
+    def get(self, what: str, function: Callable[..., Any], *args: Any, **how: Any) -> Program:
         structs = jax.tree.map(lambda x: x.struct if isinstance(x, AbsentArray) else x, args)
         return super().get(what, function, *structs, **how)
 
     def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> DryProgram:
         runtime, start = self._dry, time.perf_counter()
         if runtime.stage not in runtime.compiled_stages:
-            out = function.eval_shape(*args)
+            out = function.trace(*args).out_info
             return DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=out)
         traced = function.trace(*args)
         lowered = traced.lower()

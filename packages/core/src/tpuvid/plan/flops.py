@@ -33,7 +33,10 @@ def multiply_flops(computation: Computation, instruction: Instruction) -> float:
     left, right = (operand.outputs[0].shape for operand in computation.operands(instruction)[:2])
     if instruction.opcode == "dot":
         return 2 * math.prod(out) * math.prod(left[axis] for axis in instruction.dims("lhs_contracting_dims"))
-    lhs, rhs, result = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute(r"dim_labels=([^\s,]+)")).groups()
+    labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute(r"dim_labels=([^\s,]+)") or "")
+    if labels is None:
+        raise ValueError(f"{instruction.name}: a convolution without labels of its dimensions")
+    lhs, rhs, result = labels.groups()
     window = instruction.attribute(r"window=\{([^}]*)\}") or ""
     taps = 1
     for n, label in enumerate(sorted(set(result) - set("bf"))):
@@ -46,7 +49,7 @@ def _window(text: str, axis: int) -> tuple[int, int, int, int]:
     """Stride, padding before, dilation of the input, dilation of the kernel, along one spatial dimension."""
     fields = dict(part.split("=") for part in text.split())
     value = {name: entry.split("x")[axis] for name, entry in fields.items()}
-    before = int(re.match(r"-?\d+", value.get("pad", "0_0"))[0])
+    before = int(value.get("pad", "0_0").partition("_")[0])
     return int(value.get("stride", 1)), before, int(value.get("lhs_dilate", 1)), int(value.get("rhs_dilate", 1))
 
 

@@ -163,14 +163,14 @@ class Module:
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def body(self, loop: Instruction) -> Computation:
-        return self.computations[loop.attribute(r"\bbody=%?([^\s,]+)")]
+        return self.computations[loop.attribute(r"\bbody=%?([^\s,]+)") or ""]
 
     def trip_count(self, loop: Instruction) -> int | None:
         """Of a while, by the compiler's note or its condition ``i < constant``, where JAX's loops count from zero by one;
         None where neither tells."""
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
-        condition = self.computations[loop.attribute(r"\bcondition=%?([^\s,]+)")]
+        condition = self.computations[loop.attribute(r"\bcondition=%?([^\s,]+)") or ""]
         test = condition.instructions[condition.root]
         compare = test
         if test.opcode == "fusion":
@@ -216,6 +216,8 @@ def _computation(name: str, lines: list[str]) -> Computation:
 
 def _instruction(line: str) -> tuple[bool, Instruction]:
     head = _INSTRUCTION.match(line)
+    if head is None:
+        raise ValueError(f"{line[:80]!r}: is no instruction")
     rest = line[head.end() :]
     shape_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = _COMMENT.sub("", rest[:shape_end]), rest[shape_end:].lstrip()
@@ -252,8 +254,12 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
 
 
 def _bits(dtype: str) -> int:
+    if dtype in BITS:
+        return BITS[dtype]
     width = re.match(r"[a-z]+(\d+)", dtype)
-    return BITS[dtype] if dtype in BITS else int(width[1])
+    if width is None:
+        raise ValueError(f"{dtype}: is of no known width")
+    return int(width[1])
 
 
 def _ints(text: str) -> tuple[int, ...]:

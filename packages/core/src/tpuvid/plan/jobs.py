@@ -134,6 +134,7 @@ class Jobs:
         )
         if cores is not None:
             os.sched_setaffinity(process.pid, cores)
+        assert process.stdin is not None, "it is a pipe"
         process.stdin.write(json.dumps(argument) + "\n")
         process.stdin.flush()  # and stays open: its end tells the job that we are gone
         self._running[name] = process
@@ -175,6 +176,7 @@ class Jobs:
 
     def _listen(self, name: str, process: subprocess.Popen, errors: Any) -> None:
         ended = False
+        assert process.stdout is not None, "it is a pipe"
         for line in process.stdout:
             event = json.loads(line)
             ended = ended or "result" in event or "error" in event

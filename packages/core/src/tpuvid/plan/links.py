@@ -25,8 +25,8 @@ rings, for wrap-around (v5e, v6e: where a dimension has 16 chips; 3D slices: mul
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise, product
 
 from tpuvid.plan.topologies import Topology
@@ -42,7 +42,7 @@ def collective_cost(
     `payload`: bytes per device of what is reduced, exchanged or sent, for an all-gather of its result; `members`: places in the
     mesh by group, for a collective-permute (source, target); `coords`: where the chip of each place stands in the slice.
     """
-    loads: Counter[tuple[Coords, Coords]] = Counter()
+    loads: dict[tuple[Coords, Coords], float] = defaultdict(float)
     sent = 0.0
     for group in members:
         n = len(group)
@@ -94,7 +94,7 @@ def _snake(chip: Coords, spread: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(key)
 
 
-def _load(loads: Counter, source: Coords, target: Coords, amount: float, topology: Topology) -> None:
+def _load(loads: dict[tuple[Coords, Coords], float], source: Coords, target: Coords, amount: float, topology: Topology) -> None:
     """Half of it goes dimension by dimension, half in the reverse order of dimensions."""
     axes = range(len(source))
     for order in (axes, reversed(axes)):
@@ -102,7 +102,7 @@ def _load(loads: Counter, source: Coords, target: Coords, amount: float, topolog
             loads[step] += amount / 2
 
 
-def _route(source: Coords, target: Coords, axes: Iterator[int], topology: Topology) -> Iterator[Coords]:
+def _route(source: Coords, target: Coords, axes: Iterable[int], topology: Topology) -> Iterator[Coords]:
     at = list(source)
     yield tuple(at)
     for axis in axes:

@@ -97,8 +97,8 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Of one video, predicted; None where those of any stage are not."""
-        seconds = [stage.seconds for stage in self.stages.values()]
-        return None if None in seconds else sum(seconds)
+        known = [seconds for stage in self.stages.values() if (seconds := stage.seconds) is not None]
+        return sum(known) if len(known) == len(self.stages) else None
 
     @property
     def layout(self) -> str:
@@ -195,6 +195,7 @@ class Planner:
         guess = (config.num_frames - 1) // step
         while low + 1 < high:
             stage = compile_with(guess)
+            assert stage.usable is not None, "a TPU's memory is known"
             known[guess] = stage.peak - stage.usable
             low, high = (guess, high) if stage.fits else (low, guess)
             if len(known) == 1:

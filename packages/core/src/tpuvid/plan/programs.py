@@ -14,7 +14,7 @@ from tpuvid.checkpoint import resolve_model
 from tpuvid.errors import InputError
 from tpuvid.kernels import recorded_attention
 from tpuvid.kernels.block_sizes import AttentionShape
-from tpuvid.mesh import MeshConfig
+from tpuvid.layout import MeshConfig
 from tpuvid.plan.cost import predict
 from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, Loaded, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import RelayedProgress, Report
@@ -120,4 +120,4 @@ def _predict(program: DryProgram, topology: str, dump: str | None) -> dict[str, 
     cycles = schedule_cycles(Path(dump), program.grids)
     for file in Path(dump).iterdir():
         file.unlink()
-    return predict(program.compiled.as_text(), parse_topology(topology), coords=coords, schedule_cycles=cycles).to_dict()
+    return predict(program.compiled.as_text() or "", parse_topology(topology), coords=coords, schedule_cycles=cycles).to_dict()

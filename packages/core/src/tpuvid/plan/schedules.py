@@ -15,4 +15,4 @@ def schedule_cycles(folder: Path, grids: Mapping[str, Sequence[Grid]] | None = N
     dumps don't say which program an instruction is of. `grids` are those of its Pallas kernels, as `pallas_grids` finds them.
     Of instructions with the same code libtpu dumps one.
     """
-    return {name: read_schedule(name, *files, grids).cycles for name, *files in dumped(folder)}
+    return {name: read_schedule(name, bundles, table, grids).cycles for name, bundles, table in dumped(folder)}

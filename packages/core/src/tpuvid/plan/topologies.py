@@ -55,7 +55,7 @@ CHIPS = (
          aliases=("v7x", "ironwood")),
 )  # fmt: skip
 
-SHAPES = {
+SHAPES: dict[int, dict[int, tuple[int, ...]]] = {
     2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
     3: {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)},
 }
@@ -119,8 +119,9 @@ def parse_topology(text: str, *, also: Sequence[str] = LOCAL) -> Topology:
     """
     found = re.fullmatch(r"([a-z]+\d?[a-z0-9]*?)(?:-(\d+)|:(\d+(?:x\d+)*))", text.strip().lower())
     chip = next((c for c in CHIPS if found and found[1] in (c.name, *c.aliases)), None)
-    if chip is None:
+    if found is None or chip is None:
         raise InputError(f"topology={text!r}: is no TPU slice; choose from {', '.join([*known_topologies(), *also])}")
+    shape: tuple[int, ...] | None
     if found[3]:
         shape = tuple(map(int, found[3].split("x")))
         if len(shape) != chip.dimensions or 0 in shape:

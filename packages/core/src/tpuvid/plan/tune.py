@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from tpuvid.cache_folder import cache_folder
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.plan.bundles import dump_flags, no_time
 from tpuvid.plan.jobs import Jobs, Task, jobs_at_once, scratch_folder
-from tpuvid.plan.topologies import Topology, require_libtpu
+from tpuvid.plan.topologies import Chip, Topology, require_libtpu
 
 if TYPE_CHECKING:
     from tpuvid.kernels.block_sizes import AttentionShape, Blocks, Row
@@ -133,7 +134,7 @@ def tune_attention(
                 chip=chip.device_kind,
                 **shape._asdict(),
                 **{f"block_{name}": size for name, size in best.blocks._asdict().items()},
-                predicted_ms=round(best.cycles / chip.clock_ghz / 1e6, 3),
+                predicted_ms=round(_predicted_ms(best, chip), 3),
                 jax=version("jax"),
                 libtpu=version("libtpu"),
                 date=time.strftime("%Y-%m-%d"),
@@ -157,7 +158,7 @@ def search(
     tried: dict[Blocks, Found] = {}
 
     def best() -> Found | None:
-        return min((f for f in tried.values() if f.cycles is not None), key=lambda f: f.cycles, default=None)
+        return min((f for f in tried.values() if f.cycles is not None), key=attrgetter("cycles"), default=None)
 
     def look_at(candidates: Sequence[Blocks]) -> None:
         new = [c for c in dict.fromkeys(candidates) if c not in tried][: limit - len(tried)]
@@ -172,7 +173,7 @@ def search(
     try:
         look_at([fit(shape, *sizes) for sizes in COARSE])
         strides = iter(STRIDES)
-        stride = next(strides)
+        stride: float | None = next(strides)
         while stride is not None and len(tried) < limit and (start := best()):
             look_at(_neighbours(shape, start.blocks, stride))
             if best() == start:
@@ -271,6 +272,12 @@ def _is_cut_off(path: Path) -> bool:
     return path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
 
 
+def _predicted_ms(found: Found, chip: Chip) -> float:
+    """Of a candidate that fits."""
+    assert found.cycles is not None and chip.clock_ghz is not None, "see `check_tunable`"
+    return found.cycles / chip.clock_ghz / 1e6
+
+
 def _say_shape(shape: AttentionShape) -> str:
     return f"attention {shape.heads} heads × {shape.queries} queries × {shape.keys} keys, D = {shape.head_dim}"
 
@@ -280,9 +287,9 @@ def _say_blocks(blocks: Blocks) -> str:
 
 
 def _say_found(found: Found, best: Found | None, count: int, limit: int, topology: Topology) -> str:
-    def ms(cycles: float) -> str:
-        return f"{cycles / topology.chip.clock_ghz / 1e6:.3g} ms"
+    def ms(of: Found) -> str:
+        return f"{_predicted_ms(of, topology.chip):.3g} ms"
 
-    what = ms(found.cycles) if found.cycles is not None else f"does not fit ({(found.reason or '')[:100]})"
-    top = f"; best {ms(best.cycles)} with {_say_blocks(best.blocks)}" if best else ""
+    what = ms(found) if found.cycles is not None else f"does not fit ({(found.reason or '')[:100]})"
+    top = f"; best {ms(best)} with {_say_blocks(best.blocks)}" if best else ""
     return f"[{count}/{limit}] {_say_blocks(found.blocks)}: {what}{top}"

@@ -127,12 +127,11 @@ def _check_decoder(decoder: Any) -> None:
 def _check_step_cache(step_cache: Any) -> None:
     if not (isinstance(step_cache, type) and is_dataclass(step_cache) and isinstance(step_cache(), StepCache)):
         raise TypeError(f"tpuvid_step_caches gave {step_cache!r}, not a dataclass with name, full_steps, full and cached")
-    names = {f.name for f in fields(step_cache)}
-    _check_name("step cache", step_cache.name)
+    named: Any = step_cache
+    names = {f.name for f in fields(named)}
+    _check_name("step cache", named.name)
     if not names <= set(CACHE_SETTINGS):
-        raise TypeError(
-            f"step cache {step_cache.name!r}: its fields are {sorted(names)}; choose from {', '.join(CACHE_SETTINGS)}"
-        )
+        raise TypeError(f"step cache {named.name!r}: its fields are {sorted(names)}; choose from {', '.join(CACHE_SETTINGS)}")
 
 
 def _check_block_sizes(path: Any) -> None:

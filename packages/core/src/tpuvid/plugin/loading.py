@@ -104,11 +104,14 @@ def said(error: BaseException) -> str:
 
 def about(dist: Distribution) -> tuple[str, str]:
     """Name and version; a half-removed distribution has neither."""
+    name: str | None
+    number: str | None
     try:
         name, number = dist.metadata["Name"], dist.metadata["Version"]
     except Exception:  # it differs by Python's version what is raised
         name = number = None
-    return name or getattr(getattr(dist, "_path", None), "name", "?"), number or "?"
+    folder: str = getattr(getattr(dist, "_path", None), "name", "?")
+    return name or folder, number or "?"
 
 
 @contextmanager
@@ -151,7 +154,7 @@ def _check_requirements(dist: Distribution) -> None:
             )
 
 
-def _registered_by(manager: pluggy.PluginManager, point: EntryPoint) -> dict[str, tuple[Any, ...]]:
+def _registered_by(manager: pluggy.PluginManager, point: EntryPoint) -> dict[str, Any]:
     """What the module of an entry point registers, checked, by the field of `Plugin`."""
     module = point.load()
     _check_hooks(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from tpuvid.errors import InputError, TpuvidError
@@ -47,15 +48,15 @@ def check(
     return sheets
 
 
-def _named(what: str | None) -> list[Plugin]:
+def _named(what: str | None) -> Sequence[Plugin]:
     plugins = registry().plugins
     if what is None:
-        plugins = [p for p in plugins if p.name != CORE]
-        if not plugins:
+        ours = [p for p in plugins if p.name != CORE]
+        if not ours:
             raise InputError(
                 "no models are installed; pip install -e . in the folder of your plugin, or pip install tpuvid-wan"
             )
-        return plugins
+        return ours
     name = what.replace("_", "-").lower()
     found = [p for p in plugins if name in (p.name, p.package.replace("_", "-").lower())]
     found = found or [p for p in plugins if any(spec.model_id == what for spec in p.models)]
@@ -76,20 +77,20 @@ def _subjects(plugins: Sequence[Plugin], what: str | None, checkpoint: Path | No
         package = f"{plugin.package} {plugin.version}"
         if plugin.error or not plugin.models:
             loads = Result("loads", not plugin.error, plugin.error or f"{', '.join(plugin.provides)}; no models to check")
-            yield f"{plugin.name} ({package})", lambda loads=loads: iter([loads])
+            yield f"{plugin.name} ({package})", partial(iter, [loads])
         for conflict in registry().conflicts:
             if plugin.package in conflict.packages:
-                yield f"{plugin.name} ({package})", lambda said=str(conflict): iter([Result("loads", False, said)])
-        groups: dict[tuple, list[ModelSpec]] = {}
+                yield f"{plugin.name} ({package})", partial(iter, [Result("loads", False, str(conflict))])
+        groups: dict[tuple[str | None, ...], list[ModelSpec]] = {}
         for spec in plugin.models:
             if what not in {s.model_id for s in plugin.models} or spec.model_id == what:
                 groups.setdefault(_run_by(spec), []).append(spec)
         for specs in groups.values():
             ids = [spec.model_id for spec in specs]
-            yield f"{', '.join(ids)} ({package})", lambda ids=ids: _in_a_process(ids, checkpoint)
+            yield f"{', '.join(ids)} ({package})", partial(_in_a_process, ids, checkpoint)
 
 
-def _run_by(spec: ModelSpec) -> tuple:
+def _run_by(spec: ModelSpec) -> tuple[str | None, ...]:
     own = spec.checkpoint if spec.conformance is None else spec.conformance.random_checkpoint
     return spec.load_text_encoder, spec.load_denoiser, spec.load_decoder, own
 

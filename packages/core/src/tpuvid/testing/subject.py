@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from tpuvid.checkpoint import Checkpoint
-from tpuvid.mesh import MeshConfig
+from tpuvid.layout import MeshConfig
 from tpuvid.pipeline import Pipeline
 from tpuvid.runtime import Runtime
 from tpuvid.stages import Conditioning, Latents, ModelSpec, Video, imported
@@ -41,9 +41,9 @@ class Subject:
             folder = self.scratch / "checkpoint"
             imported(self.spec.conformance.random_checkpoint)(folder)
             return folder
-        package, colon, folder = self.spec.checkpoint.partition(":")
+        package, colon, inner = self.spec.checkpoint.partition(":")
         assert colon, "the spec has no conformance, and its checkpoint is not in a package; give it one, or pass --checkpoint"
-        return Path(str(files(package))) / folder
+        return Path(str(files(package))) / inner
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def check_rules(subject: Subject) -> str:
     step, multiple = rules.frame_step, rules.size_multiple
     sizes = [(multiple, multiple, 1), (2 * multiple, 3 * multiple, 1 + step)]
     for height, width, num_frames in sizes:
-        asked = {"height": height, "width": width, "num_frames": num_frames}
+        asked: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames}
         _check_frames(subject.generate(**asked, num_inference_steps=2), **asked)
     return "; ".join(f"{width}×{height}, {frames} frames" for height, width, frames in sizes)
 
@@ -252,7 +252,7 @@ def check_determinism(subject: Subject) -> str:
     """The same request gives the same video, bit for bit; another seed, prompt or scale another one."""
     frames = subject.video.frames
     assert np.array_equal(subject.generate().frames, frames), "the same request gave another video"
-    others = {"seed": subject.video.config.seed + 1, "prompt": OTHER_PROMPT}
+    others: dict[str, Any] = {"seed": subject.video.config.seed + 1, "prompt": OTHER_PROMPT}
     if subject.video.config.do_classifier_free_guidance:
         others |= {"guidance_scale": 1.0, "negative_prompt": OTHER_PROMPT}
     for name, value in others.items():
@@ -271,6 +271,7 @@ def check_staged(subject: Subject) -> str:
     array, file = load_latents(path)
     pipe = subject.pipeline()
     config = pipe.spec.defaults.override(**file.settings)
+    assert file.model_id is not None, "the file of latents doesn't say of which model they are"
     video = pipe.decode(Latents(model_id=file.model_id, latents=array, config=config, fingerprint=file.fingerprint))
     assert video.config == subject.video.config, f"settings changed on the way: {video.config} and {subject.video.config}"
     assert np.array_equal(video.frames, subject.video.frames), "staged and one-shot videos differ"
@@ -377,7 +378,8 @@ def check_decoders(subject: Subject) -> str:
         spec, checkpoint = resolve_model(subject.spec.model_id, decoder=name)
         pipe = Pipeline(spec, checkpoint, Runtime.create(dtype="float32", devices=jax.devices()[:1]))
         video = pipe.decode(replace(subject.latents, model_id=""))
-        _check_frames(video, *own.shape[2:4], own.shape[1])
+        frames, height, width = own.shape[1:4]
+        _check_frames(video, height, width, frames)
     return f"{', '.join(decoders)}: frames as large and as many as the model's own"
 
 
@@ -417,9 +419,9 @@ def check_mesh(subject: Subject) -> str:
         if mesh is None:
             frames = pipe.decode(replace(subject.latents, model_id=pipe.spec.model_id)).frames
             errors.append(_error(frames, subject.video.frames))
-        error = float(np.max(errors))
-        assert error <= CLOSE, f"mesh {layout}: {error:.1e} of the largest value"
-        seen.append(f"{layout} {error:.0e}")
+        largest = float(np.max(errors))
+        assert largest <= CLOSE, f"mesh {layout}: {largest:.1e} of the largest value"
+        seen.append(f"{layout} {largest:.0e}")
     return "; ".join(seen)
 
 
