@@ -14,10 +14,11 @@ $(STAMP): pyproject.toml packages/*/pyproject.toml scripts/setup.sh
 demo: setup
 	$(BIN)/tpuvid generate --model wan-tiny --prompt "a red circle moving right on a black background"
 
-# Whether all of the Python passes ruff, and stands as it formats: seconds.
+# Whether all of the Python passes ruff, stands as it formats, and has the types that it says: seconds, half a minute at first.
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Two processes share the files of tests, each file to one, which makes its fixtures once; the slowest are named at the end.
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=1

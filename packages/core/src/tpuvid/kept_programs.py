@@ -27,7 +27,8 @@ class KeptPrograms:
     def __init__(self, kept: Kept | None = None):
         self.outlines = kept or Kept()
         """What else is kept for the stage: outlines of modules, schedules."""
-        self._programs, self._code = Kept(), list
+        self._programs = Kept()
+        self._code: Callable[[], Iterable[ModuleType]] = list
 
     def of_a_stage(self) -> KeptPrograms:
         """For one more stage."""
