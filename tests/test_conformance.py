@@ -4,7 +4,15 @@ import pytest
 from tpuvid import testing
 
 
-@pytest.mark.parametrize("package", ["tpuvid-wan", "tpuvid-cogvideox", "tpuvid-hunyuan", "tpuvid-tiny"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        "tpuvid-wan",
+        "tpuvid-tiny",
+        pytest.param("tpuvid-cogvideox", marks=pytest.mark.slow),
+        pytest.param("tpuvid-hunyuan", marks=pytest.mark.slow),
+    ],
+)
 def test_our_own_packages_conform(package):
     (sheet,) = testing.check(package)
     assert sheet.passed, sheet.render()

@@ -13,6 +13,7 @@ CASES = (
         "DDIM, 9 frames (latents padded from 3 to 4)",
         RandomCogVideoX(),
         dict(height=48, width=80, num_frames=9, num_inference_steps=6, guidance_scale=3.0, seed=3),
+        slow=False,
     ),
     Case(
         "DPM, 17 frames, three heads of 32",
@@ -51,6 +52,7 @@ CASES = (
             cache_end_step=8,
             cache_step_interval=3,
         ),
+        slow=False,
     ),
     Case(
         "CogVideoX 1.0 (no patches in time), DPM",

@@ -1,9 +1,9 @@
 """The acceptance line of every CogVideoX change: what diffusers computes, tpuvid computes."""
 
-import pytest
 from cogvideox.fidelity import CASES, measure
+from shared.fidelity import parametrized
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@parametrized(CASES)
 def test_every_stage_equals_diffusers(case, tmp_path):
     measure(case, tmp_path).check()

@@ -38,7 +38,7 @@ def test_an_even_number_of_latent_frames_decodes_as_in_diffusers(checkpoint, pip
     assert "frames: 8; 5 were asked for" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 7])
+@pytest.mark.parametrize("frames", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 7])
 def test_chunks_come_as_in_diffusers(checkpoint, pipe, frames):
     """The first chunk takes the odd frame, and each reaches the host on its own; nothing pointwise is remembered."""
     torch.manual_seed(0)

@@ -33,8 +33,8 @@ def denormalised(vae, latents):
     "frames, height, width, chunks",
     [
         (7, 7, 3, [9, 8, 8]),  # 2 × 1 tiles; the second row is 2 latents high; width alone would not be tiled
-        (1, 11, 9, [1]),  # 3 × 3 tiles, the last ones a single latent
-        (4, 5, 14, [8, 8]),  # exactly one stride high
+        pytest.param(1, 11, 9, [1], marks=pytest.mark.slow),  # 3 × 3 tiles, the last ones a single latent
+        pytest.param(4, 5, 14, [8, 8], marks=pytest.mark.slow),  # exactly one stride high
     ],
 )
 def test_tiles_are_those_of_diffusers(tiled, vae, frames, height, width, chunks):
@@ -43,6 +43,7 @@ def test_tiles_are_those_of_diffusers(tiled, vae, frames, height, width, chunks)
     check_tiles(tiled, vae, latents, denormalised(vae, latents), chunks)
 
 
+@pytest.mark.slow
 def test_published_tiles(checkpoint):
     """The published VAE's own sizes: 240 × 360 pixels, overlapping by a sixth and a fifth."""
     vae = AutoencoderKLCogVideoX.from_pretrained(checkpoint, subfolder="vae")

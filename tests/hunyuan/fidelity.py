@@ -21,6 +21,7 @@ CASES = (
         dict(height=48, width=32, num_frames=13, num_inference_steps=6, guidance_scale=4.0, seed=11, max_sequence_length=60),
         prompt='a sign says "OPEN" and “七点半”, then "OPEN" again',
         negative_prompt='the word "blurry"',
+        slow=False,
     ),
     Case(
         "original formulation, shift given, 5 frames, quotes in the negative prompt",
@@ -67,6 +68,7 @@ CASES = (
             cache_step_interval=3,
         ),
         prompt='a "red" cat',
+        slow=False,
     ),  # fmt: skip
     Case(
         "tiled VAE, 2 × 1 tiles, the last one smaller",

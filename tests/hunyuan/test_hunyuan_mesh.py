@@ -4,7 +4,7 @@ import pytest
 from diffusers import HunyuanVideo15Transformer3DModel
 from hunyuan.conftest import SMALL
 from jax.sharding import Mesh
-from shared.mesh_parity import on_eight_devices
+from shared.mesh_parity import LAYOUTS, STRIPS, on_eight_devices
 from tpuvid import t5
 from tpuvid.bridge import Scan, TracedModule, build
 from tpuvid.mesh import shard_parameters
@@ -20,9 +20,9 @@ MESH = Mesh(np.array([jax.devices()[0]] * 8).reshape(2, 4), ("dp", "tp"))
 
 
 @pytest.fixture(scope="module")
-def parity(tmp_path_factory):
+def parity(request, tmp_path_factory):
     folder = RandomHunyuan(heads=4, guider={"start": 0.3, "stop": 0.9}).save(tmp_path_factory.mktemp("mesh") / "four-heads")
-    return on_eight_devices(folder, SMALL, "transformer_blocks.*.attn.add_q_proj.weight")
+    return on_eight_devices(request, folder, SMALL, "transformer_blocks.*.attn.add_q_proj.weight")
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +30,15 @@ def results(parity):
     return parity["layouts"]
 
 
-def test_every_layout_gives_the_single_device_result(results):
-    for mesh, result in results.items():
-        assert max(result["errors"]) <= 1e-5, mesh
+@LAYOUTS
+def test_every_layout_gives_the_single_device_result(results, mesh):
+    assert max(results[str(mesh)]["errors"]) <= 1e-5
 
 
-def test_frames_in_strips_are_those_of_one_device(parity):
-    assert [strips["parts"] for strips in parity["strips"]] == [8, 7, 7]
-    assert max(strips["error"] for strips in parity["strips"]) <= 1e-5
+@STRIPS
+def test_frames_in_strips_are_those_of_one_device(parity, size, parts):
+    assert parity["strips"][str(size)]["parts"] == parts
+    assert parity["strips"][str(size)]["error"] <= 1e-5
 
 
 def test_videos_of_a_batch_are_split_over_dp(parity):
@@ -47,6 +48,10 @@ def test_videos_of_a_batch_are_split_over_dp(parity):
 
 def test_layouts_are_really_used(results):
     assert results["dp=2,tp=4"]["spec"] == [None, "tp", None] and results["dp=2,sp=4,fsdp"]["spec"][1:] != [None, None]
+
+
+@pytest.mark.slow
+def test_eight_devices_get_a_layout_by_themselves(results):
     assert results["None"]["mesh"] == {"dp": 2, "sp": 4, "tp": 1}, "eight devices, guidance"
     assert results["None"]["encoders"] == 2 * [{"dp": 1, "sp": 1, "tp": 2}], "two key heads of the one, two heads of the other"
 

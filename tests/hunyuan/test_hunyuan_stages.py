@@ -161,7 +161,7 @@ def test_guidance_off_ignores_the_negative_prompt(pipe):
     assert not np.array_equal(a, c)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5, 13])
+@pytest.mark.parametrize("frames", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 13])
 def test_every_number_of_latent_frames_decodes_as_in_diffusers(checkpoint, pipe, frames):
     torch.manual_seed(0)
     z = torch.randn(1, 4, frames, 3, 5)

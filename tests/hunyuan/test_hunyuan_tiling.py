@@ -11,7 +11,7 @@ from shared.decoding import check_tiles, chunks_of, random_latents
     "frames, height, width, chunks",
     [
         (5, 17, 3, [1, 8, 8]),  # 2 × 1 tiles of 16 latents, 12 apart; each remembers frames from chunk to chunk
-        (1, 13, 25, [1]),  # 2 × 3 tiles, the last ones a single latent
+        pytest.param(1, 13, 25, [1], marks=pytest.mark.slow),  # 2 × 3 tiles, the last ones a single latent
     ],
 )
 def test_tiles_are_those_of_diffusers(checkpoint, frames, height, width, chunks, monkeypatch):

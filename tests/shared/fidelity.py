@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tpuvid.pipeline import Pipeline
 from tpuvid.stages import Conditioning, Latents
 
@@ -20,6 +21,8 @@ class Case:
     prompt: str = "a red cat &amp;amp; the  moon"
     negative_prompt: str = "blue dog"
     vae_tiling: bool = False
+    slow: bool = True
+    """Whether only `make test-all` runs it: of each family two are enough for a start."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ def compare_stages(
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def parametrized(cases: Iterable[Case]) -> pytest.MarkDecorator:
+    """For a test of each `case`."""
+    marked = [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else []) for case in cases]
+    return pytest.mark.parametrize("case", marked)
 
 
 def print_table(cases: Iterable[Case], measure: Callable[[Case, Path], Fidelity]) -> None:

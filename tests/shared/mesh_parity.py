@@ -9,25 +9,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MESHES = ("dp=1", "dp=2,tp=4", "sp=3", "sp=8", None, "dp=2,sp=4,fsdp")
+import pytest
+
+ONE = "dp=1"
+MESHES = ("dp=2,tp=4", "dp=2,sp=4,fsdp", "sp=3", "sp=8", None)
 """None: dp=2,sp=4. Three parts divide neither heads nor tokens; eight share four heads."""
 SIZES = ((8, 6), (6, 13), (6, 14))  # latents: eight strips by height; seven by width, of which the last is half empty, or full
+QUICK = 2
+"""So many of the layouts and of the sizes; the others are of the tier `slow`."""
+LAYOUTS = pytest.mark.parametrize("mesh", [*MESHES[:QUICK], *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[QUICK:])])
+STRIPS = pytest.mark.parametrize(
+    "size, parts", [(SIZES[0], 8), (SIZES[1], 7), pytest.param(SIZES[2], 7, marks=pytest.mark.slow)], ids=str
+)
 SAVING = dict(num_inference_steps=5, cache="deepcache", cache_start_step=1, cache_step_interval=3, window_size="frames=0")
 
 
-def on_eight_devices(folder: Path, settings: dict, weight: str) -> dict:
-    """Under "layouts", by layout: the relative errors of embeddings and latents (with DeepCache and a window too), how `weight`
-    is split, and the meshes.
+def on_eight_devices(request: pytest.FixtureRequest, folder: Path, settings: dict, weight: str) -> dict:
+    """What the tests of `request`'s module that are to run want, in one process, or no more than its quick ones want.
 
-    Under "strips", by size: the relative error of frames, and into how many strips they were split. Under "batch": those of two
-    videos in one batch over dp=4, against each alone on one device.
+    Under "layouts", by layout: the relative errors of embeddings and latents (with DeepCache and a window too), how `weight`
+    is split, and the meshes. Under "strips", by size: the relative error of frames, and into how many strips they were split.
+    Under "batch": those of two videos in one batch over dp=4, against each alone on one device.
     """
-    return _in_child("main", str(folder), settings, weight)
+    mine = [item for item in request.session.items if item.path == request.path]
+    upto = None if any(item.get_closest_marker("slow") for item in mine) else QUICK
+    return _in_child("main", str(folder), settings, weight, MESHES[:upto], SIZES[:upto])
 
 
-def strips_on_eight_devices(model: str, decoder: str) -> list[dict]:
+def strips_on_eight_devices(model: str, decoder: str) -> dict:
     """The "strips" alone, of the first two sizes, by another decoder than the model's own."""
-    return _in_child("in_strips", model, decoder, SIZES[:2])
+    return _in_child("in_strips", model, decoder, SIZES[:QUICK])
 
 
 def _in_child(function: str, *args: Any) -> Any:
@@ -39,14 +50,14 @@ def _in_child(function: str, *args: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(folder: str, settings: dict, weight: str) -> dict:
+def main(folder: str, settings: dict, weight: str, meshes: Sequence[str | None], sizes: Sequence[Sequence[int]]) -> dict:
     import jax
     import numpy as np
     import tpuvid
 
     assert len(jax.devices()) == 8
     results, expected = {}, None
-    for mesh in MESHES:
+    for mesh in (ONE, *meshes):
         pipe = tpuvid.load(folder, mesh=mesh)
         conditioning = pipe.encode('a red "cat"', "dog", max_sequence_length=40)
         latents, saved = (pipe.denoise(conditioning, **settings | changes) for changes in ({}, SAVING))
@@ -61,7 +72,7 @@ def main(folder: str, settings: dict, weight: str) -> dict:
             "mesh": dict(denoiser.mesh.shape),
             "encoders": [dict(e.mesh.shape) for e in (encoder, *vars(encoder).values()) if hasattr(e, "mesh")],
         }
-    return {"layouts": results, "strips": in_strips(folder), "batch": in_batch(folder, settings)}
+    return {"layouts": results, "strips": in_strips(folder, None, sizes), "batch": in_batch(folder, settings)}
 
 
 def in_batch(folder: str, settings: dict) -> dict:
@@ -81,7 +92,7 @@ def in_batch(folder: str, settings: dict) -> dict:
     return {"errors": errors, "mesh": dict(together._opened["denoise"].mesh.shape)}
 
 
-def in_strips(model: str, decoder: str | None = None, sizes: Sequence[tuple[int, int]] = SIZES) -> list[dict]:
+def in_strips(model: str, decoder: str | None, sizes: Sequence[Sequence[int]]) -> dict:
     import jax
     import numpy as np
     from tpuvid.checkpoint import resolve_model
@@ -91,13 +102,13 @@ def in_strips(model: str, decoder: str | None = None, sizes: Sequence[tuple[int,
     decoders = [spec.load("decoder", checkpoint, Runtime.create(devices=jax.devices()[:n])) for n in (8, 1)]
     for decoder in decoders:
         decoder.load()
-    results = []
+    results = {}
     for size in sizes:
         latents = np.random.default_rng(0).standard_normal((1, decoders[0].channels, 3, *size), np.float32)
         found, expected = (np.concatenate(list(decoder.decode(latents)), axis=1) for decoder in decoders)
         assert found.shape == expected.shape
         error = float(np.abs(found - expected).max() / np.abs(expected).max())
-        results.append({"error": error, "parts": decoders[0].mesh.size})
+        results[str(tuple(size))] = {"error": error, "parts": decoders[0].mesh.size}
     return results
 
 

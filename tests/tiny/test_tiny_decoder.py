@@ -125,8 +125,8 @@ def test_unknown_decoders_are_refused_first(latents, tmp_path, capsys, forbid_we
 def test_strips_on_eight_devices_agree_with_one():
     """Eight strips by height, and seven by width, of which the last is half empty."""
     found = strips_on_eight_devices("wan-tiny", "preview")
-    assert [strips["parts"] for strips in found] == [8, 7]
-    assert all(strips["error"] <= 1e-5 for strips in found)
+    assert [strips["parts"] for strips in found.values()] == [8, 7]
+    assert all(strips["error"] <= 1e-5 for strips in found.values())
 
 
 def test_tiles(preview):

@@ -213,8 +213,9 @@ def test_a_planted_fault_is_found(subject, monkeypatch, check, fault, said):
         check(subject)
 
 
+@pytest.mark.slow
 def test_without_a_fault_they_pass(subject):
-    """Those of the faults above; the mesh has a process of its own elsewhere."""
+    """As those of our own packages do; the mesh has a process of its own there."""
     for check in suite.SUITE:
         if check not in (suite.check_mesh, suite.check_decoders, suite.check_light):
             assert check(subject)

@@ -17,7 +17,9 @@ def installed(tmp_path):
     return Installed(tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [family if place == 0 else pytest.param(family, marks=pytest.mark.slow) for place, family in enumerate(FAMILIES)]
+)
 def test_it_installs_is_listed_and_generates(family, installed, tmp_path, capsys):
     start = time.perf_counter()
     assert run(["plugin", "new", "my-model", "--family", family, "--output-dir", str(tmp_path)]) == 0

@@ -1,5 +1,6 @@
-"""The short form of `make torture`: every part of it, with few of each."""
+"""The short form of `make torture`: every part of it, with few of each, in one process."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,16 +8,23 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
+COUNTS = {"kills": 6, "disks": 3, "damages": 120, "arguments": 300}
+pytestmark = pytest.mark.optimized  # bits are compared
 
 
-@pytest.mark.parametrize(
-    "part, count, says",
-    [("kills", 6, "jobs: "), ("disks", 3, "refused"), ("damages", 120, "pack: refused"), ("arguments", 300, "exit code 2")],
-)
-def test_short_torture(part, count, says):
-    parts = ("kills", "disks", "damages", "arguments")
-    arguments = [word for name in parts for word in (f"--{name}", str(count if name == part else 0))]
+@pytest.fixture(scope="module")
+def tortured():
+    """What it printed of each part, by name."""
+    arguments = [word for name, count in COUNTS.items() for word in (f"--{name}", str(count))]
     command = [sys.executable, "-W", "ignore", "-m", "torture", *arguments]
     done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert says in done.stdout
+    return dict(re.findall(r"^(\w+): \d+ s\n((?:  .*\n)*)", done.stdout, re.M))
+
+
+@pytest.mark.parametrize(
+    "part, says",
+    [("kills", "jobs: "), ("disks", "refused"), ("damages", "pack: refused"), ("arguments", "exit code 2")],
+)
+def test_short_torture(tortured, part, says):
+    assert says in tortured[part]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TPUVID_CACHE_DIR", str(Path(__file__).parents[2] / ".pytest_cache" / "tpuvid"))
 
 from torture import arguments, children, damages, disks, kills  # noqa: E402  (after the environment)

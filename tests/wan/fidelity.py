@@ -18,6 +18,7 @@ CASES = (
         "three heads of 20, no cross-attention norm, 13 frames",
         RandomWan(heads=3, head_dim=20, cross_attn_norm=False, vae_dim=4, dim_mult=(1, 2, 4, 4), seed=1),
         dict(height=48, width=112, num_frames=13, num_inference_steps=7, guidance_scale=5.0, seed=11, max_sequence_length=77),
+        slow=False,
     ),
     Case(
         "Euler, shift 5, three layers, guidance off",
@@ -35,6 +36,7 @@ CASES = (
         RandomWan(layers=4, seed=6),
         dict(height=32, width=48, num_frames=5, num_inference_steps=9, guidance_scale=4.0, seed=5,
              cache="deepcache", cache_start_step=2, cache_end_step=8, cache_step_interval=3),
+        slow=False,
     ),
     Case(
         "tiled VAE, 2 × 1 tiles, the last one smaller",

@@ -1,9 +1,9 @@
 """The acceptance line of every Wan change: what diffusers computes, tpuvid computes."""
 
-import pytest
+from shared.fidelity import parametrized
 from wan.fidelity import CASES, measure
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@parametrized(CASES)
 def test_every_stage_equals_diffusers(case, tmp_path):
     measure(case, tmp_path).check()

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from shared.mesh_parity import on_eight_devices
+from shared.mesh_parity import LAYOUTS, STRIPS, on_eight_devices
 from tpuvid import t5
 from tpuvid.bridge import TracedModule, build
 from tpuvid.mesh import shard_parameters
@@ -12,9 +12,9 @@ from wan.conftest import SMALL
 
 
 @pytest.fixture(scope="module")
-def parity(tmp_path_factory):
+def parity(request, tmp_path_factory):
     folder = RandomWan(heads=4).save(tmp_path_factory.mktemp("mesh") / "four-heads")
-    return on_eight_devices(folder, SMALL, "blocks.*.attn1.to_q.weight")
+    return on_eight_devices(request, folder, SMALL, "blocks.*.attn1.to_q.weight")
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +22,15 @@ def results(parity):
     return parity["layouts"]
 
 
-def test_every_layout_gives_the_single_device_result(results):
-    for mesh, result in results.items():
-        assert max(result["errors"]) <= 1e-5, mesh
+@LAYOUTS
+def test_every_layout_gives_the_single_device_result(results, mesh):
+    assert max(results[str(mesh)]["errors"]) <= 1e-5
 
 
-def test_frames_in_strips_are_those_of_one_device(parity):
-    assert [strips["parts"] for strips in parity["strips"]] == [8, 7, 7]
-    assert max(strips["error"] for strips in parity["strips"]) <= 1e-5
+@STRIPS
+def test_frames_in_strips_are_those_of_one_device(parity, size, parts):
+    assert parity["strips"][str(size)]["parts"] == parts
+    assert parity["strips"][str(size)]["error"] <= 1e-5
 
 
 def test_videos_of_a_batch_are_split_over_dp(parity):
@@ -39,6 +40,10 @@ def test_videos_of_a_batch_are_split_over_dp(parity):
 
 def test_layouts_are_really_used(results):
     assert results["dp=2,tp=4"]["spec"] == [None, "tp", None] and results["dp=2,sp=4,fsdp"]["spec"][1:] != [None, None]
+
+
+@pytest.mark.slow
+def test_eight_devices_get_a_layout_by_themselves(results):
     assert results["None"]["mesh"] == {"dp": 2, "sp": 4, "tp": 1}, "eight devices, guidance"
 
 

@@ -28,7 +28,8 @@ def denormalised(vae, latents):
     "frames, height, width, chunks",
     [
         (5, 33, 8, [1, 8, 8]),  # a second row of tiles, 9 latents high; each remembers frames from chunk to chunk
-        (1, 50, 25, [1]),  # 3 × 2 tiles, the last row 2 latents high, the last column 1 wide: less than a blend
+        # 3 × 2 tiles, the last row 2 latents high, the last column 1 wide: less than a blend
+        pytest.param(1, 50, 25, [1], marks=pytest.mark.slow),
     ],
 )
 def test_tiles_are_those_of_diffusers(checkpoint, vae, frames, height, width, chunks, monkeypatch):
