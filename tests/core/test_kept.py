@@ -83,6 +83,14 @@ def test_what_is_not_as_it_was_left_is_made_again(kept, tmp_path, spoil):
     assert made == [1] and kept.find("thing", 1) is not None
 
 
+def test_what_can_not_be_removed_is_made_each_time(kept, tmp_path):
+    kept.add("thing", 1, ENTRY)
+    path = only_file(tmp_path)
+    path.unlink()
+    (path / "in the way").mkdir(parents=True)
+    assert kept.get("thing", 1, lambda: ENTRY) is ENTRY
+
+
 def test_sources_that_have_changed_are_noticed(kept, tmp_path, monkeypatch):
     package = tmp_path / "path" / "some_library"
     package.mkdir(parents=True)

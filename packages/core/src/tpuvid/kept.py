@@ -15,6 +15,7 @@ import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -86,7 +87,8 @@ class Kept:
         except FileNotFoundError:
             return None
         except Exception:  # whatever is wrong with a file that is only a shortcut: it is made again
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return None
         return found
 
