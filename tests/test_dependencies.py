@@ -111,3 +111,11 @@ def test_no_module_changes_torch_or_jax_globally():
         text = path.read_text()
         for change in ("set_default_dtype", "set_default_device", "enable_globally", "enable_x64"):
             assert change not in text, f"{path}: {change}"
+
+
+@pytest.mark.parametrize("package", list(LIBRARIES))
+def test_tests_of_a_package_need_no_other(package):
+    """They run where nothing else of ours is installed (make test PACKAGE=…); what needs more stands in tests/together."""
+    own = {LIBRARIES[package], "tpuvid"} | MAY_IMPORT.get(package, set())
+    for path in sorted((PACKAGES.parent / "tests" / package).rglob("*.py")):
+        assert not roots(imports(path)) & set(LIBRARIES.values()) - own, path.name
