@@ -357,9 +357,10 @@ class Pipeline:
     def _serve_kept(self, name: str, stage: Any, runtime: Runtime) -> None:
         """Programs of earlier processes to the stage `name`."""
         tables = [file_sha256(path) for path in plugin_tables()]
+        modules = traced_modules(stage)  # without the stage, which would keep its weights by referring to itself
         runtime.kept.serve(
             [getattr(self.spec, f"load_{LOADERS[name]}"), stages_key({name: stage}, runtime), tables],
-            lambda: code_of(*(traced.module for traced in traced_modules(stage))),
+            lambda: code_of(*(traced.module for traced in modules)),
         )
 
     @contextmanager
