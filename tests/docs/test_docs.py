@@ -36,6 +36,7 @@ from tpuvid.cli import run
 sys.path.insert(0, str(ROOT / "scripts"))
 from docs_hooks import workspace_plugins  # noqa: E402  (after the path)
 
+pytestmark = pytest.mark.optimized  # so many steps are run that compiling well pays
 RUN_ELSEWHERE = {"docs/plugins.md"}
 """It writes a package and installs it: test_tutorial.py runs it. Here what it says of tpuvid and make is checked."""
 
