@@ -5,6 +5,7 @@ Nothing heavy is imported before the arguments have been checked.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -60,6 +61,7 @@ STAGE_FOLDER = "stage_outputs"
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command and end the process; every failure is one line on stderr and an exit code."""
+    gc.set_threshold(100_000)  # imports make a million objects, none of which is garbage
     leave(run(argv))
 
 
