@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 import tpuvid
 from diffusers import WanPipeline
-from tpuvid.pipeline import Pipeline
-from tpuvid.stages import GenerationConfig
+from tpuvid.contract import GenerationConfig
+from tpuvid.runs.pipeline import Pipeline
 
 PROMPT = "a red circle moving right on a black background"
 

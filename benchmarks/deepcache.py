@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import tpuvid
-from tpuvid.artifacts import save_frames
-from tpuvid.compare import Comparison, compare
-from tpuvid.pipeline import Pipeline
-from tpuvid.stages import Latents, Video
+from tpuvid.contract import Latents
+from tpuvid.files.stage_files import save_frames
+from tpuvid.runs.compare import Comparison, compare
+from tpuvid.runs.pipeline import Pipeline
+from tpuvid.runs.video import Video
 
 PROMPTS = (
     "a red circle moving right on a black background",

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.bundles import dump_flags, kernels, pallas_grids
-from tpuvid.plan.jobs import Jobs, Report, scratch_folder
+from tpuvid.plan.jobs import Jobs, Report
 from tpuvid.plan.planning import GIB, Planner
 from tpuvid.plan.topologies import parse_topology
-from tpuvid.registry import registry
+from tpuvid.plugin.registry import registry
 
 TOPOLOGY = parse_topology("v6e-8")
 
@@ -57,9 +58,9 @@ LAYOUTS = (("dp=2,sp=4", "flash"), ("dp=2,sp=4", "splash"), ("dp=2,tp=4", "flash
 
 
 def attention(kernel: str, band: Any = None) -> Any:
-    from tpuvid.kernels.block_sizes import Blocks
-    from tpuvid.kernels.flash import attention_flash
-    from tpuvid.kernels.splash import attention_splash
+    from tpuvid.compute.kernels.block_sizes import Blocks
+    from tpuvid.compute.kernels.flash import attention_flash
+    from tpuvid.compute.kernels.splash import attention_splash
 
     return {
         "flash": attention_flash,
@@ -75,7 +76,7 @@ def count(job: Mapping[str, Any], report: Report) -> float:
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
-    from tpuvid.kernels.window import Band, Window
+    from tpuvid.compute.kernels.window import Band, Window
 
     call = Call(*job["call"])
     video = call.frames * call.tokens_per_frame
@@ -95,7 +96,7 @@ def measure_error(job: Mapping[str, Any], report: Report) -> float:
     """A job: relative error of bfloat16 attention against float64."""
     import jax.numpy as jnp
     import numpy as np
-    from tpuvid.kernels.window import Band, Window
+    from tpuvid.compute.kernels.window import Band, Window
 
     rng, dim, band = np.random.default_rng(0), Call(*job["call"]).dim, Band(Window(300, 2), 3000, parts=5, part=2)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 1, n, dim)), jnp.bfloat16) for n in (600, 3000, 3000))

@@ -29,10 +29,11 @@ class NoDevice(Exception):
 def run_tpuvid(model: str, platform: str, steps: int) -> dict[str, Any]:
     import jax
     import numpy as np
-    from tpuvid.checkpoint import resolve_model
-    from tpuvid.control import Loop
+    from tpuvid.compute.opening import open_stage
+    from tpuvid.compute.runtime import Runtime
+    from tpuvid.contract.loop import Loop
     from tpuvid.plan.dryrun import configs_checkpoint
-    from tpuvid.runtime import Runtime
+    from tpuvid.plugin.finding import resolve_model
 
     try:
         devices = jax.local_devices(backend=platform)[:1]
@@ -45,7 +46,7 @@ def run_tpuvid(model: str, platform: str, steps: int) -> dict[str, Any]:
 
     spec, checkpoint = resolve_model(model)
     runtime = Runtime.create(dtype="bfloat16" if platform == "gpu" else "float32", devices=devices)
-    denoiser = spec.load("denoiser", configs_checkpoint(spec, checkpoint, place), runtime)
+    denoiser = open_stage(spec, "denoise", configs_checkpoint(spec, checkpoint, place), runtime)
     denoiser.load()
     config = denoiser.resolve(spec.configure(num_inference_steps=steps))
     shape = 1, config.max_sequence_length, denoiser.traced.module.config.text_dim
@@ -59,8 +60,8 @@ def run_tpuvid(model: str, platform: str, steps: int) -> dict[str, Any]:
 def run_diffusers(model: str, platform: str, steps: int) -> dict[str, Any]:
     import diffusers
     import torch
-    from tpuvid.checkpoint import resolve_model
     from tpuvid.plan.dryrun import configs_checkpoint
+    from tpuvid.plugin.finding import resolve_model
 
     gpu = platform == "gpu"
     if gpu and not torch.cuda.is_available():

@@ -12,7 +12,7 @@ import argparse
 
 import click
 from tpuvid.plan.planning import GIB, Planner
-from tpuvid.registry import registry
+from tpuvid.plugin.registry import registry
 
 MODELS = ("wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "hunyuanvideo-1.5-t2v-720p", "hunyuanvideo-1.5-t2v-480p", "cogvideox1.5-5b")
 OPTIONS = {"mesh": None, "dtype": "bfloat16", "attention_backend": "auto", "vae_tiling": False}

@@ -17,9 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.bundles import dump_flags
 from tpuvid.plan.cost import Prediction, predict
-from tpuvid.plan.jobs import Jobs, Report, scratch_folder
+from tpuvid.plan.jobs import Jobs, Report
 from tpuvid.plan.schedules import schedule_cycles
 from tpuvid.plan.topologies import parse_topology
 
@@ -71,8 +72,8 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[
     """A job: writes the scheduled program of `argument["name"]` to `argument["hlo"]`; returns its devices' coordinates."""
     import jax
     import jax.numpy as jnp
-    from tpuvid.kernels import splash
-    from tpuvid.kernels.block_sizes import Blocks
+    from tpuvid.compute.kernels import splash
+    from tpuvid.compute.kernels.block_sizes import Blocks
 
     published = PUBLISHED[argument["name"]]
     splash.BLOCKS = Blocks(*BLOCKS)
@@ -82,7 +83,7 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[
         key, value = (splash._pad(x, splash._blocks(query.shape[2], *x.shape[2:]).kv) for x in (key, value))
         return splash.attention_splash(query, key, value, scale=scale)
 
-    attention = import_module("tpuvid.kernels.attention")
+    attention = import_module("tpuvid.compute.kernels.attention")
     if not published.masked:
         attention.attention_splash = as_published
     devices = TOPOLOGY.jax_devices()
@@ -97,11 +98,11 @@ def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[
 
 def _denoising_step(published: Published, devices: list) -> Any:
     from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
-    from tpuvid.checkpoint import ConfigsOnly
-    from tpuvid.mesh import MeshConfig
+    from tpuvid.compute.runtime import DTYPES
+    from tpuvid.contract.layout import MeshConfig
+    from tpuvid.files.checkpoint import ConfigsOnly
     from tpuvid.plan.dryrun import DryRuntime, dry_generate
-    from tpuvid.registry import registry
-    from tpuvid.runtime import DTYPES
+    from tpuvid.plugin.registry import registry
 
     spec = registry().get(published.model)
     sharding = import_module(f"{spec.load_denoiser.split('.')[0]}.sharding")

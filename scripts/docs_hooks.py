@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tpuvid.cli import cli
-from tpuvid.registry import Plugin, registry
-from tpuvid.stages import OPTIONAL_SETTINGS
+from tpuvid.cli.main import cli
+from tpuvid.contract import OPTIONAL_SETTINGS
+from tpuvid.plugin.loading import Plugin
+from tpuvid.plugin.registry import registry
 
 ROOT = Path(__file__).parents[1]
 FLAGS = {name: f"`--{name.replace('_', '-')}`" for name in OPTIONAL_SETTINGS} | {"lora": "`--lora-path`"}

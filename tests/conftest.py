@@ -19,12 +19,12 @@ os.environ.setdefault("TPUVID_CACHE_DIR", str(ROOT / ".pytest_cache" / "tpuvid")
 FAMILIES = [family for family in ("wan", "cogvideox", "hunyuan") if find_spec(f"tpuvid_{family}")]
 """Those installed: each package has an environment of its own (make test PACKAGE=wan)."""
 
-CHECKED = [f"tpuvid.{module}" for module in ("kernels", "sampling", "schedule", "denoising", "t5", "tiling")]
+CHECKED = [f"tpuvid.compute.{module}" for module in ("kernels", "sampling", "schedule", "denoising", "t5", "tiling")]
 CHECKED += [f"tpuvid_{family}.{stage}" for family in FAMILIES for stage in ("encode", "denoise", "decode")]
 install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402  (after the hook and the environment)
-from tpuvid.checkpoint import Weights  # noqa: E402
+from tpuvid.family import Weights  # noqa: E402
 
 LONGEST = (
     "test_cogvideox_tiling", "test_generate", "test_packs", "test_cogvideox_mesh", "test_cogvideox_fidelity",

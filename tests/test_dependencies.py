@@ -18,8 +18,9 @@ MAY_IMPORT = {"tiny": {"tpuvid_wan"}}
 SOURCES = [(package, path) for package in LIBRARIES for path in sorted((PACKAGES / package / "src").rglob("*.py"))]
 
 
-def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    """Every module that a file imports, dotted; those under `if TYPE_CHECKING` don't count."""
+def imports(path: Path, *, top_level_only: bool = False, names: bool = False) -> set[str]:
+    """Every module that a file imports, dotted; those under `if TYPE_CHECKING` don't count. With `names`, also what it imports
+    from each: it may be a module."""
     tree = ast.parse(path.read_text())
     skipped = {
         n
@@ -35,8 +36,15 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} if names else set()
+            modules = inside & MODULES.keys() if names else set()
+            found |= modules if len(modules) == len(node.names) else modules | {node.module or ""}
     return found
+
+
+def name_of(path: Path) -> str:
+    """The module in a file of core."""
+    return ".".join(("tpuvid", *path.relative_to(CORE).with_suffix("").parts)).removesuffix(".__init__")
 
 
 def roots(modules: set[str]) -> set[str]:
@@ -60,50 +68,84 @@ def test_who_imports_whom(package, path):
     else:
         assert "torchax" not in found
     if path.parent.name == "kernels":
-        others = {m for m in imports(path) if m.startswith("tpuvid") and not m.startswith("tpuvid.kernels")}
+        others = {m for m in imports(path) if m.startswith("tpuvid") and not m.startswith("tpuvid.compute.kernels")}
         assert not others and not found & {"torch", "diffusers"}
 
 
+CORE = PACKAGES / "core" / "src" / "tpuvid"
+ORDER = ["errors", "contract", "files", "plugin", "compute", ("runs", "plan", "family"), "__init__", "testing", "cli"]
+"""Of core's folders and top modules: each imports from earlier ones only, those of one place not from each other."""
+RANKS = {name: rank for rank, names in enumerate(ORDER) for name in ([names] if isinstance(names, str) else names)}
+HEAVY = {"jax", "jaxlib", "torch", "torchax", "diffusers", "transformers"}
+MODULES = {name_of(path): path for path in sorted(CORE.rglob("*.py"))}
+
+
+def room(module: str) -> str:
+    """The folder of core that a module is in, or its own name where it stands at the top."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def inner(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """The modules of core that a file imports."""
+    return {name for name in imports(path, top_level_only=top_level_only, names=True) if name in MODULES}
+
+
+def test_core_has_no_other_rooms():
+    found = {path.stem if path.suffix else path.name for path in CORE.iterdir() if path.name not in {"__pycache__", "py.typed"}}
+    assert found == set(RANKS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_goes_up(module):
+    """Those inside functions included; only what is under `TYPE_CHECKING` may look up."""
+    for other in inner(MODULES[module]):
+        if room(other) != room(module):
+            assert RANKS[room(other)] < RANKS[room(module)], f"{module} imports {other}"
+
+
+def test_no_imports_go_in_a_circle():
+    graph = {module: inner(path) - {module} for module, path in MODULES.items()}
+    while ready := {module for module, others in graph.items() if not others & graph.keys()}:
+        graph = {module: others for module, others in graph.items() if module not in ready}
+    assert not graph, f"in a circle, or importing one: {sorted(graph)}"
+
+
 @pytest.mark.parametrize(
-    "path",
-    [
-        p
-        for _, p in SOURCES
-        if p.name
-        in {
-            "hookspecs.py",
-            "registry.py",
-            "stages.py",
-            "cli.py",
-            "options.py",
-            "errors.py",
-            "plugin.py",
-            "checkpoint.py",
-            "artifacts.py",
-            "compare.py",
-            "describe.py",
-            "packs.py",
-            "run_key.py",
-            "doctor.py",
-            "topologies.py",
-            "commands.py",
-            "jobs.py",
-            "planning.py",
-            "report.py",
-            "compiling.py",
-            "tune.py",
-            "hlo.py",
-            "flops.py",
-            "links.py",
-            "bundles.py",
-            "schedules.py",
-            "cost.py",
-        }
-    ],
-    ids=lambda p: p.name,
+    "module", [m for m in MODULES if room(m) in {"__init__", "errors", "contract", "files", "plugin", "cli"}]
 )
-def test_light_modules_import_nothing_heavy(path):
-    assert not roots(imports(path, top_level_only=True)) & {"jax", "torch", "torchax", "diffusers", "transformers"}
+def test_light_rooms_import_nothing_heavy(module):
+    """At module level, themselves or by what they import."""
+    seen, waiting = set(), [module]
+    while waiting:
+        seen.add(name := waiting.pop())
+        path = MODULES[name]
+        assert not roots(imports(path, top_level_only=True)) & HEAVY, f"{module} imports {name}"
+        waiting += inner(path, top_level_only=True) - seen
+
+
+@pytest.mark.parametrize("path", [p for _, p in SOURCES if p.name == "plugin.py" and CORE not in p.parents], ids=str)
+def test_plugins_import_nothing_heavy(path):
+    found = imports(path, top_level_only=True)
+    assert not roots(found) & HEAVY and not {m for m in found if m.startswith("tpuvid.")} - {"tpuvid.contract", "tpuvid.errors"}
+
+
+def test_model_packages_use_the_two_faces():
+    faces = {"tpuvid", "tpuvid.contract", "tpuvid.errors", "tpuvid.family", "tpuvid.testing"}
+    for package, path in SOURCES:
+        if package != "core":
+            assert not {m for m in imports(path) if m.split(".")[0] == "tpuvid"} - faces, path
+
+
+def said_by(path: Path) -> list[str]:
+    """The calls in a file that print or end the process."""
+    names = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    return sorted(names & {"print", "click.echo", "click.secho", "sys.exit", "os._exit", "exit", "quit", "SystemExit"})
+
+
+def test_only_the_command_prints_and_exits():
+    """The process of a job is one of its own: it ends as it has to."""
+    found = {module: said for module, path in MODULES.items() if room(module) != "cli" and (said := said_by(path))}
+    assert found == {"tpuvid.plan.jobs": ["os._exit"]}
 
 
 def test_no_module_changes_torch_or_jax_globally():

@@ -14,9 +14,10 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from tpuvid import InputError
-from tpuvid.checkpoint import Checkpoint, ConfigsOnly
-from tpuvid.registry import registry
-from tpuvid.runtime import Runtime
+from tpuvid.compute.opening import open_stage
+from tpuvid.family import Checkpoint, Runtime
+from tpuvid.files.checkpoint import ConfigsOnly
+from tpuvid.plugin.registry import registry
 from transformers import AutoConfig, Qwen2_5_VLTextModel, T5EncoderModel, UMT5EncoderModel
 
 # some tensors of the published checkpoints
@@ -120,7 +121,7 @@ def test_a_published_transformer_is_matched_tensor_by_tensor(model, tmp_path):
     shapes, spec = transformer_shapes(model), registry().get(model)
     assert {name: shapes.get(name) for name in PUBLISHED[model]} == PUBLISHED[model]
     assert f"{sum(torch.Size(s).numel() for s in shapes.values()) / 1e9:.1f}B" == spec.parameters
-    spec.load("denoiser", checkpoint_of(model, tmp_path, "transformer", shapes), Runtime.create()).verify()
+    open_stage(spec, "denoise", checkpoint_of(model, tmp_path, "transformer", shapes), Runtime.create()).verify()
     assert sum(f.stat().st_blocks for f in tmp_path.rglob("*")) * 512 < 50e6, "holes take no disk"
 
 
@@ -146,13 +147,13 @@ def test_what_is_missing_left_over_or_of_another_shape_is_named(model, tmp_path)
     ):
         checkpoint = checkpoint_of(model, tmp_path / str(number), "transformer", changed)
         with pytest.raises(InputError, match=message):
-            registry().get(model).load("denoiser", checkpoint, Runtime.create()).verify()
+            open_stage(registry().get(model), "denoise", checkpoint, Runtime.create()).verify()
 
 
 @pytest.mark.parametrize("model", ["wan2.1-t2v-14b", "hunyuanvideo-1.5-t2v-720p", "cogvideox1.5-5b"])
 def test_published_vaes_are_matched(model, tmp_path):
     checkpoint = checkpoint_of(model, tmp_path, "vae", shapes_of(from_config(configs(model) / "vae")))
-    registry().get(model).load("decoder", checkpoint, Runtime.create()).verify()
+    open_stage(registry().get(model), "decode", checkpoint, Runtime.create()).verify()
 
 
 @pytest.mark.parametrize("model", ["wan2.1-t2v-14b", "hunyuanvideo-1.5-t2v-720p", "cogvideox1.5-5b"])
@@ -161,4 +162,4 @@ def test_published_text_encoders_are_matched(model, tmp_path):
         if component.startswith("text_encoder"):
             shapes = shapes_of(text_encoder(configs(model) / component))
             checkpoint = checkpoint_of(model, tmp_path, component, shapes)
-    registry().get(model).load("text_encoder", checkpoint, Runtime.create()).verify()
+    open_stage(registry().get(model), "encode", checkpoint, Runtime.create()).verify()

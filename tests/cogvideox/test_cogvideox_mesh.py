@@ -5,9 +5,8 @@ from cogvideox.conftest import SMALL
 from diffusers import CogVideoXTransformer3DModel
 from jax.sharding import Mesh
 from shared.mesh_parity import LAYOUTS, STRIPS, on_eight_devices
-from tpuvid import t5
-from tpuvid.bridge import TracedModule, build
-from tpuvid.mesh import shard_parameters
+from tpuvid.compute.mesh import shard_parameters
+from tpuvid.family import T5_RULES, TracedModule, build
 from tpuvid_cogvideox.conformance import RandomCogVideoX
 from tpuvid_cogvideox.denoise import BLOCKS
 from tpuvid_cogvideox.plugin import COGVIDEOX_1_5_5B
@@ -70,4 +69,4 @@ def test_rules_fit_the_full_size_model():
         d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu"
     )
     encoder = TracedModule(build(lambda: T5EncoderModel(t5_xxl))).parameters(np.dtype(np.float32))
-    shard_parameters(encoder, t5.RULES, mesh)
+    shard_parameters(encoder, T5_RULES, mesh)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from tpuvid import InputError
-from tpuvid.sampling import initial_state, make_generators, make_noise
-from tpuvid.schedule import advance
+from tpuvid.compute.sampling import initial_state
+from tpuvid.compute.schedule import advance
+from tpuvid.family import make_generators, make_noise
 from tpuvid_cogvideox.denoise import make_schedule
 from tpuvid_cogvideox.dpm import DRAWS
 

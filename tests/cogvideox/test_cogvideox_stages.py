@@ -12,10 +12,10 @@ from cogvideox.conftest import SMALL
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.numpy import save_file
 from tpuvid import InputError
-from tpuvid.checkpoint import resolve_model
-from tpuvid.cli import run
-from tpuvid.runtime import Runtime
-from tpuvid.stages import Latents
+from tpuvid.cli.main import run
+from tpuvid.contract import Latents
+from tpuvid.family import Runtime
+from tpuvid.plugin.finding import resolve_model
 from tpuvid_cogvideox.conformance import RandomCogVideoX
 from tpuvid_cogvideox.denoise import CogVideoXDenoiser
 from tpuvid_cogvideox.encode import CogVideoXTextEncoder

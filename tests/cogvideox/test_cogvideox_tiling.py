@@ -5,7 +5,7 @@ import pytest
 import tpuvid
 from diffusers import AutoencoderKLCogVideoX
 from shared.decoding import check_tiles, chunks_of, random_latents, stock_frames
-from tpuvid.stages import Latents
+from tpuvid.contract import Latents
 from tpuvid_cogvideox.conformance import RandomCogVideoX
 
 

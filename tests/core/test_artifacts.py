@@ -9,13 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tpuvid.artifacts import (
+from tpuvid.contract import Conditioning, GenerationConfig, Latents
+from tpuvid.errors import InputError, TpuvidError
+from tpuvid.files.atomic import atomic_path, check_output
+from tpuvid.files.stage_files import (
     CONFIG,
     EMBEDDINGS,
     LATENTS,
-    atomic_path,
     check_config,
-    check_output,
     load_conditioning,
     load_latents,
     read_config,
@@ -24,8 +25,6 @@ from tpuvid.artifacts import (
     save_latents,
     write_tensors,
 )
-from tpuvid.errors import InputError, TpuvidError
-from tpuvid.stages import Conditioning, GenerationConfig, Latents
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 CONFIGURED = GenerationConfig(
@@ -186,7 +185,7 @@ def test_a_killed_run_leaves_the_old_file(tmp_path):
     script = f"""
 import os, signal
 from pathlib import Path
-from tpuvid.artifacts import atomic_path
+from tpuvid.files.atomic import atomic_path
 with atomic_path(Path({str(path)!r}), overwrite=True) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

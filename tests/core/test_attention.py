@@ -1,17 +1,18 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpuvid.kernels import attention, placed_on
-from tpuvid.kernels import flash as flash_kernel
-from tpuvid.kernels.attention import _choose
-from tpuvid.kernels.block_sizes import Blocks
-from tpuvid.kernels.flash import attention_flash
-from tpuvid.kernels.placement import Placement
-from tpuvid.kernels.reference import attention_reference
-from tpuvid.kernels.splash import attention_splash
-from tpuvid.kernels.window import Band, Window
-from tpuvid.kernels.xla import attention_xla
-from tpuvid.mesh import MeshConfig, make_mesh
+from tpuvid.compute.kernels import attention, placed_on
+from tpuvid.compute.kernels import flash as flash_kernel
+from tpuvid.compute.kernels.attention import _choose
+from tpuvid.compute.kernels.block_sizes import Blocks
+from tpuvid.compute.kernels.flash import attention_flash
+from tpuvid.compute.kernels.placement import Placement
+from tpuvid.compute.kernels.reference import attention_reference
+from tpuvid.compute.kernels.splash import attention_splash
+from tpuvid.compute.kernels.window import Band, Window
+from tpuvid.compute.kernels.xla import attention_xla
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.contract import MeshConfig
 
 # (queries, keys, head dim): blocks and lanes divide some of them, most not
 SHAPES = [(128, 128, 128), (1, 1, 8), (75, 301, 64), (300, 77, 40), (257, 513, 128)]
@@ -213,7 +214,7 @@ def test_xla_chunks_equal_one_piece(monkeypatch):
         attention_xla(q, k, v, mask=mask),
         attention_xla(q, k, v, mask=key_mask(64)[:, None, None]),
     ]
-    monkeypatch.setattr("tpuvid.kernels.xla.SCORE_BYTES", 20_000)
+    monkeypatch.setattr("tpuvid.compute.kernels.xla.SCORE_BYTES", 20_000)
     pieces = [
         attention_xla(q, k, v),
         attention_xla(q, k, v, mask=mask),

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from tpuvid.compute.kernels import recorded_attention
+from tpuvid.compute.kernels.block_sizes import LONG, VARIABLE, AttentionShape, Blocks, Row, flash_blocks, read_rows
+from tpuvid.compute.kernels.flash import attention_flash
+from tpuvid.compute.runtime import plugin_tables
 from tpuvid.errors import InputError
-from tpuvid.kernels import recorded_attention
-from tpuvid.kernels.block_sizes import LONG, VARIABLE, AttentionShape, Blocks, Row, flash_blocks, read_rows
-from tpuvid.kernels.flash import attention_flash
+from tpuvid.family import Runtime
 from tpuvid.plan.topologies import parse_topology
-from tpuvid.runtime import Runtime, plugin_tables
 
 CHIP = "TPU v6 lite"
 
@@ -38,7 +39,7 @@ def table(tmp_path, monkeypatch):
 def test_a_plugins_broken_table_is_left_out(tmp_path, monkeypatch):
     (good := tmp_path / "good.json").write_text(json.dumps([row((256, 256, 128))._asdict()]))
     (bad := tmp_path / "bad.json").write_text("[{}]")
-    monkeypatch.setattr("tpuvid.runtime.registry", lambda: SimpleNamespace(block_sizes=(bad, good)))
+    monkeypatch.setattr("tpuvid.compute.runtime.registry", lambda: SimpleNamespace(block_sizes=(bad, good)))
     plugin_tables.cache_clear()
     try:
         with pytest.warns(UserWarning, match="left out: .*bad.json: is no table"):
@@ -105,21 +106,22 @@ def test_calls_of_the_kernel_are_recorded_while_tracing():
 
 def test_given_blocks_are_used(monkeypatch):
     x = jnp.ones((1, 1, 300, 128), jnp.bfloat16)
-    monkeypatch.setattr("tpuvid.kernels.flash.flash_blocks", lambda *_, **__: pytest.fail("the table was read"))
+    monkeypatch.setattr("tpuvid.compute.kernels.flash.flash_blocks", lambda *_, **__: pytest.fail("the table was read"))
     assert attention_flash(x, x, x, blocks=Blocks(128, 256, 128), interpret=True).shape == x.shape
 
 
 SHARDED = """
 import json, jax, jax.numpy as jnp
-from tpuvid.kernels import attention, placed_on, recorded_attention
-from tpuvid.kernels.block_sizes import flash_blocks
-from tpuvid.mesh import MeshConfig, make_mesh
+from tpuvid.compute.kernels import attention, placed_on, recorded_attention
+from tpuvid.compute.kernels.block_sizes import flash_blocks
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.contract import MeshConfig
 from tpuvid.plan.topologies import parse_topology
 from unittest import mock
 
 mesh = make_mesh(MeshConfig(dp=2, tp=4), parse_topology("v6e-8").jax_devices())
 x = jax.ShapeDtypeStruct((2, 40, 75600, 128), jnp.bfloat16)
-blocks = mock.patch("tpuvid.kernels.flash.flash_blocks", wraps=flash_blocks)
+blocks = mock.patch("tpuvid.compute.kernels.flash.flash_blocks", wraps=flash_blocks)
 with placed_on(mesh), recorded_attention() as calls, blocks as read:
     jax.eval_shape(lambda x: attention(x, x, x), x)
 print(json.dumps([calls, read.call_args.kwargs]))

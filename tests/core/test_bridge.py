@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from tpuvid.bridge import Scan, TracedModule, build, map_rows
-from tpuvid.checkpoint import Weights
-from tpuvid.mesh import MeshConfig, make_mesh
-from tpuvid.weights import load_parameters
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.contract import MeshConfig
+from tpuvid.family import Scan, TracedModule, Weights, build, load_parameters, map_rows
 
 MESH = make_mesh(MeshConfig())
 
@@ -272,7 +271,8 @@ OpOverloadPacket.__getattr__ = without("dim_int", overload)
 for name in ("_linalg_slogdet", "prod"):
     vars(torch.ops.aten).pop(name, None)
 import jax.numpy as jnp
-from tpuvid.bridge import TracedModule, build, environment
+from tpuvid.compute.bridge import environment
+from tpuvid.family import TracedModule, build
 environment()
 assert not hasattr(torch.ops.aten, "_linalg_slogdet"), "others still see that it lacks"
 assert not hasattr(torch.ops.aten.prod, "dim_int")

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from tpuvid.compute.chips import CHIPS
 from tpuvid.plan.bundles import dump_flags, kernels, no_time, pallas_grids, schedule
-from tpuvid.plan.topologies import CHIPS, parse_topology
+from tpuvid.plan.topologies import parse_topology
 
 DELAY = ["", "", "", ""]
 

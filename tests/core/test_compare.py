@@ -7,10 +7,10 @@ import pytest
 from safetensors.numpy import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tpuvid import InputError
-from tpuvid.artifacts import FRAMES, LATENTS
-from tpuvid.cli import run
-from tpuvid.compare import compare, render
-from tpuvid.video import save_mp4, to_uint8
+from tpuvid.cli.main import run
+from tpuvid.files.mp4 import save_mp4, to_uint8
+from tpuvid.files.stage_files import FRAMES, LATENTS
+from tpuvid.runs.compare import compare, render
 
 RNG = np.random.default_rng(0)
 

@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tpuvid.kernels import convolution_2d, convolution_3d
-from tpuvid.kernels.placement import Placement
+from tpuvid.compute.kernels import convolution_2d, convolution_3d
+from tpuvid.compute.kernels.placement import Placement
 
 CASES_3D = [((3, 3, 3), (1, 1, 1), (0, 1, 1)), ((3, 1, 1), (1, 1, 1), (1, 0, 0)), ((1, 2, 2), (1, 2, 2), (0, 0, 0)),
             ((2, 3, 1), (1, 1, 2), (2, 1, 0)), ((3, 3, 3), (2, 1, 1), (1, 1, 1))]  # fmt: skip

@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from tpuvid.bridge import Scan, TracedModule, build
-from tpuvid.control import Loop
-from tpuvid.denoising import Sampler
-from tpuvid.mesh import MeshConfig, make_mesh
-from tpuvid.profiling import PROFILED_STEPS, steady_steps
-from tpuvid.progress import Progress
-from tpuvid.runtime import Runtime
-from tpuvid.sampling import make_generators, make_noise
-from tpuvid.schedule import Schedule, tabulate
-from tpuvid.stepcache import DeepCache, Uncached
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.compute.profiling import PROFILED_STEPS, steady_steps
+from tpuvid.compute.progress import Progress
+from tpuvid.compute.step_caches import Uncached
+from tpuvid.contract import Loop, MeshConfig
+from tpuvid.family import (
+    DeepCache,
+    Runtime,
+    Sampler,
+    Scan,
+    Schedule,
+    TracedModule,
+    build,
+    make_generators,
+    make_noise,
+    tabulate,
+)
 
 SHAPE = (1, 2, 3, 4)
 STEPS = 8

@@ -4,7 +4,8 @@ import io
 
 import pytest
 from tpuvid.errors import InputError
-from tpuvid.items import Item, parse_sweep, read_prompts, several, slug, swept
+from tpuvid.runs.asked.items import Item, parse_sweep, read_prompts, several, swept
+from tpuvid.runs.asked.naming import slug
 
 
 def prompts(tmp_path, name, text):

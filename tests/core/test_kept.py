@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from tpuvid import kept as kept_module
-from tpuvid import kept_programs
-from tpuvid.bridge import Scan, TracedModule, build
-from tpuvid.kept import Entry, Kept
-from tpuvid.kept_programs import KeptPrograms
-from tpuvid.layout import MeshConfig
-from tpuvid.mesh import make_mesh
-from tpuvid.packs import signature
-from tpuvid.runtime import Runtime
+from tpuvid.compute import kept_programs
+from tpuvid.compute.kept_programs import KeptPrograms
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.compute.packs.pack import signature
+from tpuvid.contract import MeshConfig
+from tpuvid.family import Runtime, Scan, TracedModule, build
+from tpuvid.files import kept as kept_module
+from tpuvid.files.kept import Entry, Kept
 
 ENTRY = Entry({"a": np.arange(6, dtype=np.float32).reshape(2, 3).T}, {"says": "é"})
 
@@ -107,13 +106,15 @@ def test_sources_that_have_changed_are_noticed(kept, tmp_path, monkeypatch):
     kept_module._root.cache_clear()
 
 
-def test_versions_and_our_own_sources_are_part_of_every_key(kept, monkeypatch):
-    kept.add("thing", 1, ENTRY)
-    environment = kept_module._environment()
-    assert {"torch", "diffusers", "jaxlib"} <= set(environment[1])
-    for changed in ([*environment[:1], environment[1] | {"torch": "0"}, environment[2]], [*environment[:2], "0"]):
-        monkeypatch.setattr(kept_module, "_environment", lambda changed=changed: changed)
-        assert kept.find("thing", 1) is None
+def test_versions_and_our_own_sources_are_part_of_every_key(tmp_path, monkeypatch):
+    python, versions, sources = environment = kept_programs.environment()
+    assert {"torch", "diffusers", "jaxlib"} <= set(versions)
+    Kept(tmp_path, environment).add("thing", 1, ENTRY)
+    assert Kept(tmp_path, environment).find("thing", 1) is not None
+    for changed in ([python, versions | {"torch": "0"}, sources], [python, versions, "0"]):
+        assert Kept(tmp_path, changed).find("thing", 1) is None
+    monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path))
+    assert Kept.in_cache(environment).environment == environment
 
 
 def test_what_nobody_uses_goes(kept, tmp_path):
@@ -131,7 +132,7 @@ def test_a_cache_that_can_not_be_written_costs_a_warning(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="nothing is kept for the next start"):
-        assert Kept.in_cache().get("thing", 1, lambda: ENTRY) is ENTRY
+        assert Kept.in_cache(None).get("thing", 1, lambda: ENTRY) is ENTRY
 
 
 # Programs

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from tpuvid.errors import InputError
-from tpuvid.locks import locked
+from tpuvid.files.locks import locked
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from tpuvid.locks import locked\n"
+    "import sys, time; from pathlib import Path; from tpuvid.files.locks import locked\n"
     "with locked(Path(sys.argv[1])):\n print('held', flush=True); time.sleep(100)"
 )
 
@@ -59,7 +59,7 @@ def test_a_lock_whose_file_is_removed_meanwhile_is_not_taken_for_one(tmp_path):
     """Many processes that take it in turns: never are two inside."""
     script = (
         "import os, sys, time; from pathlib import Path\n"
-        "from tpuvid.errors import InputError; from tpuvid.locks import locked\n"
+        "from tpuvid.errors import InputError; from tpuvid.files.locks import locked\n"
         "path = Path(sys.argv[1]); inside = path.with_name('inside'); entered = 0\n"
         "end = time.time() + 3\n"
         "while time.time() < end:\n"

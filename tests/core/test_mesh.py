@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from tpuvid.compute.mesh import default_mesh_config, layout_of, make_mesh, shard_parameters, split_sizes
+from tpuvid.contract import MeshConfig
 from tpuvid.errors import InputError
-from tpuvid.mesh import MeshConfig, default_mesh_config, layout_of, make_mesh, shard_parameters, split_sizes
 
 
 @pytest.mark.parametrize(

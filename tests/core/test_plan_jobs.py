@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tpuvid import InputError
 from tpuvid.errors import TpuvidError
+from tpuvid.files.scratch import LOCK, PREFIX, scratch_folder
 from tpuvid.plan import jobs as jobs_module
-from tpuvid.plan.jobs import LOCK, PREFIX, Jobs, Task, scratch_folder
+from tpuvid.plan.jobs import Jobs, Task
 
 TESTS = {"PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -98,7 +99,8 @@ def test_a_killed_parent_leaves_no_job_and_no_files(sign, tmp_path):
     script = textwrap.dedent("""
         import signal
         from core.test_plan_jobs import TESTS, hang
-        from tpuvid.plan.jobs import Jobs, scratch_folder
+        from tpuvid.files.scratch import scratch_folder
+        from tpuvid.plan.jobs import Jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         with scratch_folder() as scratch, Jobs(scratch) as jobs:
             jobs.start("job", "core.test_plan_jobs:hang", {}, TESTS)

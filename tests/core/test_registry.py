@@ -4,15 +4,14 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
+from tpuvid.contract import GenerationConfig, ModelSpec, SizeRules, hookimpl
 from tpuvid.errors import InputError
-from tpuvid.hookspecs import hookimpl
-from tpuvid.registry import Registry, load_plugins
-from tpuvid.stages import GenerationConfig, ModelSpec, SizeRules
+from tpuvid.plugin.registry import Registry, load_plugins
 
 LARGE = ModelSpec(
     model_id="zebra-14b",
     family="zebra",
-    api_version=2,
+    api_version=3,
     pipeline_class="ZebraPipeline",
     checkpoint="zoo/zebra-14b",
     parameters="14B",
@@ -110,7 +109,7 @@ def test_a_selected_plugin_that_is_not_there_is_a_row(plugin):
 def test_missing_module_is_one_row(plugin):
     registry = load_plugins([EntryPoint("gone", "no_such_module_here", "tpuvid"), good(plugin)])
     assert "ModuleNotFoundError" in registry.broken[0].error
-    assert registry.get(LARGE.model_id) is LARGE
+    assert registry.get(LARGE.model_id) == LARGE
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from tpuvid.kernels import rotate_heads
-from tpuvid.kernels.rotary import rotate_heads_pallas
+from tpuvid.compute.kernels import rotate_heads
+from tpuvid.compute.kernels.rotary import rotate_heads_pallas
 
 
 def interpreted(x, cosines, sines):

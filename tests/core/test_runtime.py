@@ -4,10 +4,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tpuvid import InputError
-from tpuvid.kernels.placement import placement
-from tpuvid.mesh import MeshConfig, make_mesh
-from tpuvid.progress import Progress
-from tpuvid.runtime import Runtime, describe_mesh
+from tpuvid.compute.kernels.placement import placement
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.compute.progress import Progress
+from tpuvid.compute.runtime import describe_mesh
+from tpuvid.contract import MeshConfig
+from tpuvid.family import Runtime
 
 TPU = SimpleNamespace(platform="tpu", id=0)
 
@@ -55,7 +57,7 @@ def test_the_record_says_where_programs_ran():
 
 def test_a_phase_within_another_counts_by_itself(monkeypatch):
     clock = iter([0.0, 1.0, 4.0, 5.0, 7.0, 10.0])  # outer begins; inner begins and ends, twice; outer ends
-    monkeypatch.setattr("tpuvid.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tpuvid.compute.progress.time.perf_counter", lambda: next(clock))
     progress = Progress()
     with progress.phase("outer"):
         for _ in range(2):

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from tpuvid.compute.sampling import guide, initial_state
+from tpuvid.contract import GenerationConfig
 from tpuvid.errors import InputError
-from tpuvid.sampling import check_embeds, guidance_scales, guide, initial_state, make_generators, make_noise, with_negative
-from tpuvid.schedule import Schedule
-from tpuvid.stages import GenerationConfig
+from tpuvid.family import Schedule, check_embeds, guidance_scales, make_generators, make_noise, with_negative
 
 
 def test_noise_is_what_diffusers_draws():

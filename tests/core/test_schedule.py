@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tpuvid.schedule import Schedule, advance, estimate, tabulate
+from tpuvid.compute.schedule import advance, estimate
+from tpuvid.family import Schedule, tabulate
 
 FLOW_UNIPC = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tpuvid.kernels.placement import picture_split
-from tpuvid.kernels.spatial import choose_split
-from tpuvid.operators import conv2d, group_norm, pad
+from tpuvid.compute.kernels.placement import picture_split
+from tpuvid.compute.kernels.spatial import choose_split
+from tpuvid.compute.operators import conv2d, group_norm, pad
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@ import math
 import re
 
 import pytest
+from tpuvid.contract import GenerationConfig, SizeRules
+from tpuvid.contract.settings import check_sampling
 from tpuvid.errors import InputError
-from tpuvid.stages import GenerationConfig, SizeRules, check_sampling
 
 CONFIG = GenerationConfig(height=64, width=64, num_frames=17, fps=8, num_inference_steps=10, guidance_scale=4.0)
 RULES = SizeRules(frame_step=4, size_multiple=16, max_frames=81, max_size=1280)

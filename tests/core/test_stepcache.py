@@ -1,14 +1,21 @@
 import numpy as np
 import pytest
 from tpuvid import InputError
-from tpuvid.stages import GenerationConfig
-from tpuvid.stepcache import DeepCache, Uncached, fill_cache_settings, ranges, step_cache
+from tpuvid.compute.step_caches import DeepCache, Uncached, step_cache
+from tpuvid.contract import GenerationConfig
+from tpuvid.contract.stepcache import fill_cache_settings, ranges
+
+KNOWN = {"deepcache": DeepCache}
 
 
 def config(**changes):
     return GenerationConfig(
         height=64, width=64, num_frames=5, fps=8, guidance_scale=5.0, **{"num_inference_steps": 50} | changes
     )
+
+
+def filled_in(**changes):
+    return fill_cache_settings(config(**changes), KNOWN)
 
 
 def test_the_published_schedule():
@@ -26,10 +33,10 @@ def test_any_schedule_is_the_formula_and_begins_full(start, end, interval, steps
 
 
 def test_defaults_are_filled_in_and_no_cache_stays_none():
-    filled = fill_cache_settings(config(cache="deepcache", cache_start_step=5))
+    filled = filled_in(cache="deepcache", cache_start_step=5)
     assert step_cache(filled) == DeepCache(5, 45, 4)
-    assert fill_cache_settings(filled) == filled
-    plain = fill_cache_settings(config())
+    assert fill_cache_settings(filled, KNOWN) == filled
+    plain = filled_in()
     assert plain == config() and isinstance(step_cache(plain), Uncached) and all(step_cache(plain).full_steps(50))
 
 
@@ -47,7 +54,7 @@ def test_defaults_are_filled_in_and_no_cache_stays_none():
 )
 def test_settings_that_do_nothing_or_make_no_sense_are_refused(changes, message):
     with pytest.raises(InputError) as error:
-        fill_cache_settings(config(**changes))
+        filled_in(**changes)
     assert message in str(error.value)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tpuvid.tiling import Side, Tiling
+from tpuvid.family import Side, Tiling
 
 WAN = Side.by_stride(256, 192, 8)
 COGVIDEOX = Side.by_overlap(30, 240, 1 / 6), Side.by_overlap(45, 360, 1 / 5)

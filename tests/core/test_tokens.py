@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tpuvid.compute.kernels import placed_on, token_attention
+from tpuvid.compute.kernels.placement import TokenSplit, tokens_split
+from tpuvid.compute.kernels.reference import attention_reference
+from tpuvid.compute.kernels.tokens import Stream, padded_length
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.contract import MeshConfig
 from tpuvid.errors import InputError
-from tpuvid.kernels import placed_on, token_attention
-from tpuvid.kernels.placement import TokenSplit, tokens_split
-from tpuvid.kernels.reference import attention_reference
-from tpuvid.kernels.tokens import Stream, padded_length
-from tpuvid.layout import MeshConfig
-from tpuvid.mesh import make_mesh
-from tpuvid.runtime import Runtime
+from tpuvid.family import Runtime
 
 
 @pytest.mark.parametrize(

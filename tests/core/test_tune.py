@@ -4,8 +4,8 @@ import json
 import subprocess
 
 import pytest
+from tpuvid.compute.kernels.block_sizes import LANES, VARIABLE, AttentionShape, Blocks, flash_blocks, read_rows
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.kernels.block_sizes import LANES, VARIABLE, AttentionShape, Blocks, flash_blocks, read_rows
 from tpuvid.plan import tune
 from tpuvid.plan.topologies import parse_topology
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.video import save_contact_sheet, save_mp4, to_uint8
+from tpuvid.files.mp4 import save_mp4, to_uint8
+from tpuvid.files.sheet import save_contact_sheet
 
 
 def clip(frames=9, height=48, width=80):

@@ -10,10 +10,9 @@ import json, sys, threading, time
 import jax, numpy as np
 from pathlib import Path
 from torch import nn
-from tpuvid.bridge import Scan, TracedModule, build
-from tpuvid.checkpoint import Weights
-from tpuvid.mesh import MeshConfig, make_mesh
-from tpuvid.weights import load_parameters
+from tpuvid.family import Scan, TracedModule, Weights, build, load_parameters
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.contract import MeshConfig
 
 class Model(nn.Module):
     def __init__(self):

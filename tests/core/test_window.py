@@ -3,15 +3,15 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tpuvid.compute.kernels import attention_window, flash, token_attention
+from tpuvid.compute.kernels.block_sizes import Blocks
+from tpuvid.compute.kernels.flash import attention_flash
+from tpuvid.compute.kernels.reference import attention_reference
+from tpuvid.compute.kernels.tokens import VIDEO, Stream
+from tpuvid.compute.kernels.window import BLOCKS, FORBIDDING, Band, Window, key_columns, query_columns, visits
+from tpuvid.compute.kernels.xla import attention_xla_windowed
+from tpuvid.contract import WindowSize
 from tpuvid.errors import InputError
-from tpuvid.kernels import attention_window, flash, token_attention
-from tpuvid.kernels.block_sizes import Blocks
-from tpuvid.kernels.flash import attention_flash
-from tpuvid.kernels.reference import attention_reference
-from tpuvid.kernels.tokens import VIDEO, Stream
-from tpuvid.kernels.window import BLOCKS, FORBIDDING, Band, Window, key_columns, query_columns, visits
-from tpuvid.kernels.xla import attention_xla_windowed
-from tpuvid.window_size import WindowSize
 
 SMALL = Blocks(256, 256, 128)
 BANDS = {

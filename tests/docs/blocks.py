@@ -29,11 +29,11 @@ from unittest.mock import patch
 
 import click
 import yaml
-from tpuvid.cli import cli
+from tpuvid.cli.main import cli
+from tpuvid.cli.options import split
 from tpuvid.errors import TpuvidError
-from tpuvid.options import split
 from tpuvid.plan.topologies import LOCAL, parse_topology
-from tpuvid.registry import registry
+from tpuvid.plugin.registry import registry
 
 ROOT = Path(__file__).parents[2]
 NEEDS_TPU, NEEDS_LIBTPU, NEEDS_LONG = "needs a TPU", "needs libtpu", "needs libtpu, many minutes"

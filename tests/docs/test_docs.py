@@ -31,7 +31,7 @@ from docs.blocks import (
     pages,
 )
 from shared.pipes import kept
-from tpuvid.cli import run
+from tpuvid.cli.main import run
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from docs_hooks import workspace_plugins  # noqa: E402  (after the path)

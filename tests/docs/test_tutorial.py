@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 import pytest
 from docs.blocks import blocks
 from shared.wheels import Installed
-from tpuvid.registry import load_plugins
+from tpuvid.plugin.registry import load_plugins
 from tpuvid_wan import plugin as wan
 
 PAGE = "docs/plugins.md"
@@ -66,7 +66,7 @@ def test_the_hooks_that_are_shown_register_something(block, tmp_path, monkeypatc
 
 
 def test_every_hook_is_shown():
-    from tpuvid import hookspecs
+    from tpuvid.contract import hookspecs
 
     named = {name for name in vars(hookspecs) if name.startswith("tpuvid_")}
     shown = {name for name in named if any(name in block.text for block in HOOKS)}

@@ -5,9 +5,8 @@ from diffusers import HunyuanVideo15Transformer3DModel
 from hunyuan.conftest import SMALL
 from jax.sharding import Mesh
 from shared.mesh_parity import LAYOUTS, STRIPS, on_eight_devices
-from tpuvid import t5
-from tpuvid.bridge import Scan, TracedModule, build
-from tpuvid.mesh import shard_parameters
+from tpuvid.compute.mesh import shard_parameters
+from tpuvid.family import T5_RULES, Scan, TracedModule, build
 from tpuvid_hunyuan.conformance import RandomHunyuan
 from tpuvid_hunyuan.denoise import BLOCKS
 from tpuvid_hunyuan.encode import text_module
@@ -84,4 +83,4 @@ def test_rules_fit_the_full_size_text_encoders():
         d_model=1472, d_kv=64, d_ff=3584, num_layers=12, num_heads=6, vocab_size=1510, feed_forward_proj="gated-gelu"
     )
     mesh = Mesh(np.array([jax.devices()[0]] * 2).reshape(1, 2), ("dp", "tp"))
-    shard_parameters(TracedModule(build(lambda: T5EncoderModel(byt5))).parameters(np.dtype(np.float32)), t5.RULES, mesh)
+    shard_parameters(TracedModule(build(lambda: T5EncoderModel(byt5))).parameters(np.dtype(np.float32)), T5_RULES, mesh)

@@ -13,13 +13,13 @@ from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15I
 from hunyuan.conftest import SMALL
 from safetensors.numpy import save_file
 from tpuvid import InputError
-from tpuvid.artifacts import load_conditioning
-from tpuvid.checkpoint import resolve_model
-from tpuvid.cli import run
-from tpuvid.kernels import attention
-from tpuvid.registry import registry
-from tpuvid.runtime import Runtime
-from tpuvid.stages import Latents
+from tpuvid.cli.main import run
+from tpuvid.compute.kernels import attention
+from tpuvid.contract import Latents
+from tpuvid.family import Runtime
+from tpuvid.files.stage_files import load_conditioning
+from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.registry import registry
 from tpuvid_hunyuan import encode
 from tpuvid_hunyuan.denoise import HunyuanDenoiser
 from tpuvid_hunyuan.plugin import HUNYUAN_480P, HUNYUAN_720P

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpuvid.plan.jobs import Jobs, Report, scratch_folder
+from tpuvid.files.scratch import scratch_folder
+from tpuvid.plan.jobs import Jobs, Report
 from tpuvid.plan.topologies import parse_topology
 
 GATHER = re.compile(r"= \w+\[([\d,]+)\]\S* all-gather\(")
@@ -28,8 +29,8 @@ def compile_steps(model: str, topology: str = "v6e-8", **settings) -> dict:
 
 
 def _compile(job: Mapping[str, Any], report: Report) -> dict:
-    from tpuvid.checkpoint import resolve_model
     from tpuvid.plan.dryrun import DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
+    from tpuvid.plugin.finding import resolve_model
 
     programs: dict[str, dict] = {}
 

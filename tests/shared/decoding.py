@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from tpuvid.pipeline import Pipeline
-from tpuvid.stages import Latents
+from tpuvid.contract import Latents
+from tpuvid.runs.pipeline import Pipeline
 
 
 def random_latents(*shape: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tpuvid.pipeline import Pipeline
-from tpuvid.stages import Conditioning, Latents
+from tpuvid.contract import Conditioning, Latents
+from tpuvid.runs.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import tpuvid
-from tpuvid.pipeline import Pipeline
+from tpuvid.runs.pipeline import Pipeline
 
 _load = tpuvid.load
 _kept: dict[str, Pipeline] = {}

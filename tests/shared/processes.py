@@ -17,11 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 WARM = (
-    "tpuvid.batch", "tpuvid.generating", "tpuvid.outputs", "tpuvid.pipeline", "tpuvid_wan.encode", "tpuvid_wan.denoise",
-    "tpuvid_wan.decode", "transformers.models.auto.tokenization_auto", "transformers.models.t5.tokenization_t5",
+    "tpuvid.cli.generate", "tpuvid.runs.batch", "tpuvid.runs.asked.requests", "tpuvid.runs.outputs", "tpuvid.runs.pipeline",
+    "tpuvid_wan.encode", "tpuvid_wan.denoise", "tpuvid_wan.decode",
+    "transformers.models.auto.tokenization_auto", "transformers.models.t5.tokenization_t5",
 )  # fmt: skip
 """Imported before children are forked; no backend of jax may start there, and no plugin be looked for."""
-COMMAND = "from tpuvid.cli import main; main()"
+COMMAND = "from tpuvid.cli.main import main; main()"
 
 
 class Forked:

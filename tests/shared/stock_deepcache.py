@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from tpuvid.stages import GenerationConfig
-from tpuvid.stepcache import step_cache
+from tpuvid.compute.step_caches import step_cache
+from tpuvid.contract import GenerationConfig
 
 
 @contextmanager

@@ -76,4 +76,4 @@ class Installed:
         return done.stdout
 
     def tpuvid(self, *arguments, code: int = 0) -> str:
-        return self.run("-c", "from tpuvid.cli import main; main()", *arguments, code=code)
+        return self.run("-c", "from tpuvid.cli.main import main; main()", *arguments, code=code)

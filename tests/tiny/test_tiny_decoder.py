@@ -12,10 +12,10 @@ import tpuvid
 import tpuvid_tiny
 from safetensors.torch import load_file
 from shared.mesh_parity import strips_on_eight_devices
-from tpuvid.cli import run
+from tpuvid.cli.main import run
+from tpuvid.contract import Latents
 from tpuvid.errors import InputError
-from tpuvid.preview import Preview
-from tpuvid.stages import Latents
+from tpuvid.runs.preview import Preview
 from tpuvid_tiny.decode import PreviewNetwork
 
 PACKAGE = Path(tpuvid_tiny.__file__).parent
@@ -140,6 +140,6 @@ def test_tiles(preview):
 def test_pictures_of_a_run_still_come(preview, latents, tmp_path, monkeypatch):
     """`--preview` fits its map with the VAE that encodes, whichever decodes."""
     monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tpuvid.preview.CLIPS", 1)
+    monkeypatch.setattr("tpuvid.runs.preview.CLIPS", 1)
     Preview.fit(preview.checkpoint, preview._open("decode"), tmp_path / "run.png").show(latents.latents)
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")

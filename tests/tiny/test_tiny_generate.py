@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 from shared.pipes import kept
-from tpuvid.cli import run
+from tpuvid.cli.main import run
 from tpuvid_tiny.grammar import Scene
 from tpuvid_tiny.score import read_clip
 

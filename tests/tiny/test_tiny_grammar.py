@@ -4,16 +4,7 @@ import itertools
 import random
 
 from tpuvid_tiny import grammar
-from tpuvid_tiny.grammar import (
-    COLOURS,
-    MOTIONS,
-    SHAPES,
-    Scene,
-    all_scenes,
-    held_out_scenes,
-    training_scenes,
-    vocabulary,
-)
+from tpuvid_tiny.grammar import COLOURS, MOTIONS, SHAPES, Scene, all_scenes, held_out_scenes, training_scenes, vocabulary
 
 
 def test_the_demo_prompt_is_a_caption():

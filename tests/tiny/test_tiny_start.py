@@ -14,7 +14,7 @@ HEAVY = ("diffusers", "torchax", "transformers.modeling_utils", "scipy", "torch.
 def test_a_warm_start_builds_and_traces_nothing(tmp_path):
     """Twice, with a cache of their own; the second is the first one's video, bit for bit."""
     script = (
-        "import sys, json; from tpuvid.cli import run; code = run(sys.argv[1:]);"
+        "import sys, json; from tpuvid.cli.main import run; code = run(sys.argv[1:]);"
         f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules])); sys.exit(code)"
     )
     found = []
@@ -29,7 +29,7 @@ def test_a_warm_start_builds_and_traces_nothing(tmp_path):
         found.append(done.stdout.splitlines()[-1])
     assert "diffusers" in found[0] and found[1] == "[]"
 
-    from tpuvid.record import read_record
+    from tpuvid.runs.kept.record import read_record
 
     first, second = (read_record(tmp_path / name) for name in ("first.mp4", "second.mp4"))
     assert first["frames_sha256"] == second["frames_sha256"]

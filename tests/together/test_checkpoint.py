@@ -4,8 +4,11 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tpuvid.checkpoint import Checkpoint, Weights, read_json, resolve_model, weight_files
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.files.checkpoint import Checkpoint
+from tpuvid.files.reading import read_json
+from tpuvid.files.weights import Weights, weight_files
+from tpuvid.plugin.finding import resolve_model
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from tpuvid.cli import run
-from tpuvid.registry import registry
+from tpuvid.cli.main import run
+from tpuvid.plugin.registry import registry
 
 LIGHT = ("jax", "torch", "torchax", "diffusers", "transformers")
 """What must not be imported to answer a question about arguments."""
@@ -15,7 +15,7 @@ LIGHT = ("jax", "torch", "torchax", "diffusers", "transformers")
 def ask(*questions):
     """Run command lines in a fresh interpreter; of each (exit code, stdout, stderr, the heavy modules by then)."""
     script = (
-        "import contextlib, io, json, sys; from tpuvid.cli import run\n"
+        "import contextlib, io, json, sys; from tpuvid.cli.main import run\n"
         "for arguments in json.loads(sys.argv[1]):\n"
         "    out, err = io.StringIO(), io.StringIO()\n"
         "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = run(arguments)\n"
@@ -93,8 +93,8 @@ def test_questions_are_answered_without_anything_heavy(answers, number):
 
 
 def test_comparing_imports_nothing_heavy(tmp_path):
-    from tpuvid.artifacts import save_frames
-    from tpuvid.video import save_mp4
+    from tpuvid.files.mp4 import save_mp4
+    from tpuvid.files.stage_files import save_frames
 
     frames = np.random.default_rng(0).random((1, 3, 16, 24, 3), np.float32)
     save_frames(tmp_path / "a", frames, {}, overwrite=False)
@@ -203,13 +203,13 @@ def test_prompt_file_and_single_outputs_do_not_mix(tmp_path, capsys):
 
 
 def test_a_stage_file_of_another_model_is_refused_before_anything_is_fetched(tmp_path, capsys, monkeypatch):
-    from tpuvid.artifacts import save_conditioning, save_latents
-    from tpuvid.stages import Conditioning, Latents
+    from tpuvid.contract.values import Conditioning, Latents
+    from tpuvid.files.stage_files import save_conditioning, save_latents
 
     def fetch(*args):
         raise AssertionError("something was fetched")
 
-    monkeypatch.setattr("tpuvid.checkpoint._download", fetch)
+    monkeypatch.setattr("tpuvid.files.checkpoint.download", fetch)
     embeds = np.zeros((1, 4, 128), np.float32)
     made = dict(model_id="wan-tiny", fingerprint="abc")
     conditioning = Conditioning(prompt="", negative_prompt="", max_sequence_length=4, tensors={"prompt_embeds": embeds}, **made)

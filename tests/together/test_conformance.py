@@ -9,11 +9,12 @@ import tpuvid_wan.decode
 import tpuvid_wan.denoise
 import tpuvid_wan.encode
 from tpuvid import testing
-from tpuvid.cli import run
-from tpuvid.denoising import Sampler
+from tpuvid.cli.main import run
+from tpuvid.contract import Conformance
 from tpuvid.errors import InputError
-from tpuvid.registry import Plugin, Registry
-from tpuvid.stages import Conformance
+from tpuvid.family import Sampler
+from tpuvid.plugin.loading import Plugin
+from tpuvid.plugin.registry import Registry
 from tpuvid.testing import checking, suite
 from tpuvid.testing.sheet import Result, Sheet
 from tpuvid.testing.subject import Subject
@@ -174,7 +175,7 @@ def no_refusal(monkeypatch, subject):
     subject.specs = [
         replace(SPEC, takes=("flow_shift", "cache", "window_size"), rules=replace(SPEC.rules, max_size=10**9, size_multiple=1))
     ]
-    monkeypatch.setattr("tpuvid.stages.check_sampling", lambda config: None)
+    monkeypatch.setattr("tpuvid.contract.models.check_sampling", lambda config: None)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tpuvid.checkpoint import resolve_model
-from tpuvid.cli import run
-from tpuvid.describe import describe, render
-from tpuvid.doctor import examine
+from tpuvid.cli.describe import describe, render
+from tpuvid.cli.doctor import examine
+from tpuvid.cli.main import run
 from tpuvid.errors import InputError
+from tpuvid.plugin.finding import resolve_model
 
 
 def test_a_stage_file(tmp_path, capsys):
@@ -95,7 +95,7 @@ STOCK, FORK = ("transformer_wan",), ("transformer_wan", "transformer_wan_torchax
 def test_doctor_tells_the_fork_from_stock(fake_diffusers, name, version, modules, says):
     """By what it holds: the fork's distribution has stock's name, and stock has development versions too."""
     run = fake_diffusers(name, version, modules)
-    done = run(sys.executable, "-c", "from tpuvid.installed import diffusers_kind; print(diffusers_kind())")
+    done = run(sys.executable, "-c", "from tpuvid.files.versions import diffusers_kind; print(diffusers_kind())")
     assert done.stdout == f"{says}\n"
 
 
@@ -107,7 +107,7 @@ def test_the_fork_is_all_right(fake_diffusers, tpuvid_command):
 
 
 def test_doctor_reports_what_is_wrong(monkeypatch, capsys):
-    import tpuvid.doctor as doctor
+    import tpuvid.cli.doctor as doctor
 
     versions = {
         "diffusers": "0.42.1",

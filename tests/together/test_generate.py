@@ -16,14 +16,15 @@ import tpuvid
 from PIL import Image
 from shared.pipes import kept
 from shared.processes import COMMAND, Forked
-from tpuvid.artifacts import file_sha256, read_stage_file, sealed
-from tpuvid.cli import run
+from tpuvid.cli.main import run
+from tpuvid.contract import Latents
 from tpuvid.errors import InputError
-from tpuvid.outputs import Outputs
-from tpuvid.pipeline import Pipeline
-from tpuvid.record import read_record
-from tpuvid.stages import Latents
-from tpuvid.video import read_metadata, save_mp4
+from tpuvid.files.digests import file_sha256, sealed
+from tpuvid.files.mp4 import read_metadata, save_mp4
+from tpuvid.files.stage_files import read_stage_file
+from tpuvid.runs.kept.record import read_record
+from tpuvid.runs.outputs import Outputs
+from tpuvid.runs.pipeline import Pipeline
 
 pytestmark = pytest.mark.optimized  # bits are compared
 RED, BLUE = "a red circle growing on a black background", "a blue square growing on a white background"
@@ -396,7 +397,7 @@ def test_decoding_holds_a_bounded_number_of_frames(tmp_path, monkeypatch):
 def started(*arguments, steps=40):
     """A generation in a process of its own, which says its steps and takes a while for each."""
     slow = (
-        "import time, tpuvid.following as f\n"
+        "import time, tpuvid.runs.following as f\n"
         "after = f.Follower._after_step\n"
         "def slow(self, at):\n"
         "    print(at.done, flush=True); time.sleep(0.2); after(self, at)\n"
@@ -467,7 +468,7 @@ def test_resuming_what_is_done_finds_it_by_its_content(tmp_path, capsys):
 
 def test_files_of_others_stay(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tpuvid.preview.CLIPS", 2)  # nobody looks at the colours
+    monkeypatch.setattr("tpuvid.runs.preview.CLIPS", 2)  # nobody looks at the colours
     (tmp_path / "p.txt").write_text(f"{RED}\n")
     for name in ("preview.png", "batch.preview.png", "clip.preview.png"):
         (tmp_path / name).write_text("mine")
@@ -493,7 +494,7 @@ def test_adding_prompts_remakes_nothing(tmp_path, capsys):
 
 def test_latents_for_which_there_is_no_room_keep_their_checkpoints(tmp_path, monkeypatch, capsys):
     from tpuvid.errors import TpuvidError
-    from tpuvid.work import Work
+    from tpuvid.runs.kept.work import Work
 
     batch = [
         "--prompt",
@@ -524,7 +525,7 @@ def test_latents_for_which_there_is_no_room_keep_their_checkpoints(tmp_path, mon
 @pytest.mark.parametrize("pad", range(0, 16))
 def test_a_header_of_any_length_is_read(tmp_path, pad):
     """Of 640, 896, 1152 or 1408 bytes it begins as a pickle does."""
-    from tpuvid.artifacts import write_tensors
+    from tpuvid.files.stage_files import write_tensors
 
     for length in range(400, 1500, 16):
         path = tmp_path / "x.safetensors"

@@ -8,13 +8,13 @@ from textwrap import dedent
 
 import pytest
 from shared import processes
-from tpuvid.stages import API_VERSION
+from tpuvid.contract import API_VERSION
 
 ONE_FRAME = ("--prompt", "a red circle", "--num-frames", "1", "-o", "a.mp4")
 
 GOOD = f"""
     from dataclasses import replace
-    from tpuvid.hookspecs import hookimpl
+    from tpuvid.contract.hookspecs import hookimpl
     from tpuvid_wan.plugin import WAN_1_3B
     @hookimpl
     def tpuvid_models():
@@ -26,9 +26,9 @@ def returns(what, hook="models", imports=""):
     return f"""
     import dataclasses, json
     from pathlib import Path
-    from tpuvid.hookspecs import hookimpl
-    from tpuvid.stages import DecoderSpec, ModelSpec
-    from tpuvid.stepcache import DeepCache
+    from tpuvid.contract.hookspecs import hookimpl
+    from tpuvid.contract.models import DecoderSpec, ModelSpec
+    from tpuvid.compute.step_caches import DeepCache
     from tpuvid_wan.plugin import WAN_1_3B
     {imports}
     @hookimpl
@@ -80,7 +80,7 @@ BROKEN = {
     "no marker": ("def tpuvid_models():\n    return []", "tpuvid_models is not marked with @hookimpl"),
     "no hook": ("x = 1", "has no hook; mark a function tpuvid_models"),
     "hook with other arguments": (
-        "from tpuvid.hookspecs import hookimpl\n@hookimpl\ndef tpuvid_models(what):\n    return []",
+        "from tpuvid.contract.hookspecs import hookimpl\n@hookimpl\ndef tpuvid_models(what):\n    return []",
         "Argument(s) {'what'} are declared in the hookimpl",
     ),
     "components are no folders": (
@@ -116,7 +116,7 @@ BROKEN = {
     ),
     "decoder's name": (
         returns(
-            "[DecoderSpec(name='own', models=('wan',), checkpoint='a:b', component='c', load_decoder='d:e', api_version=2)]",
+            "[DecoderSpec(name='own', models=('wan',), checkpoint='a:b', component='c', load_decoder='d:e', api_version=3)]",
             hook="decoders",
         ),
         "decoder='own' is the name of every model's own",
@@ -214,7 +214,7 @@ def test_a_folder_stays_with_the_family_that_implements_it(zoo, tmp_path):
         returns("[dataclasses.replace(WAN_1_3B, model_id='aardvark', signature={}, load_denoiser='tpuvid_zoo:Nothing')]"),
         point="aardvark",
     )
-    from tpuvid.checkpoint import resolve_model
+    from tpuvid.plugin.finding import resolve_model
 
     made = zoo.run("generate", "--model", str(resolve_model("wan-tiny")[1].folder), "--steps", "1", *ONE_FRAME)
     assert made.returncode == 0, made.stderr
@@ -249,8 +249,8 @@ def test_what_can_not_be_imported_is_its_packages_fault(zoo, tmp_path):
 def test_one_that_ends_the_program_makes_no_success(zoo):
     source = """
     from dataclasses import dataclass
-    from tpuvid.hookspecs import hookimpl
-    from tpuvid.stepcache import DeepCache
+    from tpuvid.contract.hookspecs import hookimpl
+    from tpuvid.compute.step_caches import DeepCache
 
     @dataclass(frozen=True)
     class Quitter(DeepCache):
@@ -376,8 +376,8 @@ def test_hooks_of_another_package_work(zoo):
     """A step cache from a package that has no model."""
     source = """
     from dataclasses import dataclass
-    from tpuvid.hookspecs import hookimpl
-    from tpuvid.stepcache import DeepCache
+    from tpuvid.contract.hookspecs import hookimpl
+    from tpuvid.compute.step_caches import DeepCache
 
     @dataclass(frozen=True)
     class EveryOther(DeepCache):

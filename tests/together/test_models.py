@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from tpuvid.compute.kernels.block_sizes import VARIABLE, AttentionShape, block_rows, flash_blocks, read_rows, tables_in_use
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.compute.runtime import plugin_tables
+from tpuvid.contract import MeshConfig
 from tpuvid.errors import InputError
-from tpuvid.kernels.block_sizes import VARIABLE, AttentionShape, block_rows, flash_blocks, read_rows, tables_in_use
-from tpuvid.mesh import MeshConfig, make_mesh
+from tpuvid.family import Runtime
 from tpuvid.plan import tune
 from tpuvid.plan.topologies import parse_topology
-from tpuvid.runtime import Runtime, plugin_tables
 from tpuvid_wan.plugin import WAN_1_3B
 
 CHIP = "TPU v6 lite"

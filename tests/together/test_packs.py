@@ -21,14 +21,15 @@ import tpuvid
 from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tpuvid import packs
-from tpuvid import run_key as keys
-from tpuvid.checkpoint import resolve_model
-from tpuvid.cli import run
+from tpuvid.cli.main import run
+from tpuvid.compute import run_key as keys
+from tpuvid.compute.opening import STAGES, open_stage
+from tpuvid.compute.packs import pack as packs
+from tpuvid.compute.packs.pack import HEADER, PackWriter, read_pack, signature, tree_from_json, tree_to_json
 from tpuvid.errors import InputError
-from tpuvid.packs import HEADER, PackWriter, read_pack, signature, tree_from_json, tree_to_json
+from tpuvid.family import Runtime
 from tpuvid.plan.compiling import compile_pack
-from tpuvid.runtime import Runtime
+from tpuvid.plugin.finding import resolve_model
 
 pytestmark = pytest.mark.optimized  # bits are compared
 SIZE = dict(height=32, width=32, num_frames=5)
@@ -153,8 +154,7 @@ def this_run(**changes):
     """The key of a run that fits `pack_file`, but for `changes`."""
     spec, checkpoint = resolve_model("wan-tiny")
     runtime = Runtime.create()
-    loaders = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
-    stages = {name: spec.load(loader, checkpoint, runtime) for name, loader in loaders.items()}
+    stages = {name: open_stage(spec, name, checkpoint, runtime) for name in STAGES}
     config = stages["denoise"].resolve(spec.configure(**settings()))
     return keys.run_key(spec, stages, config, runtime) | changes
 
@@ -232,8 +232,8 @@ def test_a_config_that_says_the_same_in_other_words_fits(pack_file, tmp_path):
     }.items():
         file = folder / component / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | more))
-    same = {name: keys.module_configs(spec.load(loader, dataclasses.replace(checkpoint, folder=folder), Runtime.create()))
-            for name, loader in (("encode", "text_encoder"), ("denoise", "denoiser"))}  # fmt: skip
+    checkpoint = dataclasses.replace(checkpoint, folder=folder)
+    same = {n: keys.module_configs(open_stage(spec, n, checkpoint, Runtime.create())) for n in ("encode", "denoise")}
     read_pack(pack_file).check({"configs": same})
 
 

@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 import tpuvid
 from tpuvid import InputError
-from tpuvid.checkpoint import resolve_model
-from tpuvid.cli import run
-from tpuvid.layout import AXES
-from tpuvid.mesh import MeshConfig, make_mesh
+from tpuvid.cli.main import run
+from tpuvid.compute.mesh import make_mesh
+from tpuvid.compute.runtime import Programs
+from tpuvid.contract import MeshConfig
+from tpuvid.contract.layout import AXES
+from tpuvid.family import replicated
+from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.dryrun import AbsentArray, DryRuntime, Ledger, _needed_hbm, configs_checkpoint, dry_generate
-from tpuvid.plan.jobs import Jobs, scratch_folder
+from tpuvid.plan.jobs import Jobs
 from tpuvid.plan.planning import GIB, Planner
 from tpuvid.plan.report import _short, render
-from tpuvid.registry import registry
-from tpuvid.runtime import Programs, replicated
+from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.registry import registry
 
 OPTIONS = {"mesh": None, "dtype": "float32", "attention_backend": "auto", "vae_tiling": False}
 SMALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 12, "cache": "deepcache", "cache_start_step": 2}

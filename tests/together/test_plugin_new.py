@@ -7,7 +7,7 @@ import time
 
 import pytest
 from shared.wheels import Installed
-from tpuvid.cli import run
+from tpuvid.cli.main import run
 from tpuvid.errors import InputError
 from tpuvid.plugin.new import FAMILIES, TEMPLATES, new_plugin
 
@@ -97,7 +97,7 @@ def test_what_a_killed_one_left_is_gone_after_the_next(tmp_path, monkeypatch):
     command = [
         sys.executable,
         "-c",
-        "from tpuvid.cli import main; main()",
+        "from tpuvid.cli.main import main; main()",
         "plugin",
         "new",
         "mine",
@@ -118,7 +118,7 @@ def test_what_a_killed_one_left_is_gone_after_the_next(tmp_path, monkeypatch):
 
 def test_the_package_that_it_changes_must_be_there(tmp_path, monkeypatch):
     from tpuvid.plugin import new
-    from tpuvid.registry import Registry
+    from tpuvid.plugin.registry import Registry
 
     monkeypatch.setattr(new, "registry", lambda: Registry(()))
     with pytest.raises(InputError, match="pip install tpuvid-wan"):

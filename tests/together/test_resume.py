@@ -8,10 +8,11 @@ import pytest
 import tpuvid
 from PIL import Image
 from shared.pipes import kept
-from tpuvid.artifacts import read_stage_file, write_tensors
-from tpuvid.control import Cancelled, CancelToken, Control, LoopState
+from tpuvid.contract import LoopState
 from tpuvid.errors import InputError
-from tpuvid.resume import Checkpoints
+from tpuvid.files.stage_files import read_stage_file, write_tensors
+from tpuvid.runs.control import Cancelled, CancelToken, Control
+from tpuvid.runs.kept.resume import Checkpoints
 
 pytestmark = pytest.mark.optimized  # bits are compared
 PROMPT = "a red circle growing on a black background"
@@ -253,12 +254,12 @@ def test_a_stopped_batch_goes_on_bit_for_bit(pipe, tmp_path):
 def few_clips(monkeypatch, tmp_path):
     """A map fitted to two clips is as good as any where nobody looks at its colours, and quickly there."""
     monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tpuvid.preview.CLIPS", 2)
+    monkeypatch.setattr("tpuvid.runs.preview.CLIPS", 2)
 
 
 def test_previews_are_pictures_of_what_is_coming(pipe, conditioning, tmp_path, monkeypatch):
     """Every third step, and the last, which shows the result."""
-    from tpuvid.preview import Preview
+    from tpuvid.runs.preview import Preview
 
     few_clips(monkeypatch, tmp_path)
     shown = []

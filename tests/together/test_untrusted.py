@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tpuvid.checkpoint import Weights, read_json
-from tpuvid.cli import run
+from tpuvid.cli.main import run
 from tpuvid.errors import InputError
-from tpuvid.untrusted import MOST_HEADER, check_links
+from tpuvid.files.reading import read_json
+from tpuvid.files.untrusted import MOST_HEADER, check_links
+from tpuvid.files.weights import Weights
 
 TINY = Path(str(files("tpuvid_tiny"))) / "checkpoint"
 
@@ -192,9 +193,9 @@ def test_nothing_unpickles_or_runs_what_it_is_given():
         if re.search(rf"(?<![\w.]){re.escape(word)}", path.read_text("utf-8"))
     ]
     allowed = (
-        "core/src/tpuvid/packs.py: pickle",
-        "core/src/tpuvid/untrusted.py: pickle",
-        "core/src/tpuvid/checkpoint.py: pickle",
+        "core/src/tpuvid/compute/packs/pack.py: pickle",
+        "core/src/tpuvid/files/untrusted.py: pickle",
+        "core/src/tpuvid/files/weights.py: pickle",
     )
     assert [line for line in found if line not in allowed] == []
 

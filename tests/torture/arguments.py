@@ -9,7 +9,7 @@ from unittest import mock
 import click
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from tpuvid.cli import cli, run
+from tpuvid.cli.main import cli, run
 from tpuvid.errors import TpuvidError
 
 from torture.audit import check_silence
@@ -45,8 +45,8 @@ def torture(work: Path, count: int, start: int) -> Counter:
         out, err = io.StringIO(), io.StringIO()
         heavy = (
             "tpuvid.load", "tpuvid.plan.planning.Planner.plan", "tpuvid.plan.compiling.compile_pack",
-            "tpuvid.plan.tune.tune_attention", "tpuvid.plan.tune.attention_shapes", "tpuvid.doctor.examine",
-            "tpuvid.checkpoint._download", "tpuvid.testing.checking._in_a_process", "tpuvid.plugin.new._make_checkpoint",
+            "tpuvid.plan.tune.tune_attention", "tpuvid.plan.tune.attention_shapes", "tpuvid.cli.doctor.examine",
+            "tpuvid.files.checkpoint.download", "tpuvid.testing.checking._in_a_process", "tpuvid.plugin.new._make_checkpoint",
         )  # fmt: skip
         with contextlib.ExitStack() as stack:
             for name in heavy:

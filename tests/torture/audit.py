@@ -4,9 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from tpuvid.artifacts import check_seal, read_stage_file
-from tpuvid.record import read_record
-from tpuvid.video import video_size
+from tpuvid.files.digests import check_seal
+from tpuvid.files.mp4 import video_size
+from tpuvid.files.stage_files import read_stage_file
+from tpuvid.runs.kept.record import read_record
 
 
 def check_folder(folder: Path, finished: dict[Path, str]) -> None:

@@ -20,14 +20,14 @@ class Outcome:
 
 def warm() -> None:
     """Import what children need; no backend may start before they are forked."""
-    import tpuvid.batch
-    import tpuvid.generating
+    import tpuvid.runs.asked.requests
+    import tpuvid.runs.batch
     import tpuvid_wan.decode
     import tpuvid_wan.denoise
     import tpuvid_wan.encode
     from transformers import AutoConfig, AutoTokenizer
 
-    assert all((tpuvid.batch, tpuvid.generating, tpuvid_wan.decode, tpuvid_wan.denoise, tpuvid_wan.encode))
+    assert all((tpuvid.runs.batch, tpuvid.runs.asked.requests, tpuvid_wan.decode, tpuvid_wan.denoise, tpuvid_wan.encode))
     assert all((AutoConfig, AutoTokenizer))
 
 
@@ -64,7 +64,7 @@ def _become(arguments: list[str], out: Path, err: Path, file_bytes: int | None) 
         if file_bytes is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-        from tpuvid.cli import run as tpuvid
+        from tpuvid.cli.main import run as tpuvid
 
         code = tpuvid(arguments)
     except BaseException:

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tpuvid.artifacts import EMBEDDINGS, FRAMES, LATENTS, load_conditioning, load_latents, read_config, read_stage_file
-from tpuvid.checkpoint import Checkpoint, read_json
-from tpuvid.cli import run as tpuvid
+from tpuvid.cli.main import run as tpuvid
+from tpuvid.compute.packs.pack import read_pack
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.packs import read_pack
-from tpuvid.record import read_record
-from tpuvid.resume import Checkpoints
-from tpuvid.work import Manifest
+from tpuvid.files.checkpoint import Checkpoint
+from tpuvid.files.reading import read_json
+from tpuvid.files.stage_files import EMBEDDINGS, FRAMES, LATENTS, load_conditioning, load_latents, read_config, read_stage_file
+from tpuvid.runs.kept.record import read_record
+from tpuvid.runs.kept.resume import Checkpoints
+from tpuvid.runs.kept.work import Manifest
 
 from torture.audit import check_silence
 from torture.children import run

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tpuvid.artifacts import LATENTS, read_stage_file, tensors_digest
-from tpuvid.record import read_record
+from tpuvid.files.digests import tensors_digest
+from tpuvid.files.stage_files import LATENTS, read_stage_file
+from tpuvid.runs.kept.record import read_record
 
 from torture.audit import check_folder, check_silence, left_over
 from torture.children import run

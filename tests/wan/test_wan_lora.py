@@ -9,8 +9,7 @@ import tpuvid
 from diffusers import WanPipeline
 from safetensors.torch import save_file
 from tpuvid import InputError
-from tpuvid.checkpoint import Weights
-from tpuvid.lora import AdaptedWeights, LowRank, Offset
+from tpuvid.family import AdaptedWeights, LowRank, Offset, Weights
 from wan.conftest import SMALL
 
 WIDTH, FFN, RANK = 32, 56, 3

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 from shared.mesh_parity import LAYOUTS, STRIPS, on_eight_devices
-from tpuvid import t5
-from tpuvid.bridge import TracedModule, build
-from tpuvid.mesh import shard_parameters
+from tpuvid.compute.mesh import shard_parameters
+from tpuvid.family import T5_RULES, TracedModule, build
 from tpuvid_wan.conformance import RandomWan
 from tpuvid_wan.denoise import BLOCKS
 from tpuvid_wan.plugin import WAN_1_3B, WAN_14B
@@ -68,4 +67,4 @@ def test_rules_fit_the_full_size_models(spec):
     if spec is WAN_14B:
         config = UMT5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=256384)
         encoder = TracedModule(build(lambda: UMT5EncoderModel(config))).parameters(np.dtype(np.float32))
-        shard_parameters(encoder, t5.RULES, mesh)
+        shard_parameters(encoder, T5_RULES, mesh)

@@ -11,12 +11,12 @@ import pytest
 import tpuvid
 from safetensors.numpy import load_file, save_file
 from tpuvid import InputError, TpuvidError
-from tpuvid.artifacts import EMBEDDINGS, load_conditioning, save_conditioning
-from tpuvid.cli import run
-from tpuvid.compare import compare
-from tpuvid.record import read_record
-from tpuvid.runtime import Runtime
-from tpuvid.stages import Latents
+from tpuvid.cli.main import run
+from tpuvid.contract import Latents
+from tpuvid.family import Runtime
+from tpuvid.files.stage_files import EMBEDDINGS, load_conditioning, save_conditioning
+from tpuvid.runs.compare import compare
+from tpuvid.runs.kept.record import read_record
 from tpuvid_wan.denoise import WanDenoiser
 from wan.conftest import SMALL
 

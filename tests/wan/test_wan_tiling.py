@@ -6,7 +6,7 @@ import torch
 import tpuvid
 from diffusers import AutoencoderKLWan
 from shared.decoding import check_tiles, chunks_of, random_latents, stock_frames
-from tpuvid.stages import Latents
+from tpuvid.contract import Latents
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import time
 import numpy as np
 import tpuvid
 from sampling import sample_of_held_out
-from tpuvid.pipeline import Pipeline
-from tpuvid.stages import Latents
+from tpuvid.contract import Latents
+from tpuvid.runs.pipeline import Pipeline
 
 
 def seconds(pipe: Pipeline, latents: Latents, repeats: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from tpuvid.bridge import rotate_heads, token_attention
+from tpuvid.family import rotate_heads, token_attention
 
 
 class SplitTokenAttention:

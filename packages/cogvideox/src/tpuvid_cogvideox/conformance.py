@@ -12,7 +12,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
-from tpuvid.stages import GenerationConfig
+from tpuvid.contract import GenerationConfig
 from tpuvid.testing import spread
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 

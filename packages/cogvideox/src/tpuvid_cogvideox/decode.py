@@ -15,11 +15,7 @@ from diffusers import AutoencoderKLCogVideoX
 from jax import Array
 from jaxtyping import Float
 from torch import nn
-from tpuvid.bridge import build
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.decoding import FRAMES, LATENTS, VaeDecoder
-from tpuvid.runtime import Runtime
-from tpuvid.tiling import Side, Tiling
+from tpuvid.family import FRAMES, LATENTS, Checkpoint, Runtime, Side, Tiling, VaeDecoder, build
 
 from tpuvid_cogvideox.frames import FRAME_BY_FRAME
 

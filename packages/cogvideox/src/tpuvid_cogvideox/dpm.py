@@ -1,5 +1,5 @@
-"""`CogVideoXDPMScheduler` as `tpuvid.schedule.tabulate` wants a scheduler. Its own ``step`` is stochastic and leaves it to
-the caller to remember the last prediction and timestep."""
+"""`CogVideoXDPMScheduler` as `tpuvid.family.tabulate` wants a scheduler. Its own ``step`` is stochastic and leaves it to the
+caller to remember the last prediction and timestep."""
 
 from __future__ import annotations
 

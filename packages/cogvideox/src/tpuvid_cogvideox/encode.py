@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from jax import Array
 from jaxtyping import Float, Int
-from tpuvid.bridge import build
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.runtime import Runtime
-from tpuvid.t5 import T5TextEncoder
+from tpuvid.family import Checkpoint, Runtime, T5TextEncoder, build
 from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
 
 

@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tpuvid.bridge import group_statistics, in_strips, map_rows, scan_rows
+from tpuvid.family import group_statistics, in_strips, map_rows, scan_rows
 
 
 class FrameByFrameDecoder(CogVideoXDecoder3D):

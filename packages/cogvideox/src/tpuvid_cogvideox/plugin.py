@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
+from tpuvid.contract import Conformance, GenerationConfig, ModelSpec, SizeRules, hookimpl
 
 # 4n+1 frames and multiples of 16 pixels: 4× time and 8× space in the VAE, 2×2 patches in the transformer, whose rotary
 # table has 150 positions along each axis (sample_height and sample_width of 300 latents). 161 frames: the model card's most.
@@ -12,7 +11,7 @@ RULES = SizeRules(frame_step=4, size_multiple=16, max_frames=161, max_size=150 *
 COGVIDEOX_1_5_5B = ModelSpec(
     model_id="cogvideox1.5-5b",
     family="cogvideox",
-    api_version=2,
+    api_version=3,
     pipeline_class="CogVideoXPipeline",
     checkpoint="zai-org/CogVideoX1.5-5B",
     configs="tpuvid_cogvideox:configs/cogvideox1.5-5b",

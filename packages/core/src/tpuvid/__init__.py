@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tpuvid.control import Cancelled, CancelToken, Control
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.runs.control import Cancelled, CancelToken, Control
 
 if TYPE_CHECKING:
-    from tpuvid.pipeline import Pipeline
+    from tpuvid.runs.pipeline import Pipeline
 
 __all__ = ["CancelToken", "Cancelled", "Control", "InputError", "TpuvidError", "load"]
 
@@ -29,10 +29,10 @@ def __getattr__(name: str) -> Any:
 
 
 def load(model: str, **options: Any) -> Pipeline:
-    """A pipeline for a registered model id, a local diffusers folder or a Hub id; see `tpuvid.pipeline.load` for options.
+    """A pipeline for a registered model id, a local diffusers folder or a Hub id; see `tpuvid.runs.pipeline.load` for options.
 
     jax and torch are imported here, not with the package.
     """
-    from tpuvid.pipeline import load as load_pipeline
+    from tpuvid.runs.pipeline import load as load_pipeline
 
     return load_pipeline(model, **options)

@@ -13,7 +13,7 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
 )
 from tokenizers import pre_tokenizers
-from tpuvid.stages import GenerationConfig
+from tpuvid.contract import GenerationConfig
 from tpuvid.testing import spread
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5Config, T5EncoderModel
 

@@ -23,11 +23,7 @@ from jax import Array
 from jaxtyping import Float
 from torch import nn
 from torch.nn import functional as F
-from tpuvid.bridge import build, map_rows
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.decoding import FRAMES, LATENTS, VaeDecoder, split_evenly
-from tpuvid.runtime import Runtime
-from tpuvid.tiling import Side, Tiling
+from tpuvid.family import FRAMES, LATENTS, Checkpoint, Runtime, Side, Tiling, VaeDecoder, build, map_rows, split_evenly
 
 ENCODER_HALF = ("encoder.",)  # the checkpoint's other half
 

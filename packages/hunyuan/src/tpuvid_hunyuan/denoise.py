@@ -14,17 +14,26 @@ import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
 from jax import Array
 from jaxtyping import Float, Int
-from tpuvid.bridge import Scan, TracedModule
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.control import Loop
-from tpuvid.denoising import Sampler
+from tpuvid.contract import GenerationConfig, Loop
 from tpuvid.errors import InputError
-from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import check_finite_embeds, make_generators, make_noise, with_negative
-from tpuvid.schedule import Schedule, tabulate
-from tpuvid.stages import GenerationConfig
-from tpuvid.stepcache import step_cache
-from tpuvid.weights import load_parameters, match_parameters
+from tpuvid.family import (
+    Checkpoint,
+    Runtime,
+    Sampler,
+    Scan,
+    Schedule,
+    TracedModule,
+    batch_sharded,
+    check_finite_embeds,
+    load_parameters,
+    make_generators,
+    make_noise,
+    match_parameters,
+    replicated,
+    step_cache,
+    tabulate,
+    with_negative,
+)
 
 from tpuvid_hunyuan.guidance import Guidance
 from tpuvid_hunyuan.sharding import TRANSFORMER

@@ -17,13 +17,9 @@ from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extra
 from jax import Array
 from jaxtyping import Float, Int
 from torch import nn
-from tpuvid import t5
-from tpuvid.bridge import Scan, build
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.encoding import Encoder, check_vocabulary
+from tpuvid.contract import GenerationConfig
 from tpuvid.errors import InputError
-from tpuvid.runtime import Runtime
-from tpuvid.stages import GenerationConfig
+from tpuvid.family import T5_RULES, Checkpoint, Encoder, Runtime, Scan, build, check_vocabulary
 from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, Qwen2_5_VLTextModel, T5EncoderModel
 
 from tpuvid_hunyuan.sharding import QWEN
@@ -61,7 +57,7 @@ class HunyuanTextEncoder:
             checkpoint, runtime, text_module(text), heads=heads, rules=QWEN, unused=unused, scan={"layers": Scan(1)}
         )
         module = build(lambda: T5EncoderModel(glyphs))
-        self.glyphs = Encoder(checkpoint, runtime, module, component="text_encoder_2", heads=("num_heads",), rules=t5.RULES)
+        self.glyphs = Encoder(checkpoint, runtime, module, component="text_encoder_2", heads=("num_heads",), rules=T5_RULES)
         self.glyph_width = glyphs.d_model
 
     def verify(self) -> None:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
+from tpuvid.contract import GenerationConfig
 from tpuvid.errors import InputError
-from tpuvid.stages import GenerationConfig
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
+from tpuvid.contract import Conformance, GenerationConfig, ModelSpec, SizeRules, hookimpl
 
 # 4n+1 frames and multiples of 16 pixels: 4× time and 16× space in the VAE, patches of one latent. Rotary positions are
 # computed, not looked up, so the limits are only those of good sense.
@@ -12,7 +11,7 @@ RULES = SizeRules(frame_step=4, size_multiple=16, max_frames=4 * 1023 + 1, max_s
 
 COMMON: dict[str, Any] = dict(
     family="hunyuan",
-    api_version=2,
+    api_version=3,
     pipeline_class="HunyuanVideo15Pipeline",
     parameters="8.3B",
     rules=RULES,

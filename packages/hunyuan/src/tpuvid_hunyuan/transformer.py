@@ -17,8 +17,8 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from tpuvid.bridge import build, rotate_heads, token_attention
 from tpuvid.errors import InputError
+from tpuvid.family import build, rotate_heads, token_attention
 
 IMAGE_HALF = ("image_embedder.",)  # weights for image-to-video
 

@@ -18,11 +18,7 @@ import torch.nn.functional as F
 from jax import Array
 from jaxtyping import Float
 from torch import Tensor, nn
-from tpuvid.bridge import TracedModule, build
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.decoding import FRAMES, VaeDecoder, split_evenly
-from tpuvid.runtime import Runtime
-from tpuvid.tiling import Side, Tiling
+from tpuvid.family import FRAMES, Checkpoint, Runtime, Side, Tiling, TracedModule, VaeDecoder, build, split_evenly
 
 COMPRESSION = 8
 """Pixels per latent, along each side."""

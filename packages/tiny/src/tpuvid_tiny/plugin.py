@@ -3,8 +3,7 @@ nor torch."""
 
 import dataclasses
 
-from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import DecoderSpec, GenerationConfig, ModelSpec
+from tpuvid.contract import DecoderSpec, GenerationConfig, ModelSpec, hookimpl
 from tpuvid_wan.plugin import WAN_1_3B
 
 WAN_TINY = dataclasses.replace(
@@ -23,7 +22,7 @@ PREVIEW = DecoderSpec(
     checkpoint="tpuvid_tiny:decoders",
     component="preview",
     load_decoder="tpuvid_tiny.decode:PreviewDecoder",
-    api_version=2,
+    api_version=3,
 )
 
 

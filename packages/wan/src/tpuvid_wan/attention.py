@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tpuvid.bridge import rotate_heads, token_attention
+from tpuvid.family import rotate_heads, token_attention
 
 
 class SplitTokenAttention:

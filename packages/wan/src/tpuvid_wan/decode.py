@@ -17,12 +17,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 from torch import nn
-from tpuvid.bridge import TracedModule
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.decoding import FRAMES, LATENTS, VaeDecoder, split_evenly
 from tpuvid.errors import InputError
-from tpuvid.runtime import Runtime
-from tpuvid.tiling import Side, Tiling
+from tpuvid.family import FRAMES, LATENTS, Checkpoint, Runtime, Side, Tiling, TracedModule, VaeDecoder, split_evenly
 
 ENCODER_HALF = ("encoder.", "quant_conv.")  # the checkpoint's other half
 

@@ -11,17 +11,29 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 from torch import nn
-from tpuvid.bridge import Scan, TracedModule
-from tpuvid.checkpoint import Checkpoint, Weights
-from tpuvid.control import Loop
-from tpuvid.denoising import Sampler
+from tpuvid.contract import GenerationConfig, Loop
 from tpuvid.errors import InputError
-from tpuvid.runtime import LEAST_EFFORT, Runtime, batch_sharded, replicated
-from tpuvid.sampling import check_embeds, guidance_scales, make_generators, make_noise, with_negative
-from tpuvid.schedule import Schedule, tabulate
-from tpuvid.stages import GenerationConfig
-from tpuvid.stepcache import step_cache
-from tpuvid.weights import load_parameters, match_parameters
+from tpuvid.family import (
+    LEAST_EFFORT,
+    Checkpoint,
+    Runtime,
+    Sampler,
+    Scan,
+    Schedule,
+    TracedModule,
+    Weights,
+    batch_sharded,
+    check_embeds,
+    guidance_scales,
+    load_parameters,
+    make_generators,
+    make_noise,
+    match_parameters,
+    replicated,
+    step_cache,
+    tabulate,
+    with_negative,
+)
 
 from tpuvid_wan.lora import adapt
 from tpuvid_wan.sharding import TRANSFORMER

@@ -10,10 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 from torch import nn
-from tpuvid.bridge import build
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.runtime import Runtime
-from tpuvid.t5 import T5TextEncoder
+from tpuvid.family import Checkpoint, Runtime, T5TextEncoder, build
 
 
 def clean_prompt(text: str) -> str:

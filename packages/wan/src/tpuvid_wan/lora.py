@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tpuvid.checkpoint import Weights
 from tpuvid.errors import InputError
-from tpuvid.lora import AdaptedWeights, Delta, Lora, LowRank, Offset
+from tpuvid.family import AdaptedWeights, Delta, Lora, LowRank, Offset, Weights
 
 PREFIX = "transformer."
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
+from tpuvid.contract import Conformance, GenerationConfig, ModelSpec, SizeRules, hookimpl
 
 # 4n+1 frames and multiples of 16 pixels: 4× time and 8× space in the VAE, 2×2 patches in the transformer, whose rotary
 # table has 1024 positions along each axis (rope_max_seq_len).
@@ -16,7 +15,7 @@ FLOW_SHIFTS = ((600_000, 5.0), (300_000, 3.0))
 
 COMMON: dict[str, Any] = dict(
     family="wan",
-    api_version=2,
+    api_version=3,
     pipeline_class="WanPipeline",
     rules=RULES,
     takes=("flow_shift", "cache", "window_size", "lora"),

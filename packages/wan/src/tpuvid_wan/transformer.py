@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import WanTransformer3DModel
 from torch import Tensor
-from tpuvid.bridge import build
+from tpuvid.family import build
 
 from tpuvid_wan.attention import SplitTokenAttention, keys_values
 

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import nn
-from tpuvid.bridge import build
+from tpuvid.family import build
 
 
 class FrameDecoder(nn.Module):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tpuvid
 from tpuvid import testing
+from tpuvid.contract import Conditioning
 from tpuvid.errors import InputError
-from tpuvid.stages import Conditioning
 from tpuvid_ltx.conformance import random_checkpoint, reference
 from tpuvid_ltx.plugin import LTX_VIDEO, SMALL
 
@@ -54,7 +54,7 @@ def test_every_stage_agrees_with_stock_diffusers(checkpoint, changes):
 def test_tiles_are_those_of_stock_diffusers(checkpoint):
     import torch
     from diffusers import AutoencoderKLLTXVideo
-    from tpuvid.stages import Latents
+    from tpuvid.contract import Latents
 
     pipe = tpuvid.load(str(checkpoint), dtype="float32", vae_tiling=True)
     latents = np.random.default_rng(0).standard_normal((1, 8, 2, 18, 17), np.float32)  # tiles of 16 that begin every 14
@@ -86,7 +86,7 @@ def _embeds(checkpoint: Path) -> Conditioning:
 def test_conditioning_of_another_model_is_refused_before_weights_are_read(checkpoint, monkeypatch, name, change):
     made = _embeds(checkpoint)
     tensors = {k: (change(v) if k == name else v) for k, v in made.tensors.items() if k != name or change}
-    from tpuvid.checkpoint import Weights
+    from tpuvid.family import Weights
 
     monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("weights were read"))
     wrong = Conditioning(**{f: getattr(made, f) for f in made.__dataclass_fields__} | {"tensors": tensors})

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from tpuvid.plan.topologies import Chip
+from tpuvid.compute.chips import Chip
 
 BUNDLES = "final_bundles"
 UTILISATION = "final_hlo-static-per-bundle-utilization"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from tpuvid.kernels.block_sizes import AttentionShape, Blocks
-from tpuvid.kernels.flash import attention_flash
+from tpuvid.compute.kernels.block_sizes import AttentionShape, Blocks
+from tpuvid.compute.kernels.flash import attention_flash
 from tpuvid.plan.bundles import kernels, pallas_grids
 from tpuvid.plan.jobs import Report
 from tpuvid.plan.topologies import parse_topology

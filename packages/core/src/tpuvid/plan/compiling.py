@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpuvid.artifacts import check_output, publish
+from tpuvid.compute.opening import STAGES, open_stage
+from tpuvid.compute.progress import Progress
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.plan.jobs import Jobs, RelayedProgress, Report, scratch_folder
+from tpuvid.files.atomic import check_output, publish
+from tpuvid.files.scratch import scratch_folder
+from tpuvid.plan.jobs import Jobs, RelayedProgress, Report
 from tpuvid.plan.topologies import Topology, parse_topology, require_libtpu
-from tpuvid.progress import Progress
 
 
 def local_topology(text: str) -> Topology | None:
@@ -109,11 +111,11 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
     with progress.phase("start"):
         import jax
 
-        from tpuvid.checkpoint import resolve_model
-        from tpuvid.layout import MeshConfig
-        from tpuvid.packs import PackWriter
-        from tpuvid.plan.dryrun import PROMPT, STAGES, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
-        from tpuvid.run_key import run_key
+        from tpuvid.compute.packs.pack import PackWriter
+        from tpuvid.compute.run_key import run_key
+        from tpuvid.contract.layout import MeshConfig
+        from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
+        from tpuvid.plugin.finding import resolve_model
 
         options, topology = dict(argument["options"]), argument["topology"]
         devices = jax.devices() if topology is None else parse_topology(topology).jax_devices()
@@ -149,7 +151,7 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
     configs = configs_checkpoint(spec, checkpoint, ledger.array)
     config = spec.configure(prompt=PROMPT, **argument["settings"])
     with progress.phase("open stages"):
-        stages = {name: spec.load(loader, configs, runtime) for name, loader in STAGES.items()}
+        stages = {name: open_stage(spec, name, configs, runtime) for name in STAGES}
         config = stages["denoise"].resolve(config)
         key = run_key(spec, stages, config, runtime)
         del stages

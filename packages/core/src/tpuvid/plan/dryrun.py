@@ -23,18 +23,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from tpuvid.checkpoint import Checkpoint, ConfigsOnly
-from tpuvid.control import Loop
-from tpuvid.layout import MeshConfig
-from tpuvid.mesh import layout_of
+from tpuvid.compute.mesh import layout_of
+from tpuvid.compute.opening import STAGES, open_stage
+from tpuvid.compute.progress import Progress
+from tpuvid.compute.runtime import Program, Programs, Runtime
+from tpuvid.contract.layout import MeshConfig
+from tpuvid.contract.loop import Loop
+from tpuvid.contract.models import ModelSpec
+from tpuvid.contract.settings import GenerationConfig
+from tpuvid.files.checkpoint import Checkpoint, ConfigsOnly
 from tpuvid.plan.bundles import Grid, pallas_grids
-from tpuvid.progress import Progress
-from tpuvid.runtime import Program, Programs, Runtime
-from tpuvid.stages import GenerationConfig, ModelSpec
 
 OUT_OF_HBM = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 """What libtpu says it would need, arguments included."""
-STAGES = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}
 PROMPT = 'a sign that says "tpuvid"'
 """For dry runs. It quotes a word, since HunyuanVideo's second text encoder runs for nothing else; prompts are padded, so that
 any other gives the same programs."""
@@ -268,7 +269,7 @@ def dry_generate(
     order = list(STAGES)
     last = max((order.index(stage) for stage in runtime.compiled_stages), default=order.index(until))
     for name in order[: last + 1]:
-        stage = spec.load(STAGES[name], checkpoint, replace(runtime, stage=name))
+        stage = open_stage(spec, name, checkpoint, replace(runtime, stage=name))
         before = runtime.ledger.bytes()
         stage.load()
         weights = runtime.ledger.bytes() - before

@@ -5,7 +5,6 @@ A job dies with the process that started it, and what it wrote to its scratch fo
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import itertools
 import json
@@ -14,43 +13,20 @@ import queue
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+from tpuvid.compute.progress import Progress
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.progress import Progress
 
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 """What comes out of JAX's cache leaves no schedules, and can't always be serialized again."""
-PREFIX, LOCK = "tpuvid-job-", ".tpuvid-job"
-"""Of scratch folders: what their names begin with, and the file in each that its owner has locked."""
 Report = Callable[[Mapping[str, Any]], None]
 """Sends an event (JSON-ready) to whoever started the job."""
-
-
-@contextmanager
-def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A folder for what jobs write, removed afterwards; those of processes that were killed go too.
-
-    It lies in `parent`, or where temporary files do.
-    """
-    parent = Path(tempfile.gettempdir()) if parent is None else parent
-    for lock in parent.glob(f"{PREFIX}*/{LOCK}"):
-        with suppress(OSError), lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its owner lives
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    with (folder / LOCK).open("w") as own:
-        fcntl.flock(own, fcntl.LOCK_EX)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

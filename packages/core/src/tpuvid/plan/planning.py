@@ -10,17 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tpuvid.compute.opening import STAGES
+from tpuvid.contract.layout import MeshConfig
+from tpuvid.contract.models import ModelSpec
+from tpuvid.contract.settings import GenerationConfig
 from tpuvid.errors import InputError
-from tpuvid.layout import MeshConfig
+from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.bundles import dump_flags
-from tpuvid.plan.jobs import Jobs, Task, jobs_at_once, scratch_folder
+from tpuvid.plan.jobs import Jobs, Task, jobs_at_once
 from tpuvid.plan.topologies import LOCAL, parse_topology, require_libtpu, slices_of
-from tpuvid.stages import GenerationConfig, ModelSpec
 
 GIB = 2**30
 JOB_BYTES = 6 * GIB
 """Memory that a job is granted: the VAEs' take the most, 4.5 GiB was seen for HunyuanVideo's at 720p."""
-STAGES = ("encode", "denoise", "decode")
 GROUPS = (("denoise",), ("encode", "decode"))
 """Stages that one job compiles; the groups take about as long as each other."""
 
@@ -151,7 +153,7 @@ class Planner:
 
         Raises `InputError` for a topology or options that can't be had.
         """
-        groups = (STAGES,) if topology == "gpu" else GROUPS  # one process at a time can have the GPU
+        groups = (tuple(STAGES),) if topology == "gpu" else GROUPS  # one process at a time can have the GPU
         found = self._compile([(topology, stages, config, self.options) for stages in groups], predict=True)
         first = found[0]
         compiled = {name: stage for result in found for name, stage in _stages(result).items()}

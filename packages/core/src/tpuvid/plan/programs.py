@@ -10,16 +10,16 @@ from typing import Any
 
 import jax
 
-from tpuvid.checkpoint import resolve_model
+from tpuvid.compute.kernels import recorded_attention
+from tpuvid.compute.kernels.block_sizes import AttentionShape
+from tpuvid.contract.layout import MeshConfig
 from tpuvid.errors import InputError
-from tpuvid.kernels import recorded_attention
-from tpuvid.kernels.block_sizes import AttentionShape
-from tpuvid.layout import MeshConfig
 from tpuvid.plan.cost import predict
 from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, Loaded, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import RelayedProgress, Report
 from tpuvid.plan.schedules import schedule_cycles
 from tpuvid.plan.topologies import LOCAL, parse_topology
+from tpuvid.plugin.finding import resolve_model
 
 
 def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:

@@ -21,15 +21,17 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpuvid.artifacts import atomic_path, check_output
-from tpuvid.cache_folder import cache_folder
+from tpuvid.compute.chips import Chip
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.files.atomic import atomic_path, check_output
+from tpuvid.files.cache_folder import cache_folder
+from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.bundles import dump_flags, no_time
-from tpuvid.plan.jobs import Jobs, Task, jobs_at_once, scratch_folder
-from tpuvid.plan.topologies import Chip, Topology, require_libtpu
+from tpuvid.plan.jobs import Jobs, Task, jobs_at_once
+from tpuvid.plan.topologies import Topology, require_libtpu
 
 if TYPE_CHECKING:
-    from tpuvid.kernels.block_sizes import AttentionShape, Blocks, Row
+    from tpuvid.compute.kernels.block_sizes import AttentionShape, Blocks, Row
 
 JOB_BYTES = 4 * 2**30
 """Memory that a compile is granted: the largest seen took 2 GiB (2026-11)."""
@@ -60,7 +62,7 @@ class Journal:
     found: dict[Blocks, Found] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from tpuvid.kernels.block_sizes import Blocks
+        from tpuvid.compute.kernels.block_sizes import Blocks
 
         for line in self.path.read_text("utf-8", errors="replace").splitlines() if self.path.exists() else ():
             with suppress(ValueError, KeyError, TypeError):
@@ -92,7 +94,7 @@ def attention_shapes(model: str, topology: Topology, settings: Mapping[str, Any]
     `settings` are those of `GenerationConfig` that differ from the model's defaults. Raises `InputError` for a model,
     settings or a mesh that can't be had.
     """
-    from tpuvid.kernels.block_sizes import AttentionShape
+    from tpuvid.compute.kernels.block_sizes import AttentionShape
 
     options = {"dtype": "bfloat16", "attention_backend": "auto", "mesh": mesh, "vae_tiling": False}
     job = {"model": model, "topology": topology.name, "settings": dict(settings), "options": options}
@@ -118,7 +120,7 @@ def tune_attention(
     missing or the table can't be written.
     """
     check_tunable(topology)
-    from tpuvid.kernels.block_sizes import TABLE, Row
+    from tpuvid.compute.kernels.block_sizes import TABLE, Row
 
     chip, at_once = topology.chip, jobs or jobs_at_once(JOB_BYTES)
     table = output or TABLE
@@ -190,7 +192,7 @@ def search(
 def fit(shape: AttentionShape, block_q: float, block_kv: float, compute: float) -> Blocks:
     """Blocks near these sizes, in whole lanes (queries: pairs), no longer than the sequences need; of the queries, the last
     block as full as the others. What is padded all the same costs cycles, and so counts by itself."""
-    from tpuvid.kernels.block_sizes import LANES, Blocks
+    from tpuvid.compute.kernels.block_sizes import LANES, Blocks
 
     def whole(length: float) -> int:
         return math.ceil(length / LANES) * LANES
@@ -237,7 +239,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _read_table(path: Path) -> list[Row]:
-    from tpuvid.kernels.block_sizes import read_rows
+    from tpuvid.compute.kernels.block_sizes import read_rows
 
     try:
         return read_rows(path) if path.exists() else []
@@ -248,7 +250,7 @@ def _read_table(path: Path) -> list[Row]:
 
 
 def _check_table(path: Path) -> None:
-    from tpuvid.kernels.block_sizes import TABLE, VARIABLE
+    from tpuvid.compute.kernels.block_sizes import TABLE, VARIABLE
 
     try:
         check_output(path, overwrite=True)
@@ -263,7 +265,7 @@ def _check_table(path: Path) -> None:
 
 def _versions() -> dict[str, str]:
     """What a candidate's cycles depend on beside its shape."""
-    source = Path(__file__).parents[1] / "kernels" / "flash.py"
+    source = Path(__file__).parents[1] / "compute" / "kernels" / "flash.py"
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
     return {"jax": version("jax"), "libtpu": version("libtpu"), "source": digest}
 

@@ -9,20 +9,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tpuvid.stages import (
-    API_VERSION,
-    OPTIONAL_FEATURES,
-    OPTIONAL_SETTINGS,
-    Conformance,
-    DecoderSpec,
-    GenerationConfig,
-    ModelSpec,
-    SizeRules,
-    check_sampling,
-)
-from tpuvid.stepcache import SETTINGS as CACHE_SETTINGS
-from tpuvid.stepcache import StepCache
-from tpuvid.window_size import WindowSize
+from tpuvid.contract.models import API_VERSION, OPTIONAL_FEATURES, Conformance, DecoderSpec, ModelSpec
+from tpuvid.contract.settings import OPTIONAL_SETTINGS, GenerationConfig, check_sampling
+from tpuvid.contract.sizes import SizeRules
+from tpuvid.contract.stepcache import SETTINGS as CACHE_SETTINGS
+from tpuvid.contract.stepcache import StepCache
+from tpuvid.contract.window_size import WindowSize
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 LOADER = re.compile(r"[\w.]+:\w+")
@@ -81,7 +73,7 @@ def _check_model(spec: Any) -> None:
             SizeRules: ("rules",),
             Conformance | None: ("conformance",),
             str | None: ("configs",),
-            type(None): ("twin", "decoder"),  # which tpuvid itself fills in
+            type(None): ("twin", "decoder", "step_caches"),  # which tpuvid itself fills in
             tuple: ("takes", "flow_shifts"),
         },
     )

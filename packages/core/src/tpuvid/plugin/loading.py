@@ -16,10 +16,10 @@ from typing import Any
 
 import pluggy
 
-from tpuvid import hookspecs
+from tpuvid.contract import hookspecs
+from tpuvid.contract.models import DecoderSpec, ModelSpec
+from tpuvid.contract.stepcache import StepCache
 from tpuvid.plugin.checks import CHECKS
-from tpuvid.stages import DecoderSpec, ModelSpec
-from tpuvid.stepcache import StepCache
 
 ENTRY_POINT_GROUP = "tpuvid"
 LONGEST = 300
@@ -180,10 +180,12 @@ def _check_hooks(module: ModuleType) -> None:
     for name, value in vars(module).items():
         is_marked = hasattr(value, f"{hookspecs.PROJECT}_impl")
         if name in known and callable(value) and not is_marked:
-            raise TypeError(f"{name} is not marked with @hookimpl of tpuvid.hookspecs")
+            raise TypeError(f"{name} is not marked with @hookimpl of tpuvid.contract.hookspecs")
         if is_marked and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)
             raise TypeError(f"hook {name!r} is not known; did you mean {near[0]}?")
         marked += is_marked
     if not marked:
-        raise TypeError(f"{module.__name__} has no hook; mark a function tpuvid_models with @hookimpl of tpuvid.hookspecs")
+        raise TypeError(
+            f"{module.__name__} has no hook; mark a function tpuvid_models with @hookimpl of tpuvid.contract.hookspecs"
+        )

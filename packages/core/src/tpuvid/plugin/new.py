@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from tpuvid.artifacts import check_output
+from tpuvid.contract.models import API_VERSION
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.plan.jobs import scratch_folder
-from tpuvid.registry import registry
-from tpuvid.stages import API_VERSION
+from tpuvid.files.atomic import check_output
+from tpuvid.files.scratch import scratch_folder
+from tpuvid.plugin.registry import registry
 
 TEMPLATES = Path(__file__).with_name("templates")
 SUFFIX = ".tmpl"

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from tpuvid.contract.models import ModelSpec
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.plan.jobs import Jobs, scratch_folder
+from tpuvid.files.scratch import scratch_folder
+from tpuvid.plan.jobs import Jobs
 from tpuvid.plugin.loading import Plugin
-from tpuvid.registry import CORE, registry
-from tpuvid.stages import ModelSpec
+from tpuvid.plugin.registry import CORE, registry
 from tpuvid.testing.sheet import Result, Sheet
 
 DEVICES = 8

@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.layout import MeshConfig
-from tpuvid.pipeline import Pipeline
-from tpuvid.runtime import Runtime
-from tpuvid.stages import Conditioning, Latents, ModelSpec, Video, imported
+from tpuvid.compute.runtime import Runtime
+from tpuvid.contract.layout import MeshConfig
+from tpuvid.contract.models import ModelSpec, imported
+from tpuvid.contract.values import Conditioning, Latents
+from tpuvid.files.checkpoint import Checkpoint
+from tpuvid.runs.pipeline import Pipeline
+from tpuvid.runs.video import Video
 
 PROMPT, OTHER_PROMPT, NEGATIVE_PROMPT = 'a red cat under a sign that says "MOON"', "a blue dog on the grass", "blurry"
 

@@ -21,19 +21,24 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tpuvid.artifacts import load_conditioning, load_latents, save_conditioning, save_latents
-from tpuvid.checkpoint import ConfigsOnly, Weights, resolve_model, weight_files
-from tpuvid.control import Cancelled, CancelToken, Control
+from tpuvid.compute.runtime import Runtime, enable_compilation_cache
+from tpuvid.contract.models import ModelSpec, imported
+from tpuvid.contract.settings import OPTIONAL_SETTINGS, GenerationConfig
+from tpuvid.contract.values import Conditioning, Latents
 from tpuvid.errors import InputError, TpuvidError
-from tpuvid.outputs import Outputs
-from tpuvid.pipeline import Pipeline
+from tpuvid.files.checkpoint import ConfigsOnly
+from tpuvid.files.mp4 import video_size
+from tpuvid.files.stage_files import load_conditioning, load_latents, save_conditioning, save_latents
+from tpuvid.files.weights import Weights, weight_files
+from tpuvid.plugin.finding import resolve_model
 from tpuvid.plugin.loading import said
-from tpuvid.record import read_record
-from tpuvid.registry import registry
-from tpuvid.runtime import Runtime, enable_compilation_cache
-from tpuvid.stages import OPTIONAL_SETTINGS, Conditioning, GenerationConfig, Latents, ModelSpec, Video, imported
+from tpuvid.plugin.registry import registry
+from tpuvid.runs.control import Cancelled, CancelToken, Control
+from tpuvid.runs.kept.record import read_record
+from tpuvid.runs.outputs import Outputs
+from tpuvid.runs.pipeline import Pipeline
+from tpuvid.runs.video import Video
 from tpuvid.testing.subject import NEGATIVE_PROMPT, OTHER_PROMPT, PROMPT, Subject
-from tpuvid.video import video_size
 
 HEAVY = ("jax", "torch", "torchax", "diffusers", "transformers")
 CLOSE = 1e-4
@@ -43,7 +48,7 @@ METHODS = {
     "denoiser": ("verify", "load", "resolve", "check", "denoise"),
     "decoder": ("verify", "load", "check", "decode"),
 }
-"""By stage, of its protocol in `tpuvid.stages`."""
+"""By stage, of its protocol in `tpuvid.contract.stages`."""
 MESHES = (None, "dp=2,tp=4", "sp=8", "dp=2,sp=4,fsdp")
 """None: what eight devices get by themselves."""
 
@@ -103,7 +108,7 @@ def check_spec(subject: Subject) -> str:
             loader = getattr(spec, f"load_{stage}")
             assert callable(made_by := imported(loader)), f"{loader} is not callable"
             missing = [method for method in methods if isinstance(made_by, type) and not hasattr(made_by, method)]
-            assert not missing, f"{loader} has no {', '.join(missing)}: see tpuvid.stages"
+            assert not missing, f"{loader} has no {', '.join(missing)}: see tpuvid.contract.stages"
         if spec.conformance is not None:
             spec.configure(prompt=PROMPT, **spec.conformance.settings)
             for name in filter(None, (spec.conformance.random_checkpoint, spec.conformance.reference)):
@@ -133,7 +138,7 @@ def _wrong_settings(spec: ModelSpec, config: GenerationConfig) -> Iterator[tuple
 def check_light(subject: Subject) -> str:
     """Listing the models imports nothing heavy."""
     script = (
-        f"import sys; from tpuvid.registry import registry; registry().get({subject.spec.model_id!r}); "
+        f"import sys; from tpuvid.plugin.registry import registry; registry().get({subject.spec.model_id!r}); "
         f"print([m for m in {HEAVY!r} if m in sys.modules])"
     )
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from torch.nn import functional as F
-from tpuvid.bridge import token_attention
+from tpuvid.family import token_attention
 
 
 class SplitTokenAttention:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
-from tpuvid.stages import GenerationConfig
+from tpuvid.contract import GenerationConfig
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 

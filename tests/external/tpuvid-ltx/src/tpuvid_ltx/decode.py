@@ -10,12 +10,8 @@ from diffusers import AutoencoderKLLTXVideo
 from jax import Array
 from jaxtyping import Float
 from torch import nn
-from tpuvid.bridge import build
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.decoding import FRAMES, VaeDecoder
 from tpuvid.errors import InputError
-from tpuvid.runtime import Runtime
-from tpuvid.tiling import Side, Tiling
+from tpuvid.family import FRAMES, Checkpoint, Runtime, Side, Tiling, VaeDecoder, build
 
 STATISTICS = ("latents_mean", "latents_std")  # of each channel: buffers of the VAE
 

@@ -9,17 +9,28 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DMode
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from jax import Array
 from jaxtyping import Float
-from tpuvid.bridge import Scan, TracedModule, build
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.control import Loop
-from tpuvid.denoising import Sampler
+from tpuvid.contract import GenerationConfig, Loop
 from tpuvid.errors import InputError
-from tpuvid.runtime import Runtime, batch_sharded, replicated
-from tpuvid.sampling import check_embeds, guidance_scales, make_generators, make_noise, with_negative
-from tpuvid.schedule import Schedule, tabulate
-from tpuvid.stages import GenerationConfig
-from tpuvid.stepcache import step_cache
-from tpuvid.weights import load_parameters, match_parameters
+from tpuvid.family import (
+    Checkpoint,
+    Runtime,
+    Sampler,
+    Scan,
+    Schedule,
+    TracedModule,
+    batch_sharded,
+    build,
+    check_embeds,
+    guidance_scales,
+    load_parameters,
+    make_generators,
+    make_noise,
+    match_parameters,
+    replicated,
+    step_cache,
+    tabulate,
+    with_negative,
+)
 
 from tpuvid_ltx.attention import SplitTokenAttention
 from tpuvid_ltx.sharding import TRANSFORMER

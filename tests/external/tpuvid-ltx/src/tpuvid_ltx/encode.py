@@ -3,11 +3,8 @@
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
-from tpuvid.bridge import build
-from tpuvid.checkpoint import Checkpoint
-from tpuvid.runtime import Runtime
-from tpuvid.stages import GenerationConfig
-from tpuvid.t5 import T5TextEncoder
+from tpuvid.contract import GenerationConfig
+from tpuvid.family import Checkpoint, Runtime, T5TextEncoder, build
 from transformers import AutoConfig, AutoTokenizer, T5EncoderModel
 
 

@@ -1,14 +1,13 @@
 """LTX-Video 0.9.0, text to video. Imports neither jax nor torch."""
 
-from tpuvid.hookspecs import hookimpl
-from tpuvid.stages import Conformance, GenerationConfig, ModelSpec, SizeRules
+from tpuvid.contract import Conformance, GenerationConfig, ModelSpec, SizeRules, hookimpl
 
 SMALL = dict(height=64, width=96, num_frames=17, num_inference_steps=3, guidance_scale=3.0, seed=7, max_sequence_length=40)
 
 LTX_VIDEO = ModelSpec(
     model_id="ltx-video-0.9",
     family="ltx",
-    api_version=2,
+    api_version=3,
     pipeline_class="LTXPipeline",
     checkpoint="Lightricks/LTX-Video",
     parameters="1.9B",

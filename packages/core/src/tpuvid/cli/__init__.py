@@ -1,0 +1,1 @@
+"""The ``tpuvid`` command: the only folder that prints."""

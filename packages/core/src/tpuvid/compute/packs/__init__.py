@@ -1,0 +1,1 @@
+"""Packs: the compiled programs of all stages in one file."""

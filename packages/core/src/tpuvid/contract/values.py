@@ -1,0 +1,68 @@
+"""What passes between the stages. Imports neither jax nor torch.
+
+Shapes use B batch, F/H/W pixel frames/height/width, f/h/w latent grid, C channels, L text tokens, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tpuvid.contract.settings import GenerationConfig
+from tpuvid.errors import TpuvidError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+History = Mapping[str, Mapping[str, Any]]
+"""By stage ("encode", "denoise", "decode"): where its weights came from, how they ran, and the seconds that each part took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What the text encoder makes of a prompt.
+
+    `tensors` holds numpy arrays under the names of the diffusers pipeline's arguments, for example
+    ``prompt_embeds`` [B, L, E] and ``negative_prompt_embeds`` [B, L, E] (absent where guidance is off).
+    """
+
+    model_id: str
+    prompt: str
+    negative_prompt: str
+    max_sequence_length: int | None
+    """None where a foreign file does not say."""
+    tensors: Mapping[str, np.ndarray]
+    history: History = field(default_factory=dict)
+    fingerprint: str | None = None
+    """Of a local checkpoint: see `Checkpoint.fingerprint`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """Denoised latents [B, C, f, h, w], float32, as the diffusion model leaves them (normalised)."""
+
+    model_id: str
+    latents: np.ndarray
+    config: GenerationConfig
+    history: History = field(default_factory=dict)
+    fingerprint: str | None = None
+    """Of a local checkpoint: see `Checkpoint.fingerprint`."""
+
+    def check(self) -> None:
+        """Raise `TpuvidError` unless every value is finite."""
+        check_finite("latents", self.latents)
+
+
+def check_finite(what: str, *values: np.ndarray) -> None:
+    """Raise `TpuvidError` for results that hold NaN or infinity."""
+    import numpy as np
+
+    for value in values:
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise TpuvidError(f"the {what} hold NaN or infinity; check the weights (and LoRA), or try --dtype float32")
+
+
+StepCallback = Callable[[int, int], None]
+"""Called after each denoising step with (steps done, steps in all); an exception raised in it stops the run."""

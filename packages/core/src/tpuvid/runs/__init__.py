@@ -1,0 +1,1 @@
+"""One video or many: the stages run, watched, kept and written."""

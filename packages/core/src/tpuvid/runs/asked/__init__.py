@@ -1,0 +1,1 @@
+"""What was asked for: prompts, sweeps, requests and the names of videos."""

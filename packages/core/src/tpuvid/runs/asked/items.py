@@ -1,0 +1,198 @@
+"""What is to be made: prompts from a file with settings of their own, several videos each, sweeps over settings. Imports
+neither jax nor torch."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tpuvid.contract.parsing import parse_settings
+from tpuvid.contract.settings import GenerationConfig
+from tpuvid.errors import InputError
+
+SETTINGS = tuple(f.name for f in fields(GenerationConfig))
+ALIASES = {"steps": "num_inference_steps", "output_name": "output"}
+STDIN = "-"
+MOST_ITEMS = 100_000
+NAME = re.compile("[^\0-\x1f/\\\\\ud800-\udfff]{1,200}")
+RESERVED = ("batch", "batch.preview", "sweep", "index", "stage3_frames")
+"""Names that stand in the folder for something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One video that is asked for; what it leaves open is the command's or the model's to say."""
+
+    settings: Mapping[str, Any]
+    where: str = ""
+    """For messages: "prompts.csv, line 3"."""
+    output: str | None = None
+    """Name of the mp4."""
+    swept: Mapping[str, Any] = field(default_factory=dict)
+    """Of `settings`, those that a sweep gave."""
+
+    def raise_as(self, error: InputError) -> None:
+        raise InputError(f"{self.where}: {error}" if self.where else str(error)) from None
+
+
+def read_prompts(path: str) -> list[Item]:
+    """Of a text file each line is a prompt; a CSV file has a heading with ``prompt`` and names of settings; each line of a
+    JSONL file is an object of the same names. ``output`` names the mp4. "-" reads text or JSONL from stdin.
+
+    Raises `InputError`, naming the line, for anything else.
+    """
+    name = "stdin" if path == STDIN else path
+    try:
+        text = sys.stdin.read() if path == STDIN else Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name}: can't be read ({error}); needs a text, CSV or JSONL file of prompts") from None
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        rows = _csv_rows(name, text)
+    elif suffix in (".jsonl", ".ndjson") or (path == STDIN and text.lstrip().startswith("{")):
+        rows = _json_rows(name, text)
+    else:
+        rows = ((f"{name}, line {n}", {"prompt": line.strip()}) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    items = [_item(where, row) for where, row in itertools.islice(rows, MOST_ITEMS + 1)]
+    if not items:
+        raise InputError(f"{name}: holds no prompt; needs one per line")
+    if len(items) > MOST_ITEMS:
+        raise InputError(f"{name}: holds more than {MOST_ITEMS} prompts; split the file")
+    return items
+
+
+def _csv_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True, skipinitialspace=True)
+    try:
+        heading = reader.fieldnames or []
+        if len(set(heading)) < len(heading):
+            raise InputError(f"{name}, line 1: gives a setting twice")
+        for row in reader:
+            where = f"{name}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(f"{where}: has not as many cells as the heading; quote cells with commas in them")
+            yield where, {key: value for key, value in row.items() if value.strip()}
+    except csv.Error as error:
+        raise InputError(f"{name}, line {reader.line_num}: is no CSV ({error})") from None
+
+
+def _json_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: is no JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(f'{where}: is no JSON object; needs {{"prompt": "…", "seed": 1}}')
+        yield where, row
+
+
+def _item(where: str, row: Mapping[str, Any]) -> Item:
+    values = {_setting_name(where, key, (*SETTINGS, "output")): value for key, value in row.items() if value is not None}
+    if len(values) < sum(value is not None for value in row.values()):
+        raise InputError(f"{where}: gives a setting twice")
+    output = values.pop("output", None)
+    if not isinstance(values.get("prompt"), str) or not values["prompt"].strip():
+        raise InputError(f"{where}: has no prompt")
+    if output is not None and not (isinstance(output, str) and NAME.fullmatch(output) and not output.startswith(".")):
+        raise InputError(f"{where}: output={output!r}: needs the plain name of a file; the folder is --output-dir")
+    if output is not None and output.removesuffix(".mp4").lower() in RESERVED:
+        raise InputError(f"{where}: output={output!r}: is kept for another file of the folder; choose another name")
+    text = {name: value for name, value in values.items() if isinstance(value, str)}
+    return Item(values | parse_settings(text, where, "change the line"), where, output)
+
+
+def _setting_name(where: str, given: str, known: Sequence[str]) -> str:
+    name = str(given).strip().lstrip("-").replace("-", "_")
+    name = ALIASES.get(name, name)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        raise InputError(f"{where}: {given!r} is no setting; {hint}")
+    return name
+
+
+def several(items: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """`count` videos of each, with seeds that follow one another; `seed` is the first where an item gives none."""
+    if count == 1:
+        return list(items)
+    return [_with_seed(item, item.settings.get("seed", seed), i) for item in items for i in range(count)]
+
+
+def _with_seed(item: Item, first: Any, number: int) -> Item:
+    if type(first) is not int:
+        raise InputError(f"{item.where}: seed={first!r}: needs a whole number")
+    return replace(
+        item, settings={**item.settings, "seed": first if first == -1 else first + number}, output=_numbered(item, number)
+    )
+
+
+def _numbered(item: Item, number: int) -> str | None:
+    if item.output is None or not number:
+        return item.output
+    path = Path(item.output)
+    return f"{path.stem}_{number + 1}{path.suffix}"
+
+
+def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
+    """From "seed=0..7" (both ends) and "guidance_scale=4,5,6"; raises `InputError`."""
+    axes: dict[str, list[Any]] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        known = [setting for setting in SETTINGS if setting not in ("prompt", "negative_prompt")]
+        if not equals or not text:
+            raise InputError(f"sweep {word!r}: needs a setting and its values, as in seed=0..7 or guidance_scale=4,5,6")
+        name = _setting_name(f"sweep {word!r}", name, known)
+        if name in axes:
+            raise InputError(f"sweep {word!r}: {name} is given twice; give all its values at once")
+        axes[name] = _values(word, name, text)
+    combinations = 1
+    for values in axes.values():
+        combinations *= len(values)
+    if combinations > MOST_ITEMS:
+        raise InputError(f"sweep: {combinations} combinations; needs {MOST_ITEMS} or fewer")
+    return axes
+
+
+def _values(word: str, name: str, text: str) -> list[Any]:
+    values: list[Any] = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(-?\d{1,18})\.\.(-?\d{1,18})\s*", part)
+        if ends:
+            low, high = int(ends[1]), int(ends[2])
+            if not 0 <= high - low < MOST_ITEMS:
+                raise InputError(f"sweep {word!r}: {part} needs its smaller end first, and {MOST_ITEMS} values or fewer")
+            values += [str(n) for n in range(low, high + 1)]
+        else:
+            values.append(part.strip())
+    if "" in values or len(set(values)) < len(values):
+        raise InputError(f"sweep {word!r}: a value is empty or given twice")
+    found = [parse_settings({name: value}, f"sweep {word!r}", "change the value").get(name) for value in values]
+    if None in found:
+        raise InputError(f"sweep {word!r}: None is no value; leave it out")
+    return found
+
+
+def swept(items: Sequence[Item], axes: Mapping[str, Sequence[Any]]) -> list[Item]:
+    """Every item with every combination of values."""
+    if not axes:
+        return list(items)
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    if any(item.output for item in items):
+        raise InputError("output: names one file, and a sweep makes many; leave it out")
+    return [replace(item, settings={**item.settings, **values}, swept=values) for item in items for values in combinations]
+
+
+def label(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

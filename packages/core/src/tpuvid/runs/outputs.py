@@ -1,0 +1,103 @@
+"""The files that a video is written to, all of them or none, while it is decoded. Imports neither jax nor torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tpuvid.files.atomic import atomic_path, check_output
+from tpuvid.files.digests import file_sha256, sealed
+from tpuvid.files.stage_files import FRAMES, FramesWriter
+from tpuvid.runs.kept.record import PROMPTS, make_record
+
+if TYPE_CHECKING:
+    from tpuvid.contract.values import Latents
+    from tpuvid.runs.pipeline import Pipeline
+
+
+class Written(NamedTuple):
+    record: dict[str, Any]
+    """See `tpuvid.runs.kept.record`."""
+    frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Of one video."""
+
+    video: Path
+    request: str | None = None
+    """Kept in the record, by which a later run knows the video again."""
+    overwrite: bool = False
+    save_frames: bool = False
+    metadata: bool = True
+    prompt_in_metadata: bool = True
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The mp4 is first, and is written last: where it is, the others are too."""
+        files = {"video": self.video, "contact sheet": self.video.with_suffix(".png")}
+        files |= {"settings": self.video.with_suffix(".json")} if self.metadata else {}
+        return files | ({"frames": self.video.with_name(FRAMES)} if self.save_frames else {})
+
+    def check(self) -> None:
+        """Raise `InputError` unless all of them can be written."""
+        from tpuvid.files.mp4 import check_mp4_name
+
+        check_mp4_name(self.video)
+        for path in self.files.values():
+            check_output(path, overwrite=self.overwrite)
+
+    def write(
+        self,
+        pipe: Pipeline,
+        latents: Latents,
+        *,
+        on_chunk: Callable[[], None] = lambda: None,
+        on_ready: Callable[[str], None] = lambda sha256: None,
+    ) -> Written:
+        """Decode `latents` into the files, chunk by chunk, with a call after each; `on_ready` is given the mp4's hash before
+        the file gets its name."""
+        from tpuvid.files.mp4 import Mp4Writer, set_metadata
+        from tpuvid.files.sheet import ContactSheet
+
+        sheet = ContactSheet()
+        with ExitStack() as stack:  # left in reverse order
+            temporary = {n: stack.enter_context(atomic_path(p, overwrite=self.overwrite)) for n, p in self.files.items()}
+            with ExitStack() as writers:
+                video = writers.enter_context(Mp4Writer(temporary["video"], fps=latents.config.fps))
+                frames = None
+                if self.save_frames:
+                    about = {"model_id": latents.model_id, **latents.config.to_dict()}
+                    about |= {} if self.prompt_in_metadata else dict.fromkeys(PROMPTS)
+                    frames = writers.enter_context(FramesWriter(temporary["frames"], about))
+                for chunk in pipe.decode_chunks(latents):
+                    video.write(chunk[0])
+                    sheet.add(chunk[0])
+                    if frames:
+                        frames.write(chunk)
+                    on_chunk()
+            shape = 1, video.frames, *chunk.shape[2:]
+            config, history = pipe.decoded(latents, shape)
+            record = make_record(
+                pipe,
+                latents,
+                config,
+                history,
+                frames_sha256=video.sha256,
+                request=self.request,
+                with_prompt=self.prompt_in_metadata,
+            )
+            sheet.save(temporary["contact sheet"])
+            if self.metadata:
+                set_metadata(temporary["video"], record)
+            digest = file_sha256(temporary["video"])
+            if self.metadata:
+                beside = sealed({n: v for n, v in record.items() if n != "checksum"} | {"video_sha256": digest})
+                temporary["settings"].write_text(json.dumps(beside, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            on_ready(digest)
+        return Written(record, video.frames)
