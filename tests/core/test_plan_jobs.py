@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tpuvid import InputError
 from tpuvid.errors import TpuvidError
+from tpuvid.files import scratch as scratch_module
 from tpuvid.files.scratch import LOCK, PREFIX, scratch_folder
-from tpuvid.plan import jobs as jobs_module
 from tpuvid.plan.jobs import Jobs, Task
 
 TESTS = {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -85,7 +85,7 @@ def test_a_scratch_folder_goes_whatever_happens():
 
 
 def test_what_a_killed_process_left_goes_with_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(scratch_module.tempfile, "gettempdir", lambda: str(tmp_path))
     left, foreign = tmp_path / f"{PREFIX}left", tmp_path / f"{PREFIX}of-someone-else"
     left.mkdir()
     foreign.mkdir()
