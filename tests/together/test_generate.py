@@ -25,7 +25,6 @@ from tpuvid.record import read_record
 from tpuvid.stages import Latents
 from tpuvid.video import read_metadata, save_mp4
 
-pytestmark = pytest.mark.optimized  # bits are compared
 RED, BLUE = "a red circle growing on a black background", "a blue square growing on a white background"
 QUICK = ["--steps", "2", "--num-frames", "5"]
 

@@ -13,7 +13,6 @@ from tpuvid.control import Cancelled, CancelToken, Control, LoopState
 from tpuvid.errors import InputError
 from tpuvid.resume import Checkpoints
 
-pytestmark = pytest.mark.optimized  # bits are compared
 PROMPT = "a red circle growing on a black background"
 SMALL = dict(num_inference_steps=8, num_frames=5, seed=3)
 CACHED = SMALL | dict(cache="deepcache", cache_start_step=2, cache_end_step=7, cache_step_interval=3)  # full: 0-2, 5, 7
