@@ -43,7 +43,8 @@ def strips_on_eight_devices(model: str, decoder: str) -> dict:
 
 def _in_child(function: str, *args: Any) -> Any:
     env = {k: v for k, v in os.environ.items() if not k.startswith("TPUVID_")}
-    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    env |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "ignore", "-m", "shared.mesh_parity", function, json.dumps(args)]
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

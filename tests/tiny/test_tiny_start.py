@@ -1,6 +1,5 @@
 """A command whose model has run before starts with what it needs and no more."""
 
-import os
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ COMMAND = [
 HEAVY = ("diffusers", "torchax", "transformers.modeling_utils", "scipy", "torch._dynamo", "accelerate")
 
 
-def test_a_warm_start_builds_and_traces_nothing(tmp_path):
+def test_a_warm_start_builds_and_traces_nothing(tmp_path, python_env):
     """Twice, with a cache of their own; the second is the first one's video, bit for bit."""
     script = (
         "import sys, json; from tpuvid.cli.main import run; code = run(sys.argv[1:]);"
@@ -21,7 +20,7 @@ def test_a_warm_start_builds_and_traces_nothing(tmp_path):
     for name in ("first.mp4", "second.mp4"):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", script, *COMMAND, str(tmp_path / name)],
-            env=os.environ | {"TPUVID_CACHE_DIR": str(tmp_path / "cache")},
+            env=python_env | {"TPUVID_CACHE_DIR": str(tmp_path / "cache")},
             capture_output=True,
             text=True,
         )

@@ -26,7 +26,6 @@ from tpuvid.runs.kept.record import read_record
 from tpuvid.runs.outputs import Outputs
 from tpuvid.runs.pipeline import Pipeline
 
-pytestmark = pytest.mark.optimized  # bits are compared
 RED, BLUE = "a red circle growing on a black background", "a blue square growing on a white background"
 QUICK = ["--steps", "2", "--num-frames", "5"]
 

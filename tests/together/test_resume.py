@@ -14,7 +14,6 @@ from tpuvid.files.stage_files import read_stage_file, write_tensors
 from tpuvid.runs.control import Cancelled, CancelToken, Control
 from tpuvid.runs.kept.resume import Checkpoints
 
-pytestmark = pytest.mark.optimized  # bits are compared
 PROMPT = "a red circle growing on a black background"
 SMALL = dict(num_inference_steps=8, num_frames=5, seed=3)
 CACHED = SMALL | dict(cache="deepcache", cache_start_step=2, cache_end_step=7, cache_step_interval=3)  # full: 0-2, 5, 7

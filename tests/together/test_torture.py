@@ -9,7 +9,6 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 COUNTS = {"kills": 6, "disks": 3, "damages": 120, "arguments": 300}
-pytestmark = pytest.mark.optimized  # bits are compared
 
 
 @pytest.fixture(scope="module")
