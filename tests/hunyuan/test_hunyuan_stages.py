@@ -32,7 +32,7 @@ TIMES = np.full(2, 500, np.float32)
 @pytest.mark.parametrize("spec", [HUNYUAN_720P, HUNYUAN_480P], ids=lambda spec: spec.model_id)
 def test_siblings_are_told_apart_and_have_the_stock_size(spec):
     config = {"num_layers": 54, "target_size": spec.signature["target_size"], "num_attention_heads": 16}
-    assert registry().match("HunyuanVideo15Pipeline", config) is spec
+    assert registry().match("HunyuanVideo15Pipeline", config) == spec
     size = HunyuanVideo15ImageProcessor(vae_scale_factor=16).calculate_default_height_width(9, 16, config["target_size"])
     assert (spec.defaults.height, spec.defaults.width) == size
 
@@ -142,7 +142,7 @@ def test_every_mask_is_over_keys_alone(pipe, monkeypatch):
         return attention(query, key, value, mask=mask, **how)
 
     for module in ("operators", "kernels.tokens"):
-        monkeypatch.setattr(f"tpuvid.{module}.attention", recorded)
+        monkeypatch.setattr(f"tpuvid.compute.{module}.attention", recorded)
     denoiser, decoder = pipe._opened["denoise"], pipe._opened["decode"]
     inputs = denoiser._inputs(conditioning.tensors, (2, 2, 3), SCALES)
     jax.eval_shape(denoiser._predict, denoiser.params, np.zeros((2, *latents.latents.shape[1:]), np.float32), TIMES, inputs)

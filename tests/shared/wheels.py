@@ -1,11 +1,16 @@
 """Packages as a user gets them: built to wheels, installed into an empty environment outside the workspace."""
 
+import email
+import importlib.metadata
 import os
 import shutil
 import site
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 
 def uv(*arguments, **options) -> str:
@@ -26,16 +31,46 @@ def build_wheel(package: Path, scratch: Path, out: Path) -> Path:
 
 
 def install(wheels: list[Path], folder: Path) -> Path:
-    """Into a new environment in `folder`, whose scripts' folder is returned. Dependencies are those of this environment, at
-    their versions; the workspace is not in sight."""
+    """Into a new environment in `folder`, whose scripts' folder is returned. Of this environment's packages it has those that
+    the wheels say they need, and what these need, by links: nothing is fetched, no bytecode made; the workspace is not in sight."""
     python = folder / "venv" / "bin" / "python"
     uv("venv", "--quiet", "--python", sys.executable, folder / "venv", cwd=folder)
-    pins = [line for line in uv("pip", "freeze", "--python", sys.executable).splitlines() if "==" in line]
-    (folder / "pins.txt").write_text("\n".join(p for p in pins if not p.startswith("tpuvid")))
-    links = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS")
-    find = ["--find-links", links] if links else []
-    uv("pip", "install", "--quiet", "--python", python, *find, "--constraint", folder / "pins.txt", *wheels, cwd=folder)
+    (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    for source in _needed(wheels):
+        if source.suffix == ".dist-info":  # which uv doesn't see through a link
+            shutil.copytree(source, packages / source.name)
+        elif not (packages / source.name).exists():
+            (packages / source.name).symlink_to(source)
+    uv("pip", "install", "--quiet", "--offline", "--no-index", "--python", python, *wheels, cwd=folder)
     return python.parent
+
+
+def _needed(wheels: list[Path]) -> set[Path]:
+    """Files and folders in the site-packages of this environment that the wheels' dependencies have brought."""
+    own = {wheel.name.split("-")[0].replace("_", "-") for wheel in wheels}
+    asked = [Requirement(line) for wheel in wheels for line in _required_by(wheel)]
+    seen: set[tuple[str, str]] = set()
+    found: set[Path] = set()
+    while asked:
+        requirement = asked.pop()
+        name = requirement.name.replace("_", "-").lower()
+        if name in own:
+            continue
+        distribution = importlib.metadata.distribution(name)
+        root = Path(str(distribution.locate_file("")))
+        found |= {root / file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
+        for extra in {"", *requirement.extras} - {extra for known, extra in seen if known == name}:
+            seen.add((name, extra))
+            needs = map(Requirement, distribution.requires or ())
+            asked += [r for r in needs if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return found
+
+
+def _required_by(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist", [])
+    return [line for line in lines if "extra ==" not in line]
 
 
 def outside() -> dict[str, str]:

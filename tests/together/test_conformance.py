@@ -14,7 +14,7 @@ from tpuvid.contract import Conformance
 from tpuvid.errors import InputError
 from tpuvid.family import Sampler
 from tpuvid.plugin.loading import Plugin
-from tpuvid.plugin.registry import Registry
+from tpuvid.plugin.registry import Registry, registry
 from tpuvid.testing import checking, suite
 from tpuvid.testing.sheet import Result, Sheet
 from tpuvid.testing.subject import Subject
@@ -28,7 +28,7 @@ def one_block(folder):
 
 
 SPEC = replace(
-    WAN_14B,
+    registry().get(WAN_14B.model_id),
     conformance=Conformance(
         random_checkpoint=f"{__name__}:one_block",
         settings=dict(

@@ -72,7 +72,7 @@ class ModelSpec:
     decoder: str | None = None
     """The name of the `DecoderSpec` that `load_decoder` and ``components["decode"]`` have been taken from."""
     step_caches: Mapping[str, type[StepCache]] | None = field(default=None, compare=False, repr=False)
-    """All that are registered, by name: the registry fills them in, with which `configure` checks ``cache``."""
+    """All that are registered, by name, with which `configure` checks ``cache``: the registry gives models that know them."""
 
     def configure(self, **settings: Any) -> GenerationConfig:
         """The model's defaults with `settings` (None: not given), checked; raises `InputError`."""
@@ -91,7 +91,7 @@ class ModelSpec:
             raise InputError(f"{error} ({self.model_id})") from None
         if config.window_size is not None:
             config = replace(config, window_size=str(WindowSize.parse(config.window_size)))
-        return fill_cache_settings(config, self.step_caches or {})
+        return fill_cache_settings(config, self.step_caches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,10 +33,11 @@ class StepCache(Protocol):
         """``predict(*args)`` by way of what the last full step kept; traced."""
 
 
-def fill_cache_settings(config: GenerationConfig, known: Mapping[str, type[StepCache]]) -> GenerationConfig:
+def fill_cache_settings(config: GenerationConfig, known: Mapping[str, type[StepCache]] | None) -> GenerationConfig:
     """`config` with the defaults of its cache, one of those `known` by name, where they are not given.
 
-    Raises `InputError` for an unknown cache, settings that it doesn't have, or with which no step would be cached.
+    None: caches can't be known yet, since the model is not registered; the denoiser asks for them again. Raises `InputError` for
+    an unknown cache, settings that it doesn't have, or with which no step would be cached.
     """
     given = _given(config)
     if config.cache is None:
@@ -48,6 +49,8 @@ def fill_cache_settings(config: GenerationConfig, known: Mapping[str, type[StepC
         least = 1 if name == "step_interval" else 0
         if type(value) is not int or value < least:
             raise InputError(f"cache_{name}={value!r}: needs a whole number ≥ {least}")
+    if known is None:
+        return config
     cache = made(config, known)
     settings = {f"cache_{name}": getattr(cache, name) for name in _settings(cache)}
     if all(cache.full_steps(config.num_inference_steps)):
