@@ -32,7 +32,8 @@ def build_wheel(package: Path, scratch: Path, out: Path) -> Path:
 
 def install(wheels: list[Path], folder: Path) -> Path:
     """Into a new environment in `folder`, whose scripts' folder is returned. Of this environment's packages it has those that
-    the wheels say they need, and what these need, by links: nothing is fetched, no bytecode made; the workspace is not in sight."""
+    the wheels say they need, and what these need, by links: nothing is fetched or
+    compiled to bytecode, and the workspace is not in sight."""
     python = folder / "venv" / "bin" / "python"
     uv("venv", "--quiet", "--python", sys.executable, folder / "venv", cwd=folder)
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")

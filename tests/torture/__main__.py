@@ -4,6 +4,7 @@ import random
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,9 +23,11 @@ def main() -> None:
     given = parser.parse_args()
     children.warm()
     rng = random.Random(given.seed)
+    undisturbed = tempfile.TemporaryDirectory()
+    scenarios = cache(lambda: kills.scenarios(Path(undisturbed.name)))
     parts = {
-        "kills": lambda work: kills.torture(work, given.kills, rng),
-        "disks": lambda work: disks.torture(work, given.disks, rng),
+        "kills": lambda work: kills.torture(work, scenarios(), given.kills, rng),
+        "disks": lambda work: disks.torture(work, scenarios(), given.disks, rng),
         "damages": lambda work: damages.torture(work, given.damages, rng),
         "arguments": lambda work: arguments.torture(work, given.arguments, given.seed),
     }

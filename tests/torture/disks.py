@@ -5,16 +5,17 @@ import random
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from torture.audit import check_folder, check_silence, left_over
 from torture.children import run
-from torture.kills import Scenario, results, scenarios
+from torture.kills import Scenario, results
 
 
-def torture(work: Path, count: int, rng: random.Random) -> Counter:
+def torture(work: Path, scenarios: Sequence[Scenario], count: int, rng: random.Random) -> Counter:
     counts: Counter = Counter()
-    found = [scenario for scenario in scenarios(work) if scenario.name in ("generate", "decode", "batch")]
+    found = [scenario for scenario in scenarios if scenario.name in ("generate", "decode", "batch")]
     for number in range(count):
         scenario = found[number % len(found)]
         folder = work / f"full-{number}"

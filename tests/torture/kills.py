@@ -3,7 +3,7 @@
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,10 +101,9 @@ def results(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def torture(work: Path, kills: int, rng: random.Random) -> Counter:
+def torture(work: Path, found: Sequence[Scenario], kills: int, rng: random.Random) -> Counter:
     """So many kills, over all scenarios in turn; returns the counts."""
     counts: Counter = Counter()
-    found = scenarios(work)
     job = 0
     while sum(counts[scenario.name] for scenario in found) < kills:
         scenario = found[job % len(found)]
