@@ -36,8 +36,8 @@ class StepCache(Protocol):
 def fill_cache_settings(config: GenerationConfig, known: Mapping[str, type[StepCache]] | None) -> GenerationConfig:
     """`config` with the defaults of its cache, one of those `known` by name, where they are not given.
 
-    None: caches can't be known yet, since the model is not registered; the denoiser asks for them again. Raises `InputError` for
-    an unknown cache, settings that it doesn't have, or with which no step would be cached.
+    None: caches can't be known yet, since the model is not registered; the denoiser asks for them again. Raises `InputError`
+    for an unknown cache, settings that it doesn't have, or with which no step would be cached.
     """
     given = _given(config)
     if config.cache is None:
