@@ -1,5 +1,6 @@
 """Shared set-up: jaxtyping's shape annotations are checked wherever there are any, and no test touches the user's caches."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parents[1]
+gc.set_threshold(100_000)  # imports make a million objects, none of which is garbage
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -45,7 +47,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def compilers_effort(request):
-    """Small programs are compiled with the least effort, which takes half of the time, but for modules marked `optimized`."""
+    """Programs are compiled with the least effort, but for modules that run them for long, which are marked `optimized`."""
     least = request.node.get_closest_marker("optimized") is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(least)))  # of children

@@ -185,16 +185,18 @@ def test_bfloat16_is_close(checkpoint, pipe):
     assert frames.dtype == np.float32 and np.abs(frames - pipe.decode(expected).frames).max() < 0.1
 
 
-@pytest.fixture
-def unreadable(checkpoint, forbid_weights):
-    """A pipeline whose weights can't be read: every error must come first. With embeddings and latents made before."""
-    pipe = tpuvid.load(str(checkpoint))
+@pytest.fixture(scope="module")
+def made(pipe):
+    """Embeddings and latents."""
     conditioning = pipe.encode("a cat")
-    latents = pipe.denoise(conditioning, **SMALL)
+    return conditioning, pipe.denoise(conditioning, **SMALL)
 
+
+@pytest.fixture
+def unreadable(checkpoint, made, forbid_weights):
+    """A pipeline whose weights can't be read: every error must come first. With embeddings and latents made before."""
     forbid_weights()
-    pipe.free()
-    return pipe, conditioning, latents
+    return tpuvid.load(str(checkpoint)), *made
 
 
 def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, unreadable):

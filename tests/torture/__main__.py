@@ -1,4 +1,5 @@
 import argparse
+import gc
 import os
 import random
 import sys
@@ -21,6 +22,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    gc.set_threshold(100_000)  # imports make a million objects, none of which is garbage
     children.warm()
     rng = random.Random(given.seed)
     undisturbed = tempfile.TemporaryDirectory()
