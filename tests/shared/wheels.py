@@ -12,6 +12,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from shared import processes
+
 
 def uv(*arguments, **options) -> str:
     program = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
@@ -88,6 +90,9 @@ class Installed:
         self.python = folder / "venv" / "bin" / "python"
         (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
         parents = [path for path in site.getsitepackages() if Path(path).is_dir()]
+        self._command = (
+            f"import site, sys; sys.executable = {str(self.python)!r}; site.addsitedir({str(packages)!r})\n{processes.COMMAND}"
+        )
         (packages / "parent.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in parents))
 
     def install(self, package: Path) -> None:
@@ -112,4 +117,7 @@ class Installed:
         return done.stdout
 
     def tpuvid(self, *arguments, code: int = 0) -> str:
-        return self.run("-c", "from tpuvid.cli.main import main; main()", *arguments, code=code)
+        """The command, of a warmed process that then is as if this environment's interpreter had started it."""
+        done = processes.tpuvid(*map(str, arguments), env=outside(), cwd=self.folder, code=self._command)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout

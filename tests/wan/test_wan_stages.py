@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 import shutil
 import weakref
 from dataclasses import replace
@@ -281,11 +282,11 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, forbid
             pipe.decode(replace(latents, latents=damage))
 
 
-def test_second_process_run_compiles_nothing(checkpoint, tmp_path, tpuvid_command, python_env):
+def test_second_process_run_compiles_nothing(checkpoint, tmp_path, tpuvid_command):
     """The persistent cache: a second run adds no program to it and reads all of them."""
     import subprocess
 
-    env = python_env | {"TPUVID_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"TPUVID_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
     command = [tpuvid_command, "generate", "--model", str(checkpoint), "--prompt", "a cat", "--height", "32", "--width", "32",
                "--num-frames", "5", "--steps", "2", "--overwrite", "-o", str(tmp_path / "clip.mp4")]  # fmt: skip
 
