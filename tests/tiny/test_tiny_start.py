@@ -7,7 +7,7 @@ COMMAND = [
     *("generate", "--model", "wan-tiny", "--prompt", "a red circle growing on a black background"),
     *("--num-frames", "5", "--steps", "2", "--overwrite", "-o"),
 ]
-HEAVY = ("diffusers", "torchax", "transformers.modeling_utils", "scipy", "torch._dynamo", "accelerate")
+HEAVY = ("diffusers", "torchax", "transformers", "scipy", "torch._dynamo", "accelerate")
 
 
 def test_a_warm_start_builds_and_traces_nothing(tmp_path, python_env):

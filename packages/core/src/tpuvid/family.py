@@ -22,6 +22,7 @@ from tpuvid.compute.schedule import Schedule, tabulate
 from tpuvid.compute.step_caches import step_cache
 from tpuvid.compute.t5 import T5_RULES, T5TextEncoder
 from tpuvid.compute.tiling import Side, Tiling
+from tpuvid.compute.tokenizing import open_tokenizer
 from tpuvid.compute.traced import TracedModule, build
 from tpuvid.files.checkpoint import Checkpoint
 from tpuvid.files.lora import Lora
@@ -29,10 +30,10 @@ from tpuvid.files.merging import AdaptedWeights, Delta, LowRank, Offset
 from tpuvid.files.weights import Weights
 
 __all__ = [
-    "FRAMES", "LATENTS", "LEAST_EFFORT", "T5_RULES", "AdaptedWeights", "Checkpoint", "Delta", "Encoder",
-    "Lora", "LowRank", "Offset", "Runtime", "Sampler", "Scan", "Schedule", "Side", "T5TextEncoder", "Tiling",
-    "TracedModule", "VaeDecoder", "Weights", "batch_sharded", "build", "check_embeds", "check_finite_embeds",
-    "check_vocabulary", "group_statistics", "guidance_scales", "in_strips", "load_parameters", "make_generators",
-    "make_noise", "map_rows", "match_parameters", "replicated", "rotate_heads", "scan_rows", "split_evenly", "step_cache",
+    "FRAMES", "LATENTS", "LEAST_EFFORT", "T5_RULES", "AdaptedWeights", "Checkpoint", "Delta", "Encoder", "Lora",
+    "LowRank", "Offset", "Runtime", "Sampler", "Scan", "Schedule", "Side", "T5TextEncoder", "Tiling", "TracedModule",
+    "VaeDecoder", "Weights", "batch_sharded", "build", "check_embeds", "check_finite_embeds", "check_vocabulary",
+    "group_statistics", "guidance_scales", "in_strips", "load_parameters", "make_generators", "make_noise", "map_rows",
+    "match_parameters", "open_tokenizer", "replicated", "rotate_heads", "scan_rows", "split_evenly", "step_cache",
     "tabulate", "token_attention", "with_negative",
 ]  # fmt: skip

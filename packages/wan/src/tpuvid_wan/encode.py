@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import re
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 from torch import nn
-from tpuvid.family import Checkpoint, Runtime, T5TextEncoder, build
+from tpuvid.family import Checkpoint, Runtime, T5TextEncoder, build, open_tokenizer
 
 
 def clean_prompt(text: str) -> str:
@@ -28,11 +29,15 @@ def _build(folder: Path) -> nn.Module:
     return build(lambda: UMT5EncoderModel(config))
 
 
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
 class WanTextEncoder(T5TextEncoder):
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.component("tokenizer"), trust_remote_code=False)
+        tokenizer = open_tokenizer(checkpoint.component("tokenizer"), runtime.kept.outlines, _tokenizer)
         super().__init__(checkpoint, runtime, module=lambda: _build(checkpoint.component("text_encoder")), tokenizer=tokenizer)
 
     def prepare(self, prompt: str) -> str:
