@@ -34,6 +34,7 @@ from tpuvid.cli.options import (
     overwrite_option,
     pack_options,
     path_type,
+    private_option,
     prompt_options,
     prompts_type,
     runtime_options,
@@ -192,16 +193,17 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
 @click.option("--prompt", required=True, help="What the video shows.")
 @prompt_options
 @click.option("--output-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True)
+@private_option
 @pack_options
 @overwrite_option
 @encoder_options
 @runtime_options
-def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
+def encode(model: str, output_dir: Path, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> None:
     """Stage 1: prompt → stage1_embeddings.safetensors."""
     from tpuvid.cli.saying import say_how
     from tpuvid.files.atomic import check_output
     from tpuvid.files.locks import locked
-    from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, check_config, save_conditioning
+    from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, check_config, private, save_conditioning
     from tpuvid.plugin.finding import resolve_model
 
     spec, checkpoint = resolve_model(model)
@@ -213,6 +215,7 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
         check_config(output_dir, overwrite=overwrite)
         checkpoint.require(spec.components["encode"])
         conditioning = _load(model, options).encode(**settings)
+        conditioning = private(conditioning) if no_prompt_in_metadata else conditioning
         click.echo(f"embeddings: {save_conditioning(output_dir, conditioning, overwrite=overwrite)}")
     say_how(conditioning.history)
 
@@ -229,22 +232,24 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 @loop_options
 @fps_option
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
+@private_option
 @pack_options
 @overwrite_option
 @runtime_options
 def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpoint_every: int | None, resume: bool,
-            preview_every: int | None, overwrite: bool, **given: Any) -> int:  # fmt: skip
+            preview_every: int | None, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Stage 2: stage1_embeddings.safetensors → stage2_latents.safetensors."""
     from tpuvid.cli.saying import say_how
     from tpuvid.cli.stopping import exit_code, stoppable
     from tpuvid.files.atomic import check_output
     from tpuvid.files.locks import WORK_FOLDER, locked
-    from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, LATENTS, check_config, load_conditioning, save_latents
+    from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, LATENTS, check_config, load_conditioning, private, save_latents
     from tpuvid.plugin.finding import check_origin
     from tpuvid.runs.control import Cancelled, Control
 
     output_dir = output_dir or input_dir
     conditioning = load_conditioning(input_dir / EMBEDDINGS)
+    conditioning = private(conditioning) if no_prompt_in_metadata else conditioning
     model, spec, checkpoint = _stage_model(model, input_dir / EMBEDDINGS, conditioning.model_id)
     settings, options = split(given)
     options |= _read_pack(options)
@@ -328,6 +333,7 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
         config=config,
         history=file.history,
         fingerprint=file.fingerprint,
+        prompts_sha256=file.prompts_sha256,
     )
     with locked(outputs.video):
         outputs.check()
