@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import tpuvid
+from tpuvid.cli.commands import Commands
 from tpuvid.cli.leaving import leave
 from tpuvid.cli.options import (
     config_option,
@@ -45,8 +46,6 @@ from tpuvid.cli.options import (
     stage_model_option,
     vae_tiling_option,
 )
-from tpuvid.cli.plan import COMMANDS
-from tpuvid.cli.plugin import plugin
 from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.plugin.checks import OWN
 from tpuvid.plugin.registry import registry
@@ -69,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str] | None = None) -> int:
     try:
-        return cli.main(argv, prog_name="tpuvid", standalone_mode=False) or 0
+        code = cli.main(argv, prog_name="tpuvid", standalone_mode=False)
+        return code if isinstance(code, int) else 0  # of a plugin's command: anything
     except click.exceptions.NoArgsIsHelpError as help_request:
         click.echo(help_request.format_message())
         return 0
@@ -97,7 +97,8 @@ def _fail(message: str, code: int) -> int:
 
 
 @click.group(
-    context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+    cls=Commands,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]},
 )
 @click.version_option(tpuvid.__version__, prog_name="tpuvid")
 def cli() -> None:
@@ -449,7 +450,3 @@ def _stage_model(
     except TpuvidError as error:
         raise InputError(f"{file}: was made by {recorded}, which can't be had here ({error}); pass --model") from None
     return recorded, *resolve_model(recorded, decoder=decoder)
-
-
-for command in (*COMMANDS, plugin):
-    cli.add_command(command)

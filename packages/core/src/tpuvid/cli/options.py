@@ -37,8 +37,8 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
     # one file may serve all commands: what only another one has is left to that one
     group = context.find_root().command
     assert isinstance(group, click.Group)
-    known = {flag: option for command in group.commands.values() for flag, option in _flags(command).items()}
     own = _flags(context.command)
+    known = {flag: option for command in group.commands.values() for flag, option in _flags(command).items()} | own
     defaults = {}
     for key, value in values.items():
         flag = str(key).replace("_", "-")
