@@ -4,7 +4,7 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
-from tpuvid.contract import GenerationConfig, ModelSpec, SizeRules, hookimpl
+from tpuvid.contract import CommandSpec, GenerationConfig, ModelSpec, SizeRules, hookimpl
 from tpuvid.errors import InputError
 from tpuvid.plugin.registry import Registry, load_plugins
 
@@ -65,6 +65,17 @@ def raising():
     return tpuvid_models
 
 
+def commands(*specs):
+    @hookimpl
+    def tpuvid_commands():
+        return list(specs)
+
+    return tpuvid_commands
+
+
+SERVE = CommandSpec(name="serve", load_command="zebra.server:serve", help="Make what is asked for over HTTP.")
+
+
 def misspelt():
     @hookimpl
     def tpuvid_modelz():
@@ -80,6 +91,12 @@ def misspelt():
         (dict(tpuvid_modelz=misspelt()), "tpuvid_modelz"),
         (dict(tpuvid_models=models("wan")), "not a ModelSpec"),
         (dict(tpuvid_models=models(replace(SMALL, api_version=99))), "plugin API 99"),
+        (dict(tpuvid_commands=commands("serve")), "not a CommandSpec"),
+        (dict(tpuvid_commands=commands(replace(SERVE, name="my_server"))), "needs lower-case letters, digits and hyphens"),
+        (dict(tpuvid_commands=commands(replace(SERVE, load_command="zebra.server"))), "not of the form 'package.module:name'"),
+        (dict(tpuvid_commands=commands(replace(SERVE, help="two\nlines"))), "needs a line of text"),
+        (dict(tpuvid_commands=commands(replace(SERVE, name="generate"))), "command='generate' is tpuvid's own"),
+        (dict(tpuvid_commands=commands(replace(SERVE, name="plan"))), "command='plan' is tpuvid's own"),
     ],
 )
 @pytest.mark.parametrize("name", ["later", "zoo"])
@@ -89,6 +106,14 @@ def test_a_broken_plugin_is_one_row_and_the_others_work(plugin, contents, reason
     (broken,) = registry.broken
     assert broken.name == name and reason in broken.error and "\n" not in broken.error
     assert {LARGE.model_id, "third"} <= set(registry.models)
+
+
+def test_a_command_of_two_packages_is_nobodys(plugin):
+    registry = load_plugins([plugin("a", tpuvid_commands=commands(SERVE)), plugin("b", tpuvid_commands=commands(SERVE))])
+    (problem,) = registry.problems
+    assert "command 'serve' is registered by" in problem and not registry.commands and registry.command("other") is None
+    with pytest.raises(InputError, match="TPUVID_PLUGINS=-a or TPUVID_PLUGINS=-b"):
+        registry.command("serve")
 
 
 def test_a_duplicate_id_is_nobodys(plugin):

@@ -5,9 +5,12 @@ import shutil
 import subprocess
 from importlib.metadata import EntryPoint
 
+import numpy as np
 import pytest
 from docs.blocks import blocks
 from shared.wheels import Installed
+from tpuvid.cli.main import run
+from tpuvid.files.mp4 import save_mp4
 from tpuvid.plugin.registry import load_plugins
 from tpuvid_wan import plugin as wan
 
@@ -63,6 +66,17 @@ def test_the_hooks_that_are_shown_register_something(block, tmp_path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     registry = load_plugins([EntryPoint("clouds", block.title.removesuffix(".py"), "tpuvid")])
     assert not registry.problems and registry.plugins[0].provides
+
+
+def test_the_command_that_is_shown_runs(tmp_path, monkeypatch, capsys):
+    (block,) = [block for block in HOOKS if "tpuvid_commands" in block.text]
+    (tmp_path / block.title).write_text(block.text + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    known = load_plugins([EntryPoint("clouds", block.title.removesuffix(".py"), "tpuvid")])
+    monkeypatch.setattr("tpuvid.cli.commands.registry", lambda: known)
+    video = save_mp4(np.zeros((1, 16, 16, 3), np.float32), tmp_path / "clip.mp4", fps=8, metadata={"prompt": "a red circle"})
+    assert run(["prompt-of", str(video)]) == 0 and capsys.readouterr().out == "a red circle\n"
+    assert run(["--help"]) == 0 and "What a video was asked to show." in capsys.readouterr().out
 
 
 def test_every_hook_is_shown():

@@ -256,3 +256,10 @@ def test_a_failure_while_running_is_one_line_and_1(monkeypatch, capsys, error, s
 def test_what_these_devices_cannot_do_is_refused(tmp_path, capsys, option, message):
     code, err = fails(capsys, "generate", "--model", "wan-tiny", "--prompt", "x", "-o", str(tmp_path / "a.mp4"), *option)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_names_of_our_commands_are_known_to_those_who_check_plugins():
+    from tpuvid.cli.main import cli
+    from tpuvid.plugin.checks import OWN_COMMANDS
+
+    assert sorted(cli.commands) == list(OWN_COMMANDS)

@@ -267,6 +267,52 @@ def test_one_that_ends_the_program_makes_no_success(zoo):
     assert done.returncode == 1 and done.stderr.startswith("tpuvid: error: SystemExit")
 
 
+COMMAND = returns(
+    "[CommandSpec(name='serve', load_command='zoo_server:serve', help='Shows animals.')]",
+    hook="commands",
+    imports="from tpuvid.contract import CommandSpec",
+)
+
+
+def test_a_command_is_imported_when_it_is_run(zoo):
+    zoo.install(COMMAND)
+    server = zoo.folder / "zoo_server.py"
+    server.write_text("import click\n@click.command()\n@click.option('--port')\ndef serve(port): print(port); return 4\n")
+    served = zoo.run("serve", "--port", "80")
+    assert (served.returncode, served.stdout, served.stderr) == (4, "80\n", "")
+    assert "--port" in zoo.run("serve", "--help").stdout
+    assert "command serve" in zoo.run("doctor").stdout
+    for spoilt, reason in (
+        ("import sys; sys.exit(0)", "(SystemExit: 0)"),
+        ("import giraffes", "(ModuleNotFoundError: No module named 'giraffes')"),
+        ("serve = 3", "zoo_server:serve is a int, no click command"),
+    ):
+        server.write_text(spoilt)
+        failed = zoo.run("serve")
+        assert failed.returncode == 1 and failed.stderr.startswith("tpuvid: error: serve: ") and reason in failed.stderr
+        assert len(failed.stderr.splitlines()) == 1 and "mend its package" in failed.stderr
+        helped = zoo.run("--help")
+        assert helped.returncode == 0 and "Shows animals." in helped.stdout and helped.stderr == ""
+
+
+def test_a_command_of_ours_can_not_be_taken(zoo):
+    zoo.install(COMMAND.replace("'serve'", "'plan'"))
+    (warning,) = zoo.run("list-models").stderr.splitlines()
+    assert "command='plan' is tpuvid's own; choose another name" in warning
+    assert "--topology" in zoo.run("plan", "--help").stdout
+    assert "No such command 'serve'. (not loaded: tpuvid-zoo; see tpuvid doctor)" in zoo.run("serve").stderr
+
+
+def test_a_command_of_two_packages_says_so_when_it_is_run(zoo):
+    zoo.install(COMMAND)
+    zoo.install(COMMAND, name="tpuvid-ark", point="ark")
+    said = "command 'serve' is registered by tpuvid-ark and tpuvid-zoo; uninstall one, or set TPUVID_PLUGINS=-ark or"
+    (warning,) = zoo.run("list-models").stderr.splitlines()
+    refused = zoo.run("serve")
+    assert said in warning and said in refused.stderr and refused.returncode == 2
+    assert zoo.run("--help").returncode == 0
+
+
 def test_what_it_prints_is_not_what_was_asked_for(zoo):
     loud = "import os, sys; print('hello'); os.write(1, b'hello'); os.system('echo hello')"
     zoo.install(f"{loud}\n" + dedent(GOOD))

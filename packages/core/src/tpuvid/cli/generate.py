@@ -181,7 +181,8 @@ class Generating:
             return 0
         for want in missing:
             if error := failed.get(want.name):
-                manifest.note(want.name, want.key, state="failed", seed=want.config.seed, error=error)
+                said = error if self.request.keeping.prompt_in_metadata else "not kept, since it may say the prompts"
+                manifest.note(want.name, want.key, state="failed", seed=want.config.seed, error=said)
                 where = f"{want.item.where}: " if want.item.where else ""
                 click.echo(f"tpuvid: error: {where}{want.config.prompt!r}: {error}", err=True)
         if manifest.all_done():

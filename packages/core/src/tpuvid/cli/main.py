@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import tpuvid
+from tpuvid.cli.commands import Commands
 from tpuvid.cli.leaving import leave
 from tpuvid.cli.options import (
     config_option,
@@ -34,6 +35,7 @@ from tpuvid.cli.options import (
     overwrite_option,
     pack_options,
     path_type,
+    private_option,
     prompt_options,
     prompts_type,
     runtime_options,
@@ -44,8 +46,6 @@ from tpuvid.cli.options import (
     stage_model_option,
     vae_tiling_option,
 )
-from tpuvid.cli.plan import COMMANDS
-from tpuvid.cli.plugin import plugin
 from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.plugin.checks import OWN
 from tpuvid.plugin.registry import registry
@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str] | None = None) -> int:
     try:
-        return cli.main(argv, prog_name="tpuvid", standalone_mode=False) or 0
+        code = cli.main(argv, prog_name="tpuvid", standalone_mode=False)
+        return code if isinstance(code, int) else 0  # of a plugin's command: anything
     except click.exceptions.NoArgsIsHelpError as help_request:
         click.echo(help_request.format_message())
         return 0
@@ -96,7 +97,8 @@ def _fail(message: str, code: int) -> int:
 
 
 @click.group(
-    context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+    cls=Commands,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]},
 )
 @click.version_option(tpuvid.__version__, prog_name="tpuvid")
 def cli() -> None:
@@ -192,16 +194,17 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
 @click.option("--prompt", required=True, help="What the video shows.")
 @prompt_options
 @click.option("--output-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True)
+@private_option
 @pack_options
 @overwrite_option
 @encoder_options
 @runtime_options
-def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
+def encode(model: str, output_dir: Path, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> None:
     """Stage 1: prompt → stage1_embeddings.safetensors."""
     from tpuvid.cli.saying import say_how
     from tpuvid.files.atomic import check_output
     from tpuvid.files.locks import locked
-    from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, check_config, save_conditioning
+    from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, check_config, private, save_conditioning
     from tpuvid.plugin.finding import resolve_model
 
     spec, checkpoint = resolve_model(model)
@@ -213,6 +216,7 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
         check_config(output_dir, overwrite=overwrite)
         checkpoint.require(spec.components["encode"])
         conditioning = _load(model, options).encode(**settings)
+        conditioning = private(conditioning) if no_prompt_in_metadata else conditioning
         click.echo(f"embeddings: {save_conditioning(output_dir, conditioning, overwrite=overwrite)}")
     say_how(conditioning.history)
 
@@ -229,22 +233,24 @@ def encode(model: str, output_dir: Path, overwrite: bool, **given: Any) -> None:
 @loop_options
 @fps_option
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
+@private_option
 @pack_options
 @overwrite_option
 @runtime_options
 def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpoint_every: int | None, resume: bool,
-            preview_every: int | None, overwrite: bool, **given: Any) -> int:  # fmt: skip
+            preview_every: int | None, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Stage 2: stage1_embeddings.safetensors → stage2_latents.safetensors."""
     from tpuvid.cli.saying import say_how
     from tpuvid.cli.stopping import exit_code, stoppable
     from tpuvid.files.atomic import check_output
     from tpuvid.files.locks import WORK_FOLDER, locked
-    from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, LATENTS, check_config, load_conditioning, save_latents
+    from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, LATENTS, check_config, load_conditioning, private, save_latents
     from tpuvid.plugin.finding import check_origin
     from tpuvid.runs.control import Cancelled, Control
 
     output_dir = output_dir or input_dir
     conditioning = load_conditioning(input_dir / EMBEDDINGS)
+    conditioning = private(conditioning) if no_prompt_in_metadata else conditioning
     model, spec, checkpoint = _stage_model(model, input_dir / EMBEDDINGS, conditioning.model_id)
     settings, options = split(given)
     options |= _read_pack(options)
@@ -328,6 +334,7 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
         config=config,
         history=file.history,
         fingerprint=file.fingerprint,
+        prompts_sha256=file.prompts_sha256,
     )
     with locked(outputs.video):
         outputs.check()
@@ -443,7 +450,3 @@ def _stage_model(
     except TpuvidError as error:
         raise InputError(f"{file}: was made by {recorded}, which can't be had here ({error}); pass --model") from None
     return recorded, *resolve_model(recorded, decoder=decoder)
-
-
-for command in (*COMMANDS, plugin):
-    cli.add_command(command)

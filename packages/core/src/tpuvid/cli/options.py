@@ -37,8 +37,8 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
     # one file may serve all commands: what only another one has is left to that one
     group = context.find_root().command
     assert isinstance(group, click.Group)
-    known = {flag: option for command in group.commands.values() for flag, option in _flags(command).items()}
     own = _flags(context.command)
+    known = {flag: option for command in group.commands.values() for flag, option in _flags(command).items()} | own
     defaults = {}
     for key, value in values.items():
         flag = str(key).replace("_", "-")
@@ -171,9 +171,10 @@ many_options = _options(
                  help="Every combination of values: --sweep seed=0..7 guidance_scale=4,5,6"),
     click.argument("more_sweep", metavar="", nargs=-1),
 )  # fmt: skip
+private_option = click.option("--no-prompt-in-metadata", is_flag=True, help="No file, and no file's name, says the prompts.")
 metadata_options = _options(
     click.option("--no-metadata", is_flag=True, help="Neither a record of how it was made in the mp4, nor a .json beside it."),
-    click.option("--no-prompt-in-metadata", is_flag=True, help="The record, and the file's name, say nothing of the prompts."),
+    private_option,
 )
 loop_options = _options(
     click.option("--warmup-steps", type=click.IntRange(0), default=0, show_default=True, help="Runs before the first step."),

@@ -181,6 +181,3 @@ def tune_attention_command(
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-COMMANDS = (compile_command, plan_command, tune)

@@ -3,6 +3,7 @@
 What runs the stages is in `tpuvid.family`.
 """
 
+from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.hookspecs import hookimpl
 from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.loop import Loop, LoopState, StepDone
@@ -15,7 +16,7 @@ from tpuvid.contract.values import Conditioning, History, Latents
 from tpuvid.contract.window_size import WindowSize
 
 __all__ = [
-    "API_VERSION", "OPTIONAL_FEATURES", "OPTIONAL_SETTINGS", "Conditioning", "Conformance", "Decoder", "DecoderSpec",
-    "Denoiser", "GenerationConfig", "History", "Latents", "Loop", "LoopState", "MeshConfig", "ModelSpec", "SizeRules",
-    "Stage", "StepCache", "StepDone", "TextEncoder", "WindowSize", "hookimpl",
+    "API_VERSION", "OPTIONAL_FEATURES", "OPTIONAL_SETTINGS", "CommandSpec", "Conditioning", "Conformance", "Decoder",
+    "DecoderSpec", "Denoiser", "GenerationConfig", "History", "Latents", "Loop", "LoopState", "MeshConfig", "ModelSpec",
+    "SizeRules", "Stage", "StepCache", "StepDone", "TextEncoder", "WindowSize", "hookimpl",
 ]  # fmt: skip

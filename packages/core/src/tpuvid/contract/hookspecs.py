@@ -7,7 +7,7 @@ def tpuvid_models():
     return [ModelSpec(...)]
 
 Each hook is called when the plugins are listed, so none may import jax or torch. The package's own use of each:
-``tpuvid_wan.plugin`` (models, block sizes), ``tpuvid.compute.builtin`` (step caches), ``tpuvid_tiny.plugin`` (decoders).
+``tpuvid_wan.plugin`` (models, block sizes), ``tpuvid.cli.builtin`` (step caches, commands), ``tpuvid_tiny.plugin`` (decoders).
 """
 
 from collections.abc import Iterable
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pluggy
 
+from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.models import DecoderSpec, ModelSpec
 from tpuvid.contract.stepcache import StepCache
 
@@ -42,3 +43,8 @@ def tpuvid_step_caches() -> Iterable[type[StepCache]]:
 @hookspec
 def tpuvid_block_sizes() -> Iterable[Path]:
     """Tables of attention tile sizes, as ``tpuvid tune attention --output`` writes, for the shapes of this package's models."""
+
+
+@hookspec
+def tpuvid_commands() -> Iterable[CommandSpec]:
+    """Commands, which ``tpuvid NAME`` imports and runs. The names of tpuvid-core's own can't be taken."""

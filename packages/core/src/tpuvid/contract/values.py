@@ -37,6 +37,9 @@ class Conditioning:
     history: History = field(default_factory=dict)
     fingerprint: str | None = None
     """Of a local checkpoint: see `Checkpoint.fingerprint`."""
+    prompts_sha256: str | None = None
+    """What the files of a private run say in the place of both prompts; None: they say the prompts. Where only a file of a
+    private run is known, both prompts are ""."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ class Latents:
     history: History = field(default_factory=dict)
     fingerprint: str | None = None
     """Of a local checkpoint: see `Checkpoint.fingerprint`."""
+    prompts_sha256: str | None = None
+    """As of `Conditioning`."""
 
     def check(self) -> None:
         """Raise `TpuvidError` unless every value is finite."""

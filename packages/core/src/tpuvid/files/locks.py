@@ -1,8 +1,12 @@
-"""One process at a time for files that two would spoil for each other; a process that is killed leaves no lock behind."""
+"""One process at a time for files that two would spoil for each other; a process that is killed leaves no lock behind.
+
+`filelock` locks. What it doesn't do is done here: who has a lock is said, in the file that is locked; and neither that file
+nor a folder made for it stays, where `filelock` leaves both. It takes no lock on a file that was removed meanwhile, so that
+who holds one may remove it.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -11,8 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpuvid.errors import InputError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 TRIES = 1000
 """How often a lock is tried whose folder others remove meanwhile, each time at most once for each of them."""
@@ -29,14 +37,14 @@ def locked(path: Path) -> Iterator[None]:
     folder = path.parent if path.parent.name == WORK_FOLDER else path.parent / WORK_FOLDER
     lock = folder / f"{path.name}.lock"
     new = [place for place in (folder, *folder.parents) if not place.exists()]
-    handle = _acquire(lock, path)
+    held = _acquire(lock, path)
     try:
         for place in {path.parent, folder}:
             remove_abandoned(place)
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is still held: whoever opened it sees below that it is gone
-        os.close(handle)
+        lock.unlink(missing_ok=True)  # while it is still held: whoever has opened it sees that it is gone
+        held.release()
         for place in (folder, *new):
             remove_if_empty(place)
 
@@ -75,56 +83,41 @@ def remove_if_empty(folder: Path) -> None:
         pass
 
 
-def _acquire(lock: Path, path: Path) -> int:
+def _acquire(lock: Path, path: Path) -> FileLock:
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock, blocking=False, fallback_to_soft=False, on_acquired=_sign)
     for _ in range(TRIES):
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            lock.parent.mkdir(parents=True, exist_ok=True)  # filelock would also make what a dangling link names
+            held.acquire()
+            return held
+        except Timeout:
+            if lock.exists():  # or else whoever had it has just removed it
+                raise InputError(
+                    f"{path}: {_holder(lock)} is at work on it; wait for that to end, or choose another place"
+                ) from None
         except (FileNotFoundError, FileExistsError) as error:  # another process has removed the folder in between
             if lock.parent.is_file():
                 raise InputError(f"{lock.parent}: is a file, and a folder is needed; choose another place") from error
         except OSError as error:
-            raise InputError(f"{lock}: can't be made ({error.strerror}); choose another place") from None
-        else:
-            if _take(handle, lock, path):
-                return handle
-            os.close(handle)
+            raise InputError(f"{lock}: can't be made or locked ({error.strerror}); choose another place") from None
     raise InputError(f"{lock}: can't be made (its folder can't, or is removed all the time); choose another place")
 
 
-def _take(handle: int, lock: Path, path: Path) -> bool:
-    """False where the lock file is not the one of that name any more."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is(lock, handle):
-            return False
-        os.truncate(handle, 0)
-        os.write(handle, json.dumps(_who()).encode())
-        return True
-    except BlockingIOError:
-        holder = _holder(handle)
-        os.close(handle)
-        raise InputError(f"{path}: {holder} is at work on it; wait for that to end, or choose another place") from None
-    except OSError as error:
-        os.close(handle)
-        raise InputError(f"{lock}: can't be locked ({error.strerror}); choose another place") from None
-
-
-def _is(lock: Path, handle: int) -> bool:
-    """Whether the file that was locked is still the one of that name."""
-    try:
-        return os.path.samestat(lock.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
+def _sign(handle: int) -> None:
+    """Write into the file that was just locked who has it."""
+    os.truncate(handle, 0)
+    os.pwrite(handle, json.dumps(_who()).encode(), 0)
 
 
 def _who() -> dict[str, str | int]:
     return {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def _holder(handle: int) -> str:
+def _holder(lock: Path) -> str:
     try:
-        who = json.loads(os.pread(handle, 1000, 0))
+        who = json.loads(lock.read_bytes()[:1000])
         return f"process {who['process']} on {who['host']} (since {who['since']})"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"

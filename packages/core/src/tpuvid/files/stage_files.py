@@ -5,7 +5,8 @@
     stage3_frames.safetensors       key "frames"   [B, F, H, W, C] in [0, 1]   (--save-frames)
     generation_config.json          the settings so far
 
-Each carries a ``format_version`` and a ``checksum`` of its tensors and metadata. Files of earlier tools have neither and are
+Each carries a ``format_version`` and a ``checksum`` of its tensors and metadata. Those of a private run have a
+``prompts_sha256`` in the place of ``prompt`` and ``negative_prompt``. Files of earlier tools have neither and are
 read too: bfloat16 payloads stored as float32 or natively (metadata key ``dtype_info``), ``frames`` or ``video_length`` for
 ``num_frames``, and missing keys.
 """
@@ -16,9 +17,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +35,10 @@ EMBEDDINGS = "stage1_embeddings.safetensors"
 LATENTS = "stage2_latents.safetensors"
 FRAMES = "stage3_frames.safetensors"
 CONFIG = "generation_config.json"
+Result = TypeVar("Result", Conditioning, Latents)
+PROMPTS = ("prompt", "negative_prompt")
+"""What is said in no file of a private run."""
+PROMPTS_HASH = "prompts_sha256"
 FORMAT_VERSION = 2
 """1: without ``format_version`` and ``checksum``, as tpuvid 0.1 and earlier tools write."""
 
@@ -88,6 +93,10 @@ class StageFile:
     model_id: str | None
     fingerprint: str | None
     history: History
+
+    @property
+    def prompts_sha256(self) -> str | None:
+        return self.metadata.get(PROMPTS_HASH)
 
 
 def read_stage_file(path: Path) -> StageFile:
@@ -150,21 +159,34 @@ def read_config(path: Path) -> dict[str, Any]:
     return parse_settings(raw, path) | model
 
 
+def prompts_hash(asked: Conditioning | GenerationConfig) -> str:
+    return digest_of([asked.prompt, asked.negative_prompt])
+
+
+def private(result: Result) -> Result:
+    """`result`, of whose prompts its files say nothing but a hash."""
+    if result.prompts_sha256:
+        return result
+    return replace(result, prompts_sha256=prompts_hash(result if isinstance(result, Conditioning) else result.config))
+
+
+def said_in_files(result: Conditioning | Latents) -> dict[str, Any]:
+    """The settings and the model of `result`, as all its files may say them."""
+    if isinstance(result, Conditioning):
+        about: dict[str, Any] = {name: getattr(result, name) for name in (*PROMPTS, "max_sequence_length")}
+    else:
+        about = result.config.to_dict()
+    if result.prompts_sha256:
+        about = {name: value for name, value in about.items() if name not in PROMPTS} | {PROMPTS_HASH: result.prompts_sha256}
+    return about | {"model_id": result.model_id}
+
+
 def save_conditioning(folder: Path, conditioning: Conditioning, *, overwrite: bool) -> Path:
     path = folder / EMBEDDINGS
-    about = {
-        "prompt": conditioning.prompt,
-        "negative_prompt": conditioning.negative_prompt,
-        "max_sequence_length": conditioning.max_sequence_length,
-        **_origin(conditioning),
-    }
+    about = said_in_files(conditioning) | {"fingerprint": conditioning.fingerprint}
     write_tensors(path, conditioning.tensors, about | _history(conditioning), overwrite=overwrite)
     write_json(folder / CONFIG, sealed(about | {"format_version": FORMAT_VERSION}), overwrite=True)
     return path
-
-
-def _origin(result: Conditioning | Latents) -> dict[str, str | None]:
-    return {"model_id": result.model_id, "fingerprint": result.fingerprint}
 
 
 def _history(result: Conditioning | Latents) -> dict[str, str]:
@@ -191,12 +213,23 @@ def load_conditioning(path: Path) -> Conditioning:
         tensors=file.tensors,
         history=file.history,
         fingerprint=file.fingerprint,
+        prompts_sha256=file.prompts_sha256,
     )
+
+
+def read_conditioning(path: Path, config: GenerationConfig) -> Conditioning:
+    """The embeddings of a stage file that `config` is known to have made; raises `InputError` for those of another prompt."""
+    found = load_conditioning(path)
+    if found.prompts_sha256 is None:
+        return found
+    if found.prompts_sha256 != prompts_hash(config):
+        raise InputError(f"{path}: holds the embeddings of another prompt")
+    return replace(found, prompt=config.prompt, negative_prompt=config.negative_prompt, prompts_sha256=None)
 
 
 def save_latents(folder: Path, latents: Latents, *, overwrite: bool) -> Path:
     path = folder / LATENTS
-    about = latents.config.to_dict() | _origin(latents)
+    about = said_in_files(latents) | {"fingerprint": latents.fingerprint}
     write_tensors(path, {"latents": latents.latents}, about | _history(latents), overwrite=overwrite)
     write_json(folder / CONFIG, sealed(about | {"format_version": FORMAT_VERSION}), overwrite=True)
     return path

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.models import API_VERSION, OPTIONAL_FEATURES, Conformance, DecoderSpec, ModelSpec
 from tpuvid.contract.settings import OPTIONAL_SETTINGS, GenerationConfig, check_sampling
 from tpuvid.contract.sizes import SizeRules
@@ -18,6 +19,12 @@ from tpuvid.contract.window_size import WindowSize
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 LOADER = re.compile(r"[\w.]+:\w+")
+COMMAND = re.compile(r"[a-z][a-z0-9-]*", re.ASCII)
+OWN_COMMANDS = (
+    "compare", "compile", "decode", "denoise", "doctor", "encode", "generate", "inspect", "list-models", "plan", "plugin",
+    "reproduce", "tune",
+)  # fmt: skip
+"""The names of tpuvid-core's commands, which nobody else may give to one."""
 OWN = "own"
 """What the model's own decoder is called in lists."""
 
@@ -42,7 +49,10 @@ def _check_fields(name: str, spec: Any, kinds: Mapping[Any, Iterable[str]]) -> N
                 raise ValueError(f"{name}: {each}={value!r} needs a line of text")
     for each in (f.name for f in fields(spec) if f.name.startswith("load_")):
         if not LOADER.fullmatch(value := getattr(spec, each)):
-            raise ValueError(f"{name}: {each}={value!r} is not of the form 'package.module:Class'")
+            raise ValueError(f"{name}: {each}={value!r} is not of the form 'package.module:name'")
+
+
+def _check_api(name: str, spec: Any) -> None:
     if spec.api_version != API_VERSION or isinstance(spec.api_version, bool):
         raise ValueError(
             f"{name} is built for plugin API {spec.api_version!r}, this tpuvid has {API_VERSION}; update one of them"
@@ -77,6 +87,7 @@ def _check_model(spec: Any) -> None:
             tuple: ("takes", "flow_shifts"),
         },
     )
+    _check_api(name, spec)
     if set(spec.components) != {"encode", "denoise", "decode"}:
         raise ValueError(f"{name}: components of {sorted(spec.components)}, not of encode, denoise and decode")
     for stage, components in spec.components.items():
@@ -112,6 +123,7 @@ def _check_decoder(decoder: Any) -> None:
         raise ValueError(f"decoder={OWN!r} is the name of every model's own; choose another")
     name = f"decoder {decoder.name!r}"
     _check_fields(name, decoder, {str: ("checkpoint", "load_decoder")})
+    _check_api(name, decoder)
     _check_name(f"{name}: component", decoder.component)
     _check_texts(name, "models", decoder.models)
 
@@ -135,10 +147,20 @@ def _check_block_sizes(path: Any) -> None:
         raise TypeError(f"tpuvid_block_sizes gave {path.name}, which holds no list of rows")
 
 
+def _check_command(command: Any) -> None:
+    _check_kind("tpuvid_commands", command, CommandSpec)
+    if not (isinstance(command.name, str) and COMMAND.fullmatch(command.name)):
+        raise ValueError(f"command={command.name!r} needs lower-case letters, digits and hyphens")
+    _check_fields(f"command {command.name!r}", command, {str: ("load_command", "help")})
+    if command.name in OWN_COMMANDS and not command.load_command.startswith("tpuvid.cli."):
+        raise ValueError(f"command={command.name!r} is tpuvid's own; choose another name")
+
+
 CHECKS = {
     "models": _check_model,
     "decoders": _check_decoder,
     "step_caches": _check_step_cache,
     "block_sizes": _check_block_sizes,
+    "commands": _check_command,
 }
 """What may go wrong with what each hook gives."""

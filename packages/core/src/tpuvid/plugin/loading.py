@@ -17,6 +17,7 @@ from typing import Any
 import pluggy
 
 from tpuvid.contract import hookspecs
+from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.models import DecoderSpec, ModelSpec
 from tpuvid.contract.stepcache import StepCache
 from tpuvid.plugin.checks import CHECKS
@@ -38,6 +39,7 @@ class Plugin:
     decoders: tuple[DecoderSpec, ...] = ()
     step_caches: tuple[type[StepCache], ...] = ()
     block_sizes: tuple[Path, ...] = ()
+    commands: tuple[CommandSpec, ...] = ()
     error: str | None = None
 
     @property
@@ -46,6 +48,7 @@ class Plugin:
         found = [spec.model_id for spec in self.models]
         found += [f"decoder {decoder.name}" for decoder in self.decoders]
         found += [f"step cache {step_cache.name}" for step_cache in self.step_caches]
+        found += [f"command {command.name}" for command in self.commands]
         return found + ["tile sizes"] * bool(self.block_sizes)
 
 

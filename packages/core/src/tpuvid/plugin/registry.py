@@ -1,5 +1,5 @@
-"""What is installed: models, decoders, step caches, tile sizes. Plugins are loaded one by one, so that a broken one is a row in
-a list and nothing more."""
+"""What is installed: models, decoders, step caches, tile sizes, commands. Plugins are loaded one by one: a broken one is a row
+in a list and nothing more."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.models import DecoderSpec, ModelSpec
 from tpuvid.contract.stepcache import StepCache
 from tpuvid.errors import InputError
@@ -28,7 +29,7 @@ class Conflict:
     """What several packages register, or one twice: none of them gets it."""
 
     kind: str
-    """ "model id", "decoder" or "step cache"."""
+    """ "model id", "decoder", "step cache" or "command"."""
     name: str
     packages: tuple[str, ...]
     plugins: tuple[str, ...]
@@ -65,9 +66,17 @@ class Registry:
         models = self.models
         if model_id in models:
             return models[model_id]
-        if conflict := next((c for c in self.conflicts if (c.kind, c.name) == ("model id", model_id)), None):
+        self._raise_conflict("model id", model_id)
+        raise InputError(f"model {model_id!r} is not known; {_suggest(model_id, models)}{self.hint}")
+
+    def command(self, name: str) -> CommandSpec | None:
+        """The command registered as `name`; raises `InputError` where several packages register one."""
+        self._raise_conflict("command", name)
+        return self.commands.get(name)
+
+    def _raise_conflict(self, kind: str, name: str) -> None:
+        if conflict := next((c for c in self.conflicts if (c.kind, c.name) == (kind, name)), None):
             raise InputError(str(conflict))
-        raise InputError(f"model {model_id!r} is not known; {_suggest(model_id, models)}{self._hint()}")
 
     def require_class(self, pipeline_class: str) -> None:
         """Raise `InputError` if no plugin runs this pipeline."""
@@ -75,7 +84,7 @@ class Registry:
         if pipeline_class not in supported:
             raise InputError(
                 f"pipeline {pipeline_class!r} has no plugin; "
-                f"installed plugins run {', '.join(supported) or 'nothing'}{self._hint()}"
+                f"installed plugins run {', '.join(supported) or 'nothing'}{self.hint}"
             )
 
     def decoder(self, name: str, spec: ModelSpec) -> DecoderSpec:
@@ -86,11 +95,15 @@ class Registry:
                 return decoder
         names = ", ".join(sorted(d.name for d in found))
         has = f"choose {names}, or leave it out for its own" if names else "has none but its own; leave it out"
-        raise InputError(f"decoder={name!r}: {spec.model_id} {'has no such decoder; ' if names else ''}{has}{self._hint()}")
+        raise InputError(f"decoder={name!r}: {spec.model_id} {'has no such decoder; ' if names else ''}{has}{self.hint}")
 
     @property
     def step_caches(self) -> dict[str, type[StepCache]]:
         return {step_cache.name: step_cache for plugin in self.plugins for step_cache in plugin.step_caches}
+
+    @property
+    def commands(self) -> dict[str, CommandSpec]:
+        return {command.name: command for plugin in self.plugins for command in plugin.commands}
 
     @property
     def block_sizes(self) -> tuple[Path, ...]:
@@ -116,7 +129,9 @@ class Registry:
             or any(d.name == spec.decoder and d.serves(spec) for d in p.decoders)
         ]
 
-    def _hint(self) -> str:
+    @property
+    def hint(self) -> str:
+        """What to add where something isn't found: it may be of a plugin that doesn't load."""
         names = ", ".join(plugin.package for plugin in self.broken)
         return f" (not loaded: {names}; see tpuvid doctor)" if names else ""
 
@@ -147,6 +162,7 @@ def _named(plugin: Plugin) -> dict[str, tuple[str, dict[str, list[Any]]]]:
         ("models", "model id", lambda spec: [spec.model_id]),
         ("decoders", "decoder", lambda decoder: [f"{decoder.name} of {model}" for model in decoder.models]),
         ("step_caches", "step cache", lambda step_cache: [step_cache.name]),
+        ("commands", "command", lambda command: [command.name]),
     ):
         taken: dict[str, list[Any]] = defaultdict(list)
         for thing in getattr(plugin, name):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpuvid.files.atomic import atomic_path, check_output
 from tpuvid.files.digests import file_sha256, sealed
-from tpuvid.files.stage_files import FRAMES, FramesWriter
-from tpuvid.runs.kept.record import PROMPTS, make_record
+from tpuvid.files.stage_files import FRAMES, FramesWriter, private, said_in_files
+from tpuvid.runs.kept.record import make_record
 
 if TYPE_CHECKING:
     from tpuvid.contract.values import Latents
@@ -65,6 +65,7 @@ class Outputs:
         from tpuvid.files.mp4 import Mp4Writer, set_metadata
         from tpuvid.files.sheet import ContactSheet
 
+        latents = latents if self.prompt_in_metadata else private(latents)
         sheet = ContactSheet()
         with ExitStack() as stack:  # left in reverse order
             temporary = {n: stack.enter_context(atomic_path(p, overwrite=self.overwrite)) for n, p in self.files.items()}
@@ -72,9 +73,7 @@ class Outputs:
                 video = writers.enter_context(Mp4Writer(temporary["video"], fps=latents.config.fps))
                 frames = None
                 if self.save_frames:
-                    about = {"model_id": latents.model_id, **latents.config.to_dict()}
-                    about |= {} if self.prompt_in_metadata else dict.fromkeys(PROMPTS)
-                    frames = writers.enter_context(FramesWriter(temporary["frames"], about))
+                    frames = writers.enter_context(FramesWriter(temporary["frames"], said_in_files(latents)))
                 for chunk in pipe.decode_chunks(latents):
                     video.write(chunk[0])
                     sheet.add(chunk[0])
@@ -90,7 +89,7 @@ class Outputs:
                 history,
                 frames_sha256=video.sha256,
                 request=self.request,
-                with_prompt=self.prompt_in_metadata,
+                with_prompt=latents.prompts_sha256 is None,
             )
             sheet.save(temporary["contact sheet"])
             if self.metadata:

@@ -224,6 +224,7 @@ class Pipeline:
                 config=configs[i],
                 history={**conditioning.history, "denoise": record},
                 fingerprint=self.checkpoint.fingerprint(),
+                prompts_sha256=conditioning.prompts_sha256,
             )
             for i, conditioning in enumerate(conditionings)
         ]

@@ -114,7 +114,7 @@ class Generation:
         how = [self.options["vae_tiling"], self.checkpoint.others_record(), keeping.metadata, keeping.prompt_in_metadata]
         asked = [self._asked(item) for item in self.items]
         name = "batch" if self.many else f"video-{digest_of([origin, asked[0].to_dict()])[:16]}"
-        work = Work(self.folder, name)
+        work = Work(self.folder, name, private=not keeping.prompt_in_metadata)
         configs = self._with_seeds(asked, manifest, work)
         keys = [digest_of([origin, how, config.to_dict()])[:16] for config in configs]
         names = names_of(self.items, configs, keys, manifest, with_prompt=keeping.prompt_in_metadata)

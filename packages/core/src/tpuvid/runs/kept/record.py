@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpuvid.errors import InputError
 from tpuvid.files.digests import check_seal, file_sha256, sealed, tensors_digest
+from tpuvid.files.stage_files import PROMPTS
 from tpuvid.files.versions import versions
 from tpuvid.plugin.registry import registry
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from tpuvid.runs.pipeline import Pipeline
 
 RECORD_VERSION = 1
-PROMPTS = ("prompt", "negative_prompt")
 
 
 def make_record(

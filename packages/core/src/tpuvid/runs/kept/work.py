@@ -26,7 +26,15 @@ from tpuvid.files.atomic import write_json
 from tpuvid.files.digests import check_seal, digest_of, file_sha256, sealed
 from tpuvid.files.locks import WORK_FOLDER, remove_if_empty
 from tpuvid.files.reading import read_json
-from tpuvid.files.stage_files import EMBEDDINGS, LATENTS, load_conditioning, read_latents, save_conditioning, save_latents
+from tpuvid.files.stage_files import (
+    EMBEDDINGS,
+    LATENTS,
+    private,
+    read_conditioning,
+    read_latents,
+    save_conditioning,
+    save_latents,
+)
 
 BATCH, BEGUN = "batch.json", "begun.json"
 FORMAT = 1
@@ -40,6 +48,8 @@ class Work:
     name: str
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Of the files: checkpoint and options."""
+    private: bool = False
+    """Whether no file may say the prompts. The names don't depend on it: either kind of run goes on from the other's."""
 
     @property
     def folder(self) -> Path:
@@ -84,16 +94,18 @@ class Work:
 
     def load_embeddings(self, config: GenerationConfig) -> Conditioning | None:
         """None where there are none, or none that are whole."""
-        return _whole(load_conditioning, self.embeddings(config) / EMBEDDINGS)
+        return _whole(lambda path: read_conditioning(path, config), self.embeddings(config) / EMBEDDINGS)
 
     def load_latents(self, config: GenerationConfig) -> Latents | None:
         """None where there are none, or none that are whole."""
         return _whole(lambda path: read_latents(path, config), self.latents(config) / LATENTS)
 
     def save_embeddings(self, config: GenerationConfig, conditioning: Conditioning) -> None:
+        conditioning = private(conditioning) if self.private else conditioning
         save_conditioning(self.embeddings(config), conditioning, overwrite=True)
 
     def save_latents(self, config: GenerationConfig, latents: Latents) -> None:
+        latents = private(latents) if self.private else latents
         save_latents(self.latents(config), latents, overwrite=True)
 
     def holds_latents(self) -> bool:
