@@ -185,12 +185,17 @@ def test_what_jaxs_own_cache_gives_is_not_taken_for_compiled(compiled, tmp_path)
     """On a CPU a program that came out of it lacks its code once it is serialized again."""
     x = np.linspace(0, 1, 64, dtype=np.float32)
 
-    def function(x):
-        return jnp.log(jnp.cumsum(jnp.sin(x) ** 2) + 1.5) * jnp.float32(0.731)
+    def one():
+        """Another function at each call, of the same program, as another process has it."""
 
-    jax.jit(function).lower(x).compile()  # now it is in JAX's cache, if that is in use
-    first, _ = compiled(x, function=function)
-    again, made = compiled(x, function=function)
+        def function(x):
+            return jnp.log(jnp.cumsum(jnp.sin(x) ** 2) + 1.5) * jnp.float32(0.731)
+
+        return function
+
+    jax.jit(one()).lower(x).compile()  # now it is in JAX's cache, if that is in use
+    first, _ = compiled(x, function=one())
+    again, made = compiled(x, function=one())
     assert not made and np.array_equal(first, again)
 
 
