@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +133,17 @@ def test_a_cache_that_can_not_be_written_costs_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="nothing is kept for the next start"):
         assert Kept.in_cache(None).get("thing", 1, lambda: ENTRY) is ENTRY
+
+
+def test_the_packages_that_stages_are_of_enter_the_environment(monkeypatch):
+    """Also of one that isn't loaded itself: its plugin may be switched off."""
+    spec = SimpleNamespace(load_text_encoder="zoo.encode:A", load_denoiser="ape.denoise:B", load_decoder="zoo.decode:C")
+    plugin = SimpleNamespace(module="park.plugin", error=None, models=[spec], decoders=[])
+    hashed = []
+    monkeypatch.setattr(kept_programs, "registry", lambda: SimpleNamespace(plugins=[plugin]))
+    monkeypatch.setattr(kept_programs, "source_hash", hashed.append)
+    kept_programs.environment.__wrapped__()
+    assert hashed == [("ape", "park", "zoo")]
 
 
 # Programs

@@ -339,6 +339,16 @@ def test_declared_versions_are_enforced_when_it_loads(zoo, requires, reason):
     assert reason in warning
 
 
+def test_who_needs_what_is_refused_is_refused_too(zoo):
+    """The code of the one runs in the other's stages."""
+    zoo.install("raise AssertionError('it ran')", requires=["tpuvid-core>=0.2,<0.3"])
+    zoo.install("raise AssertionError('it ran')", requires=["tpuvid-zoo"], name="tpuvid-park", point="park")
+    first, second = zoo.run("list-models").stderr.splitlines()
+    refused = "tpuvid-zoo 1.0 needs tpuvid-core<0.3,>=0.2, and 0.1.0 is installed"
+    assert "plugin park (tpuvid-park 1.0) does not load" in first and refused in first
+    assert "plugin zoo (tpuvid-zoo 1.0) does not load" in second and refused in second
+
+
 @pytest.mark.parametrize("requires", ["tpuvid-core>=0.1,<0.2", "giraffes; extra == 'test'", "giraffes; python_version < '3'"])
 def test_what_fits_or_is_not_needed_loads(zoo, requires):
     zoo.install(GOOD, requires=[requires])

@@ -28,13 +28,18 @@ CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 @cache
 def environment() -> list[Any]:
-    """What all that is kept depends on: the versions of what computes, the sources of `tpuvid.compute` and of every plugin."""
-    plugins = {plugin.module.split(".")[0] for plugin in registry().plugins if plugin.error is None} - {"tpuvid"}
+    """What all that is kept depends on: the versions of what computes, the sources of `tpuvid.compute` and of every plugin,
+    with those of the packages that its models run."""
+    plugins = [plugin for plugin in registry().plugins if plugin.error is None]
+    models = [model for plugin in plugins for model in plugin.models]
+    stages = [stage for m in models for stage in (m.load_text_encoder, m.load_denoiser, m.load_decoder)]
+    stages += [decoder.load_decoder for plugin in plugins for decoder in plugin.decoders]
+    packages = {name.split(".")[0] for name in (*stages, *(plugin.module for plugin in plugins))} - {"tpuvid"}
     libraries = (*LIBRARIES, "accelerate", "tokenizers", "numpy", "ml_dtypes")
     return [
         list(sys.version_info),
         {name: installed_version(name) for name in libraries},
-        source_hash(tuple(sorted(plugins))),
+        source_hash(tuple(sorted(packages))),
     ]
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions, version
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -135,8 +135,11 @@ def _printing_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _check_requirements(dist: Distribution) -> None:
-    """Raise `ImportError` where a requirement of `dist` is missing, or is a tpuvid package of another version than declared."""
+def _check_requirements(dist: Distribution, above: tuple[str, ...] = ()) -> None:
+    """Raise `ImportError` where a requirement of `dist` is missing, or is a tpuvid package of another version than declared.
+
+    So too for what the tpuvid packages among them require: their code is to run.
+    """
     from packaging.requirements import Requirement
 
     for text in dist.requires or ():
@@ -150,11 +153,15 @@ def _check_requirements(dist: Distribution) -> None:
             if find_spec(needed.name.replace("-", "_")) is None:  # a fork may bring the module under another name
                 raise ImportError(f"{dist.name} needs {wanted}, which is not installed; pip install '{wanted}'") from None
             continue
-        if needed.name.startswith("tpuvid") and not needed.specifier.contains(installed, prereleases=True):
+        if not needed.name.startswith("tpuvid"):
+            continue
+        if not needed.specifier.contains(installed, prereleases=True):
             raise ImportError(
                 f"{dist.name} {dist.version} needs {wanted}, and {installed} is installed; "
                 f"pip install -U {dist.name}, or '{wanted}'"
             )
+        if needed.name not in above:
+            _check_requirements(distribution(needed.name), (*above, needed.name))
 
 
 def _registered_by(manager: pluggy.PluginManager, point: EntryPoint) -> dict[str, Any]:
