@@ -136,14 +136,14 @@ def test_a_cache_that_can_not_be_written_costs_a_warning(tmp_path, monkeypatch):
 
 
 def test_the_packages_that_stages_are_of_enter_the_environment(monkeypatch):
-    """Also of one that isn't loaded itself: its plugin may be switched off."""
-    spec = SimpleNamespace(load_text_encoder="zoo.encode:A", load_denoiser="ape.denoise:B", load_decoder="zoo.decode:C")
-    plugin = SimpleNamespace(module="park.plugin", error=None, models=[spec], decoders=[])
+    """Also of one that isn't loaded itself: its plugin may be switched off. Not of one that isn't there."""
+    spec = SimpleNamespace(load_text_encoder="json.encode:A", load_denoiser="email:B", load_decoder="nowhere.decode:C")
+    plugin = SimpleNamespace(module="html.plugin", error=None, models=[spec], decoders=[])
     hashed = []
     monkeypatch.setattr(kept_programs, "registry", lambda: SimpleNamespace(plugins=[plugin]))
     monkeypatch.setattr(kept_programs, "source_hash", hashed.append)
     kept_programs.environment.__wrapped__()
-    assert hashed == [("ape", "park", "zoo")]
+    assert hashed == [("email", "html", "json")]
 
 
 # Programs

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,14 @@ def environment() -> list[Any]:
     models = [model for plugin in plugins for model in plugin.models]
     stages = [stage for m in models for stage in (m.load_text_encoder, m.load_denoiser, m.load_decoder)]
     stages += [decoder.load_decoder for plugin in plugins for decoder in plugin.decoders]
-    packages = {name.split(".")[0] for name in (*stages, *(plugin.module for plugin in plugins))} - {"tpuvid"}
+    named = (*stages, *(plugin.module for plugin in plugins))
+    packages = {name.partition(":")[0].split(".")[0] for name in named} - {"tpuvid"}
+    found = sorted(package for package in packages if find_spec(package) is not None)  # others are a broken plugin's
     libraries = (*LIBRARIES, "accelerate", "tokenizers", "numpy", "ml_dtypes")
     return [
         list(sys.version_info),
         {name: installed_version(name) for name in libraries},
-        source_hash(tuple(sorted(packages))),
+        source_hash(tuple(found)),
     ]
 
 
