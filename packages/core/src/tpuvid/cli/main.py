@@ -21,13 +21,11 @@ from tpuvid.cli.commands import Commands
 from tpuvid.cli.leaving import leave
 from tpuvid.cli.options import (
     config_option,
-    control_options,
     decoder_option,
+    denoising_options,
     echo_table,
     encoder_options,
     fps_option,
-    loop_options,
-    lora_options,
     many_options,
     mesh_option,
     metadata_options,
@@ -39,9 +37,7 @@ from tpuvid.cli.options import (
     prompt_options,
     prompts_type,
     runtime_options,
-    sampling_options,
     save_frames_option,
-    saving_options,
     split,
     stage_model_option,
     vae_tiling_option,
@@ -145,13 +141,7 @@ def list_models(as_json: bool) -> None:
 )
 @many_options
 @prompt_options
-@sampling_options
-@saving_options
-@lora_options
-@mesh_option
-@control_options
-@loop_options
-@fps_option
+@denoising_options
 @click.option(
     "--output", "-o", type=path_type, help="The mp4. Default: a name in --output-dir that says prompt, seed and time."
 )
@@ -225,13 +215,7 @@ def encode(model: str, output_dir: Path, no_prompt_in_metadata: bool, overwrite:
 @config_option
 @stage_model_option
 @click.option("--input-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 1 is.")
-@sampling_options
-@saving_options
-@lora_options
-@mesh_option
-@control_options
-@loop_options
-@fps_option
+@denoising_options
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @private_option
 @pack_options

@@ -194,6 +194,9 @@ lora_options = _options(
     click.option("--lora-path", type=path_type, help="A LoRA (safetensors) to merge into the diffusion model."),
     click.option("--lora-scale", type=float, default=1.0, show_default=True),
 )
+denoising_options = _options(
+    sampling_options, saving_options, lora_options, mesh_option, control_options, loop_options, fps_option
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 config_option = click.option(
     "--config", "config_file", type=path_type, is_eager=True, expose_value=False, callback=_from_yaml,

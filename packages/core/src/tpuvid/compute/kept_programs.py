@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tpuvid.compute.opening import STAGES, loader_of
 from tpuvid.compute.packs.pack import deserialized, serialized, signature
 from tpuvid.compute.run_key import source_hash
 from tpuvid.files.kept import Entry, Kept
@@ -32,10 +33,9 @@ def environment() -> list[Any]:
     """What all that is kept depends on: the versions of what computes, the sources of `tpuvid.compute` and of every plugin,
     with those of the packages that its models run."""
     plugins = [plugin for plugin in registry().plugins if plugin.error is None]
-    models = [model for plugin in plugins for model in plugin.models]
-    stages = [stage for m in models for stage in (m.load_text_encoder, m.load_denoiser, m.load_decoder)]
-    stages += [decoder.load_decoder for plugin in plugins for decoder in plugin.decoders]
-    named = (*stages, *(plugin.module for plugin in plugins))
+    named = [plugin.module for plugin in plugins]
+    named += [loader_of(model, stage) for plugin in plugins for model in plugin.models for stage in STAGES]
+    named += [decoder.load_decoder for plugin in plugins for decoder in plugin.decoders]
     packages = {name.partition(":")[0].split(".")[0] for name in named} - {"tpuvid"}
     found = sorted(package for package in packages if find_spec(package) is not None)  # others are a broken plugin's
     libraries = (*LIBRARIES, "accelerate", "tokenizers", "numpy", "ml_dtypes")

@@ -102,7 +102,7 @@ def _acquire(lock: Path, path: Path) -> FileLock:
                 raise InputError(f"{lock.parent}: is a file, and a folder is needed; choose another place") from error
         except OSError as error:
             raise InputError(f"{lock}: can't be made or locked ({error.strerror}); choose another place") from None
-    raise InputError(f"{lock}: can't be made (its folder can't, or is removed all the time); choose another place")
+    raise InputError(f"{lock.parent}: can't be made, or others remove it all the time; choose another place")
 
 
 def _sign(handle: int) -> None:
