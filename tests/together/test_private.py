@@ -72,14 +72,18 @@ def test_a_video_that_is_stopped_and_gone_on_with(tmp_path):
     written(tmp_path)
 
 
-def test_steps_of_a_run_that_is_not_private_are_gone_on_with(tmp_path):
-    """And the other way round: what a run may say is no part of what it computes."""
-    command = [*PROMPTS, "-o", tmp_path / "clip.mp4", *EVERY]
+@pytest.mark.parametrize("first, second", [([PRIVATE], []), ([], [PRIVATE])], ids=["private first", "private then"])
+def test_either_kind_of_run_goes_on_with_the_steps_of_the_other(tmp_path, first, second):
+    """What a run may say is no part of what it computes."""
+    command = ["generate", "--model", "wan-tiny", *QUICK, *PROMPTS, "-o", tmp_path / "clip.mp4", *EVERY]
     with stopped_after(2):
-        assert generate(*command) == 130
-    assert tpuvid("generate", "--model", "wan-tiny", *QUICK, *command, "--resume") == 0
+        assert tpuvid(*command, *first) == 130
+    assert tpuvid(*command, *second, "--resume") == 0
     record = read_metadata(tmp_path / "clip.mp4")
-    assert record["history"]["denoise"]["resumed"] and record["prompt"] == SECRET
+    assert record["history"]["denoise"]["resumed"] == "after step 2"
+    assert record.get("prompt") == (None if second else SECRET)
+    if second:
+        written(tmp_path)
 
 
 def test_a_batch_with_a_failure_that_quotes_its_prompt(tmp_path, monkeypatch, capsys):
