@@ -105,13 +105,12 @@ class Generating:
                     work.begin(missing[0].outputs.video, configs[0].seed)
                 jobs = [self._job(want, config, manifest) for want, config in zip(missing, configs, strict=True)]
                 control = self._control(cancel, work, missing)
-                resume = self.request.resume or self.request.many
                 batch = Batch(
                     pipe=pipe,
                     work=work,
                     jobs=jobs,
                     batch_size=self.request.batch_size,
-                    resume=resume,
+                    resume=self.request.goes_on,
                     alone=not self.request.many,
                     control=control,
                 )
@@ -140,7 +139,7 @@ class Generating:
             cancel=cancel,
             checkpoint_dir=work.folder,
             checkpoint_every=self.request.checkpoint_every,
-            resume=self.request.resume or self.request.many,
+            resume=self.request.goes_on,
             preview=self._preview(missing[0]),
             preview_every=self.request.preview_every or 1,
         )

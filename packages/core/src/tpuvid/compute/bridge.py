@@ -105,11 +105,11 @@ class _Trees:
 def tracing() -> Iterator[Any]:
     """The environment, entered, for as long as a module is traced."""
     env = environment()
-    from torchax import tensor as module
+    from torchax import tensor as tensors
     from torchax.tensor import Tensor
     from torchax.view import NarrowInfo
 
-    stock, trees = (Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor), module.torch_pytree
+    stock = Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor, tensors.torch_pytree
 
     def set_item(tensor: Any, key: Any, value: Any) -> None:
         ranges = _ranges(key, tensor._elem.shape)
@@ -124,15 +124,13 @@ def tracing() -> Iterator[Any]:
 
     # torchax's own type_as casts in place and leaves a stale dtype behind, which convolutions then refuse
     Tensor.type_as = lambda tensor, other: tensor.to(other.dtype)
-    Tensor.__setitem__, NarrowInfo.update_tensor = set_item, update_tensor
-    module.torch_pytree = _Trees
+    Tensor.__setitem__, NarrowInfo.update_tensor, tensors.torch_pytree = set_item, update_tensor, _Trees
     try:
         with env, torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # torch's index type; int32 will do
             yield env
     finally:
-        Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor = stock
-        module.torch_pytree = trees
+        Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor, tensors.torch_pytree = stock
 
 
 def _ranges(key: Any, shape: tuple[int, ...]) -> list[slice] | None:

@@ -93,6 +93,11 @@ class Generation:
         return self.keeping.folder
 
     @property
+    def goes_on(self) -> bool:
+        """Whether what an earlier run has kept is used."""
+        return self.resume or self.many
+
+    @property
     def is_sweep(self) -> bool:
         return any(item.swept for item in self.items)
 
