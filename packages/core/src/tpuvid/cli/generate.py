@@ -84,7 +84,7 @@ class Generating:
         """What failed, by name of the video; or the exit code of a run that was stopped."""
         for stage in self.request.spec.components.values():
             self.request.checkpoint.require(stage)  # after all that is free to check: this may fetch
-        if pack := self.request.options.get("pack"):
+        if pack := self.request.options.pack:
             pack.require_trust()
         work, finished = None, False
         try:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tpuvid.contract.parsing import parse_settings
-from tpuvid.contract.settings import GenerationConfig
+from tpuvid.contract.settings import EMBEDDED, PRIVATE, GenerationConfig
 from tpuvid.contract.values import Conditioning, History, Latents
 from tpuvid.errors import InputError
 from tpuvid.files.atomic import atomic_path, write_json
@@ -152,12 +152,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def save_conditioning(folder: Path, conditioning: Conditioning, *, overwrite: bool) -> Path:
     path = folder / EMBEDDINGS
-    about = {
-        "prompt": conditioning.prompt,
-        "negative_prompt": conditioning.negative_prompt,
-        "max_sequence_length": conditioning.max_sequence_length,
-        **_origin(conditioning),
-    }
+    about = {name: getattr(conditioning, name) for name in EMBEDDED} | _origin(conditioning)
     write_tensors(path, conditioning.tensors, about | _history(conditioning), overwrite=overwrite)
     write_json(folder / CONFIG, sealed(about | {"format_version": FORMAT_VERSION}), overwrite=True)
     return path
@@ -185,9 +180,7 @@ def load_conditioning(path: Path) -> Conditioning:
         raise InputError(f"{path}: holds {_names(file)}, not prompt_embeds; run tpuvid encode first")
     return Conditioning(
         model_id=file.model_id or "",
-        prompt=file.settings.get("prompt", ""),
-        negative_prompt=file.settings.get("negative_prompt", ""),
-        max_sequence_length=file.settings.get("max_sequence_length"),
+        **{name: file.settings.get(name, "" if name in PRIVATE else None) for name in EMBEDDED},
         tensors=file.tensors,
         history=file.history,
         fingerprint=file.fingerprint,

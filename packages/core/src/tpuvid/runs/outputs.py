@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tpuvid.contract.settings import PRIVATE
 from tpuvid.files.atomic import atomic_path, check_output
 from tpuvid.files.digests import file_sha256, sealed
 from tpuvid.files.stage_files import FRAMES, FramesWriter
-from tpuvid.runs.kept.record import PROMPTS, make_record
+from tpuvid.runs.kept.record import make_record
 
 if TYPE_CHECKING:
     from tpuvid.contract.values import Latents
@@ -73,7 +74,7 @@ class Outputs:
                 frames = None
                 if self.save_frames:
                     about = {"model_id": latents.model_id, **latents.config.to_dict()}
-                    about |= {} if self.prompt_in_metadata else dict.fromkeys(PROMPTS)
+                    about |= {} if self.prompt_in_metadata else dict.fromkeys(PRIVATE)
                     frames = writers.enter_context(FramesWriter(temporary["frames"], about))
                 for chunk in pipe.decode_chunks(latents):
                     video.write(chunk[0])

@@ -68,9 +68,7 @@ class Work:
 
     def embeddings(self, config: GenerationConfig) -> Path:
         """The folder of stage 1's file."""
-        names = ("prompt", "negative_prompt", "max_sequence_length")
-        asked = {name: getattr(config, name) for name in names} | {"guidance": config.do_classifier_free_guidance}
-        return self._folder("embeddings", asked)
+        return self._folder("embeddings", config.embeddings_key())
 
     def latents(self, config: GenerationConfig) -> Path:
         """The folder of stage 2's file."""
