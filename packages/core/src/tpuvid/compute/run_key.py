@@ -20,6 +20,7 @@ from tpuvid.compute.step_caches import step_cache
 from tpuvid.contract.options import OPTIONS
 from tpuvid.contract.settings import PROGRAM_SETTINGS
 from tpuvid.contract.stages import STAGES
+from tpuvid.contract.table import in_key
 from tpuvid.files.sources import sources_hash
 from tpuvid.files.versions import LIBRARIES, installed_version
 
@@ -57,9 +58,10 @@ def stages_key(stages: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
     import jax
 
     first = runtime.devices[0]
-    asked = {name: getattr(runtime.asked(), name) for name, each in OPTIONS.items() if each.programs and name != "decoder"}
+    programs = (name for name, each in OPTIONS.items() if each.programs and name != "decoder")
+    asked = {name: in_key(getattr(runtime.asked(), name)) for name in programs}
     return {
-        **{name: "on" if value is True else "off" if value is False else value for name, value in asked.items()},
+        **asked,
         "mesh": _layout_text(stages.get("denoise")),
         "platform": first.platform,
         "device_kind": first.device_kind,

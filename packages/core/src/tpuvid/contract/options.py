@@ -18,52 +18,47 @@ class Options:
     """What `tpuvid.load` takes beside the model, by keyword. All that tpuvid knows of an option stands with its field."""
 
     lora_path: str | Path | None = setting(
-        default=None, flag="--lora-path", help="A LoRA (safetensors) to merge into the diffusion model.", enters=("denoise",)
+        None, help="A LoRA (safetensors) to merge into the diffusion model.", enters=("denoise",)
     )
-    """Merged with strength `lora_scale`."""
-    lora_scale: float = setting(default=1.0, flag="--lora-scale", show_default=True, enters=("denoise",))
+    lora_scale: float = setting(1.0, show_default=True, enters=("denoise",))
     mesh: str | MeshConfig | None = setting(
-        default=None, flag="--mesh", help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.",
-        reads=MeshConfig.of, enters=("denoise",), programs=True, recorded=True, portable=True,
+        None, help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.", reads=MeshConfig.of,
+        enters=("denoise",), programs=True, recorded=True, portable=True,
     )  # fmt: skip
-    """Said as "dp=2,sp=4", as "dp=2,tp=4" or with a `MeshConfig`."""
+    """As text ("dp=2,sp=4", "dp=2,tp=4"), or a `MeshConfig`."""
     vae_tiling: bool = setting(
-        default=False, flag="--vae-tiling", help="Decode in overlapping tiles: less device memory, slightly other frames.",
-        enters=("decode",), programs=True, recorded=True,
+        False, help="Decode in overlapping tiles: less device memory, slightly other frames.", enters=("decode",),
+        programs=True, recorded=True,
     )  # fmt: skip
     """As diffusers' ``vae.enable_tiling()``: another video."""
     decoder: str | None = setting(
-        default=None, flag="--decoder", enters=("decode",), programs=True, recorded=True,
-        help="Another decoder than the model's own; tpuvid list-models says which there are.",
+        None, help="Another decoder than the model's own; tpuvid list-models says which there are.", enters=("decode",),
+        programs=True, recorded=True,
     )  # fmt: skip
     text_encoder_device: str = setting(
-        default="device", flag="--text-encoder-device", choices=("device", "cpu"), show_default=True,
-        help="Where text encoders run: on the accelerator, which they leave before denoising, or on the CPU.",
-        enters=("encode",), programs=True, recorded=True,
+        "device", help="Where text encoders run: on the accelerator, which they leave before denoising, or on the CPU.",
+        choices=("device", "cpu"), show_default=True, enters=("encode",), programs=True, recorded=True,
     )  # fmt: skip
     dtype: str | None = setting(
-        default=None, flag="--dtype", help="Default: bfloat16; float32 on a CPU.", choices=("bfloat16", "float32"),
-        enters=ALL, programs=True, recorded=True,
+        None, help="Default: bfloat16; float32 on a CPU.", choices=("bfloat16", "float32"), enters=ALL, programs=True,
+        recorded=True,
     )  # fmt: skip
+    """Of weights and activations."""
     attention_backend: str = setting(
-        default="auto", flag="--attention-backend", show_default=True,
-        choices=("auto", "xla", "flash", "flash-smooth-k", "flash-int8", "splash", "cudnn"),
-        help="flash-int8 is faster and less exact: see docs/attention.md.", enters=ALL, programs=True, recorded=True,
+        "auto", help="flash-int8 is faster and less exact: see docs/attention.md.", show_default=True,
+        choices=("auto", "xla", "flash", "flash-smooth-k", "flash-int8", "splash", "cudnn"), enters=ALL, programs=True,
+        recorded=True,
     )  # fmt: skip
     """All but "auto", "xla" and "cudnn" (of GPUs) are kernels of TPUs."""
-    warmup_steps: int = setting(
-        default=0, flag="--warmup-steps", help="Runs before the first step.", range=(0, None), show_default=True
-    )
+    warmup_steps: int = setting(0, help="Runs before the first step.", range=(0, None), show_default=True)
     """How often every denoising program runs before the first step that counts; the result is the same."""
     profile: str | Path | None = setting(
-        default=None, flag="--profile", help="Folder for a JAX profile of denoising steps.", rule="needs the path of a folder"
+        None, help="Folder for a JAX profile of denoising steps.", rule="needs the path of a folder"
     )
     """Of steady steps, to be opened in XProf or Perfetto."""
-    pack: Any = setting(default=None, flag="--pack", help="File of tpuvid compile: its programs need not be compiled.")
+    pack: Any = setting(None, help="File of tpuvid compile: its programs need not be compiled.")
     """The file, or what `read_pack` has made of it; what it lacks is compiled, and the history says so."""
-    trust_pack: bool = setting(
-        default=False, flag="--trust-pack", help="Run the machine code in --pack: say so if you made it or trust who did."
-    )
+    trust_pack: bool = setting(False, help="Run the machine code in --pack: say so if you made it or trust who did.")
     """The pack holds machine code; without this it is checked, and then refused."""
 
     def check(self) -> None:

@@ -7,13 +7,14 @@ import secrets
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tpuvid.contract.table import setting, table_of
+from tpuvid.contract.table import in_key, setting, table_of
 from tpuvid.contract.window_size import WindowSize
 from tpuvid.errors import InputError
 
 LARGEST = 1e30
 """What float32 has to hold."""
 MAX_SEED = 2**63 - 1  # torch.Generator.manual_seed takes an int64
+ONE_PROMPT = "needs a string; run several prompts one by one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,73 +24,57 @@ class GenerationConfig:
     All that tpuvid knows of a setting stands with its field: see `tpuvid.contract.table.Setting`.
     """
 
-    prompt: str = setting(
-        default="", flag="--prompt", help="What the video shows.", rule="needs a string; run several prompts one by one",
-        enters=("encode",), per_video=True, private=True,
-    )  # fmt: skip
+    prompt: str = setting("", help="What the video shows.", rule=ONE_PROMPT, enters=("encode",), per_video=True, private=True)
     negative_prompt: str = setting(
-        default="", flag="--negative-prompt", help="What to steer away from.",
-        rule="needs a string; run several prompts one by one", enters=("encode",), per_video=True, private=True,
-    )  # fmt: skip
-    height: int = setting(flag="--height", help="Pixels.", enters=("denoise", "decode"), programs=True)
-    width: int = setting(flag="--width", help="Pixels.", enters=("denoise", "decode"), programs=True)
-    num_frames: int = setting(
-        flag="--num-frames", old_names=("frames", "video_length"), enters=("denoise", "decode"), programs=True
+        "", help="What to steer away from.", rule=ONE_PROMPT, enters=("encode",), per_video=True, private=True
     )
-    fps: int = setting(
-        flag="--fps", help="Frames per second of the mp4.", range=(1, 240), enters=("decode",), examples=(8, 24)
-    )  # a model that takes "fps" denoises for it
+    height: int = setting(help="Pixels.", enters=("denoise", "decode"), programs=True)
+    width: int = setting(help="Pixels.", enters=("denoise", "decode"), programs=True)
+    num_frames: int = setting(old_names=("frames", "video_length"), enters=("denoise", "decode"), programs=True)
+    fps: int = setting(help="Frames per second of the mp4.", range=(1, 240), enters=("decode",), examples=(8, 24))
     num_inference_steps: int = setting(
-        flag=("--num-inference-steps", "--steps"), old_names=("steps",), help="Denoising steps.", range=(1, 1000),
-        enters=("denoise",), calls=True,
-    )  # fmt: skip
+        also=("--steps",), old_names=("steps",), help="Denoising steps.", range=(1, 1000), enters=("denoise",), calls=True
+    )
     guidance_scale: float | None = setting(
-        flag="--guidance-scale", help="Classifier-free guidance; 1.0 switches it off.", range=(0, LARGEST),
-        rule="needs a finite number ≥ 0; 1.0 switches guidance off", enters=("denoise",), programs=True,
+        help="Classifier-free guidance; 1.0 switches it off.", range=(0, LARGEST), enters=("denoise",), programs=True,
+        rule="needs a finite number ≥ 0; 1.0 switches guidance off",
     )  # fmt: skip
     """None takes the checkpoint's own."""
     flow_shift: float | None = setting(
-        default=None, flag="--flow-shift", old_names=("shift",), range=(math.ulp(0.0), LARGEST),
-        help="Timestep shift; default by resolution or checkpoint.",
-        rule="needs a finite number > 0; leave it out for the model's own",
-        enters=("denoise",), takes="flow-matching schedule", examples=(2.0, 9.0),
+        None, help="Timestep shift; default by resolution or checkpoint.", range=(math.ulp(0.0), LARGEST),
+        rule="needs a finite number > 0; leave it out for the model's own", old_names=("shift",), enters=("denoise",),
+        takes="flow-matching schedule", examples=(2.0, 9.0),
     )  # fmt: skip
     """Timestep shift of a flow-matching schedule; None takes the checkpoint's own."""
     use_dynamic_cfg: bool = setting(
-        default=False, flag="--use-dynamic-cfg", help="CogVideoX: guidance that changes with the timestep, as in diffusers.",
-        enters=("denoise",), takes="dynamic guidance", examples=(False, True),
+        False, help="CogVideoX: guidance that changes with the timestep, as in diffusers.", enters=("denoise",),
+        takes="dynamic guidance", examples=(False, True),
     )  # fmt: skip
     """CogVideoX: guidance that changes with the timestep, as its diffusers pipeline has it."""
     seed: int = setting(
-        default=42, flag="--seed", help="Same seed, same video; -1 draws one.", show_default=True, range=(-1, MAX_SEED),
-        rule=f"needs a whole number from 0 to {MAX_SEED}, or -1 to draw one", enters=("denoise",), per_video=True,
+        42, help="Same seed, same video; -1 draws one.", show_default=True, range=(-1, MAX_SEED), enters=("denoise",),
+        rule=f"needs a whole number from 0 to {MAX_SEED}, or -1 to draw one", per_video=True,
     )  # fmt: skip
     max_sequence_length: int = setting(
-        default=512, flag="--max-sequence-length", help="Text tokens; longer prompts are cut.", range=(1, 4096),
-        enters=("encode", "denoise"), programs=True,
-    )  # fmt: skip
+        512, help="Text tokens; longer prompts are cut.", range=(1, 4096), enters=("encode", "denoise"), programs=True
+    )
     cache: str | None = setting(
-        default=None, flag="--cache", metavar="NAME", enters=("denoise",), programs=True, takes="step cache",
-        help="Reuse parts of one denoising step in the next ones: deepcache, or a plugin's.", examples=(None, "deepcache"),
+        None, help="Reuse parts of one denoising step in the next ones: deepcache, or a plugin's.", metavar="NAME",
+        enters=("denoise",), programs=True, takes="step cache", examples=(None, "deepcache"),
     )  # fmt: skip
     """A step cache ("deepcache"); the settings that begin with its name are its own: see `tpuvid.contract.stepcache`."""
     cache_start_step: int | None = setting(
-        default=None, flag="--cache-start-step", help="First step that may be cached. [default: 11]", range=(0, None),
-        enters=("denoise",), calls=True,
-    )  # fmt: skip
+        None, help="First step that may be cached. [default: 11]", range=(0, None), enters=("denoise",), calls=True
+    )
     cache_end_step: int | None = setting(
-        default=None, flag="--cache-end-step", help="From this step on, none is cached. [default: 45]", range=(0, None),
-        enters=("denoise",), calls=True,
-    )  # fmt: skip
+        None, help="From this step on, none is cached. [default: 45]", range=(0, None), enters=("denoise",), calls=True
+    )
     cache_step_interval: int | None = setting(
-        default=None, flag="--cache-step-interval", range=(1, None),
-        help="Between them, one step in so many is full. [default: 4]", enters=("denoise",), calls=True,
-    )  # fmt: skip
+        None, help="Between them, one step in so many is full. [default: 4]", range=(1, None), enters=("denoise",), calls=True
+    )
     window_size: str | None = setting(
-        default=None, flag="--window-size", enters=("denoise",), programs=True, takes="attention window",
-        reads=WindowSize.parse,
-        help="In self-attention, let a token see so many frames before and after its own (16 or frames=16; tokens=8192).",
-        examples=(None, "frames=1"),
+        None, help="In self-attention, let a token see so many frames before and after its own (16 or frames=16; tokens=8192).",
+        reads=WindowSize.parse, enters=("denoise",), programs=True, takes="attention window", examples=(None, "frames=1"),
     )  # fmt: skip
     """How far a token of the video sees to either side in self-attention ("frames=16", "tokens=8192"); None: everywhere."""
 
@@ -120,9 +105,8 @@ class GenerationConfig:
 
     def programs_key(self) -> dict[str, Any]:
         """What programs depend on, JSON-ready: of guidance, whether there is any."""
-        asked = {name: getattr(self, name) for name in PROGRAM_SETTINGS if name != "guidance_scale"}
-        shown = {name: "none" if value is None else value for name, value in asked.items()}
-        return shown | {"guidance": "on" if self.do_classifier_free_guidance else "off"}
+        asked = {name: in_key(getattr(self, name)) for name in PROGRAM_SETTINGS if name != "guidance_scale"}
+        return asked | {"guidance": "on" if self.do_classifier_free_guidance else "off"}
 
 
 SETTINGS = table_of(GenerationConfig)

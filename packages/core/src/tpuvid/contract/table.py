@@ -13,12 +13,8 @@ from typing import Any, get_args, get_type_hints
 from tpuvid.errors import InputError
 
 NEEDS: dict[Any, str] = {
-    bool: "needs true or false",
-    int: "needs a whole number",
-    float: "needs a number",
-    str: "needs a string",
-    Path: "needs a path",
-}
+    bool: "true or false", int: "a whole number", float: "a number", str: "a string", Path: "a path"
+}  # fmt: skip
 """By type, what a value of it is called in messages."""
 
 
@@ -31,8 +27,8 @@ class Setting:
     may_be_none: bool = False
     default: Any = MISSING
     help: str | None = None
-    flag: str | tuple[str, ...] = ()
-    """All names that it has on the command line, the first its own."""
+    also: tuple[str, ...] = ()
+    """Flags beside the one of its name."""
     metavar: str | None = None
     show_default: bool = False
     """Whether ``--help`` says it: not where models have their own."""
@@ -66,7 +62,7 @@ class Setting:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return (self.flag,) if isinstance(self.flag, str) else self.flag
+        return f"--{self.name.replace('_', '-')}", *self.also
 
     @property
     def needs(self) -> str:
@@ -75,7 +71,7 @@ class Setting:
             return self.rule or f"choose from {', '.join(self.choices)}"
         least, most = self.range or (None, None)
         bounds = "" if least is None else f" ≥ {least}" if most is None else f" from {least} to {most}"
-        return NEEDS[self.kind] + bounds
+        return f"needs {NEEDS[self.kind]}{bounds}"
 
     def check(self, value: Any) -> None:
         """Raise `InputError` for a value of another type, out of the range or none of the choices."""
@@ -100,7 +96,12 @@ class Setting:
         return (least is None or value >= least) and (most is None or value <= most)
 
 
-def setting(*, default: Any = MISSING, **about: Any) -> Any:
+def in_key(value: Any) -> Any:
+    """As what depends on programs has it, and as `tpuvid.compute.packs.fit` says which flag to pass."""
+    return {None: "none", True: "on", False: "off"}[value] if value is None or isinstance(value, bool) else value
+
+
+def setting(default: Any = MISSING, **about: Any) -> Any:
     """A field of a dataclass with what is said of it: `about` are the fields of `Setting`."""
     return field(default=default, metadata={"setting": Setting(default=default, **about)})
 
