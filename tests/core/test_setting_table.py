@@ -28,12 +28,12 @@ from tpuvid.cli.main import cli
 from tpuvid.compute.packs.fit import FLAGS, mismatch
 from tpuvid.compute.run_key import CONCERNS
 from tpuvid.contract import GenerationConfig
+from tpuvid.contract.options import Options
 from tpuvid.contract.parsing import parse_settings
 from tpuvid.contract.settings import check_sampling
 from tpuvid.errors import InputError
 from tpuvid.runs.asked.items import parse_sweep
-from tpuvid.runs.kept.work import Work
-from pathlib import Path
+from tpuvid.runs.kept.identity import VIEWS, RunIdentity
 
 flags = {name: {flag for p in command.params for flag in p.opts} for name, command in cli.commands.items()}
 print("flags", *(name for name, has in flags.items() if "--eta" in has))
@@ -48,8 +48,9 @@ print("stage file", parse_settings({"eta": "0.25"}, "f"), parse_settings({"fresh
 print("sweep", parse_sweep(["eta=0,0.5"]))
 print("programs", config.programs_key()["eta"], CONCERNS["eta"], "eta" in FLAGS)
 print("pack", mismatch({"eta": 0.0}, {"eta": 0.5}))
-other, work = replace(config, eta=0.0), Work(Path("out"), "batch")
-print("keys", work.latents(config) != work.latents(other), work.embeddings(config) == work.embeddings(other))
+other = replace(config, eta=0.0)
+run = RunIdentity(model_id="m", checkpoint=None, fingerprint="f", loras=[], others={}, options=Options())
+print("keys", *(kind for kind in VIEWS if run.key(kind, config) != run.key(kind, other)))
 print("batch", config.batch_key() != other.batch_key())
 """
 
@@ -70,7 +71,7 @@ def test_a_setting_is_added_in_one_place(tmp_path):
         "sweep {'eta': [0.0, 0.5]}",
         "programs 0.5 ('denoise',) True",
         "pack eta=0.0, this run has eta=0.5; pass --eta 0.0, or make a pack for this run with tpuvid compile",
-        "keys True True",
+        "keys request folder latents denoising",
         "batch True",
     ]
 

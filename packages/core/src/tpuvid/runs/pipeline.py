@@ -32,6 +32,7 @@ from tpuvid.files.versions import distribution_version
 from tpuvid.plugin.finding import check_origin, resolve_model
 from tpuvid.runs.control import Cancelled, Control
 from tpuvid.runs.following import Follower
+from tpuvid.runs.kept.identity import RunIdentity
 from tpuvid.runs.kept.resume import Checkpoints
 from tpuvid.runs.video import Video
 
@@ -206,15 +207,7 @@ class Pipeline:
         tensors: Mapping[str, np.ndarray],
     ) -> Follower:
         """Carries out `control`; what a checkpoint is good for is this very run."""
-        run = {
-            "model_id": self.spec.model_id,
-            "fingerprint": self.checkpoint.fingerprint(),
-            "loras": self.checkpoint.lora_record(),
-            "revision": self.revision(),
-            **self.runtime.asked().key("denoise"),
-            "settings": [config.to_dict() for config in configs],
-            "conditioning": tensors_digest(tensors),
-        }
+        run = replace(self.identity(), configs=tuple(configs), conditioning=tensors_digest(tensors)).view("denoising")
         checkpoints = Checkpoints(Path(control.checkpoint_dir), run) if control.checkpoint_dir else None
         preview = None
         if control.preview:
@@ -291,6 +284,10 @@ class Pipeline:
             "tpuvid_version": distribution_version("tpuvid-core"),
             **self.runtime.progress.take(),
         }
+
+    def identity(self) -> RunIdentity:
+        """What identifies its runs, but for the settings."""
+        return RunIdentity.of(self.spec, self.checkpoint, self.runtime.asked(), revision=self.revision())
 
     def revision(self) -> str | None:
         """The commit of a Hub repository whose diffusion model runs; None for a folder."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tpuvid.files.digests import check_seal, digest_of, file_sha256, sealed
 from tpuvid.files.locks import WORK_FOLDER, remove_if_empty
 from tpuvid.files.reading import read_json
 from tpuvid.files.stage_files import EMBEDDINGS, LATENTS, load_conditioning, read_latents, save_conditioning, save_latents
+from tpuvid.runs.kept.identity import RunIdentity
 
 BATCH, BEGUN = "batch.json", "begun.json"
 FORMAT = 1
@@ -38,8 +39,8 @@ class Work:
 
     output_dir: Path
     name: str
-    origin: Mapping[str, Any] = field(default_factory=dict)
-    """Of the files: checkpoint and options."""
+    identity: RunIdentity
+    """All but the config, which each video has its own of."""
 
     @property
     def folder(self) -> Path:
@@ -68,17 +69,14 @@ class Work:
 
     def embeddings(self, config: GenerationConfig) -> Path:
         """The folder of stage 1's file."""
-        return self._folder("embeddings", config.embeddings_key())
+        return self._folder("embeddings", config)
 
     def latents(self, config: GenerationConfig) -> Path:
         """The folder of stage 2's file."""
-        return self._folder("latents", config.to_dict())
+        return self._folder("latents", config)
 
-    def _folder(self, kind: str, asked: Mapping[str, Any]) -> Path:
-        return self.folder / f"{kind}-{self._key(asked)}"
-
-    def _key(self, asked: Mapping[str, Any]) -> str:
-        return digest_of([self.origin, asked])[:16]
+    def _folder(self, kind: str, config: GenerationConfig) -> Path:
+        return self.folder / f"{kind}-{self.identity.key(kind, config)}"
 
     def load_embeddings(self, config: GenerationConfig) -> Conditioning | None:
         """None where there are none, or none that are whole."""
