@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from tpuvid.contract.options import Options
 from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.bundles import dump_flags, kernels, pallas_grids
 from tpuvid.plan.jobs import Jobs, Report
@@ -142,7 +143,7 @@ def steps_table(models: list[str]) -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     for model in models:
         for mesh, backend in LAYOUTS:
-            options = {"mesh": mesh, "dtype": "bfloat16", "attention_backend": backend, "vae_tiling": False}
+            options = Options(mesh=mesh, dtype="bfloat16", attention_backend=backend)
             planner = Planner(model, registry().get(model), options, say=lambda line: click.echo(line, err=True))
             stage = planner.plan_stages(TOPOLOGY.name, planner.spec.configure(), ("denoise",))["denoise"]
             step = stage.busiest["prediction"]

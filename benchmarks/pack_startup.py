@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tpuvid.contract.options import Options
 from tpuvid.plan.compiling import compile_pack
 
 RUN = """
@@ -50,8 +51,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"cold cache": [], "warm cache": [], "pack": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        options = dict(mesh=None, dtype=None, vae_tiling=False, attention_backend="auto", text_encoder_device="device")
-        pack = compile_pack(arguments.model, "cpu", folder / "bench.pack", settings={}, options=options).path
+        pack = compile_pack(arguments.model, "cpu", folder / "bench.pack", settings={}, options=Options()).path
         warm = folder / "warm"
         run(arguments.model, warm)
         for i in range(arguments.repeats):

@@ -9,13 +9,15 @@ Predicted: libtpu compiles every program for the slice on this machine (hours fo
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import click
+from tpuvid.contract.options import Options
 from tpuvid.plan.planning import GIB, Planner
 from tpuvid.plugin.registry import registry
 
 MODELS = ("wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "hunyuanvideo-1.5-t2v-720p", "hunyuanvideo-1.5-t2v-480p", "cogvideox1.5-5b")
-OPTIONS = {"mesh": None, "dtype": "bfloat16", "attention_backend": "auto", "vae_tiling": False}
+OPTIONS = Options(dtype="bfloat16")
 SLICES = ("v6e-1", "v6e-4", "v6e-8")
 
 
@@ -24,7 +26,7 @@ def default_size(model: str) -> str:
     plan = planner(model, OPTIONS).plan("v6e-8", registry().get(model).configure())
     tiled = not plan.stages["decode"].fits
     if tiled:
-        plan = planner(model, OPTIONS | {"vae_tiling": True}).plan("v6e-8", plan.config)
+        plan = planner(model, replace(OPTIONS, vae_tiling=True)).plan("v6e-8", plan.config)
     config, step = plan.config, plan.stages["denoise"].busiest["prediction"]
     cells = [
         model,
@@ -47,7 +49,7 @@ def most_frames(model: str) -> str:
     return row([model, *(str(frames or "none") for frames in found)])
 
 
-def planner(model: str, options: dict) -> Planner:
+def planner(model: str, options: Options) -> Planner:
     return Planner(model, registry().get(model), options, say=lambda line: click.echo(line, err=True))
 
 

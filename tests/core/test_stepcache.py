@@ -3,6 +3,7 @@ import pytest
 from tpuvid import InputError
 from tpuvid.compute.step_caches import DeepCache, Uncached, step_cache
 from tpuvid.contract import GenerationConfig
+from tpuvid.contract.settings import check_sampling
 from tpuvid.contract.stepcache import fill_cache_settings, ranges
 
 KNOWN = {"deepcache": DeepCache}
@@ -15,7 +16,8 @@ def config(**changes):
 
 
 def filled_in(**changes):
-    return fill_cache_settings(config(**changes), KNOWN)
+    check_sampling(asked := config(**changes))
+    return fill_cache_settings(asked, KNOWN)
 
 
 def test_the_published_schedule():

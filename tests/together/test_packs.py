@@ -23,9 +23,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tpuvid.cli.main import run
 from tpuvid.compute import run_key as keys
-from tpuvid.compute.opening import STAGES, open_stage
+from tpuvid.compute.opening import open_stage
 from tpuvid.compute.packs import pack as packs
 from tpuvid.compute.packs.pack import HEADER, PackWriter, read_pack, signature, tree_from_json, tree_to_json
+from tpuvid.contract.options import Options
+from tpuvid.contract.stages import STAGES
 from tpuvid.errors import InputError
 from tpuvid.family import Runtime
 from tpuvid.plan.compiling import compile_pack
@@ -34,7 +36,6 @@ from tpuvid.plugin.finding import resolve_model
 SIZE = dict(height=32, width=32, num_frames=5)
 PROMPT = "a red circle moving right on a black background"
 CACHE = dict(cache="deepcache", cache_start_step=1, cache_end_step=4, cache_step_interval=2)
-OPTIONS = dict(mesh=None, dtype=None, vae_tiling=False, attention_backend="auto", text_encoder_device="device")
 FLAGS = ["--model", "wan-tiny", "--prompt", PROMPT, "--height", "32", "--width", "32", "--num-frames", "5", "--steps", "2"]
 
 
@@ -43,7 +44,7 @@ def pack_file(tmp_path_factory) -> Path:
     """wan-tiny's programs for this CPU, made as the command makes them; with a cache, so that there are two kinds of step."""
     path = tmp_path_factory.mktemp("packs") / "tiny.pack"
     settings = SIZE | CACHE | {"num_inference_steps": 5}
-    made = compile_pack("wan-tiny", "cpu", path, settings=settings, options=OPTIONS)
+    made = compile_pack("wan-tiny", "cpu", path, settings=settings, options=Options())
     assert made.path == path and made.bytes == path.stat().st_size
     assert [p["stage"] for p in made.programs] == ["encode", *["denoise"] * 3, *["decode"] * 2]
     assert [p.name for p in path.parent.iterdir()] == ["tiny.pack"]

@@ -19,6 +19,7 @@ from tpuvid.compute.mesh import make_mesh
 from tpuvid.compute.runtime import Programs
 from tpuvid.contract import MeshConfig
 from tpuvid.contract.layout import AXES
+from tpuvid.contract.options import Options
 from tpuvid.family import replicated
 from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.dryrun import AbsentArray, DryRuntime, Ledger, _needed_hbm, configs_checkpoint, dry_generate
@@ -28,7 +29,7 @@ from tpuvid.plan.report import _short, render
 from tpuvid.plugin.finding import resolve_model
 from tpuvid.plugin.registry import registry
 
-OPTIONS = {"mesh": None, "dtype": "float32", "attention_backend": "auto", "vae_tiling": False}
+OPTIONS = Options(dtype="float32")
 SMALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 12, "cache": "deepcache", "cache_start_step": 2}
 
 
@@ -167,14 +168,14 @@ class LinearPlanner(Planner):
         results = []
         for topology, stages, config, options in wanted:
             chips = 4 if "4" in topology else 8 if "8" in topology else 1
-            self.compiled.append((topology, tuple(stages), config.num_frames, options["mesh"], options["vae_tiling"]))
+            self.compiled.append((topology, tuple(stages), config.num_frames, options.mesh, options.vae_tiling))
             latents = (config.num_frames - 1) // 4 + 1
             used = {
                 "encode": 2.0,
                 "denoise": (self.base + self.slope * latents) / chips,
-                "decode": 12.0 if options["vae_tiling"] else 17.0 / chips,  # tiles have one device
+                "decode": 12.0 if options.vae_tiling else 17.0 / chips,  # tiles have one device
             }
-            mesh = MeshConfig.parse(options["mesh"] or "dp=1")
+            mesh = MeshConfig.parse(options.mesh or "dp=1")
             results.append(
                 {
                     "usable": int(self.usable * GIB), "device_kind": "TPU v6 lite", "versions": {}, "devices": chips,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -84,7 +84,7 @@ class Generating:
         """What failed, by name of the video; or the exit code of a run that was stopped."""
         for stage in self.request.spec.components.values():
             self.request.checkpoint.require(stage)  # after all that is free to check: this may fetch
-        if pack := self.request.options.get("pack"):
+        if pack := self.request.options.pack:
             pack.require_trust()
         work, finished = None, False
         try:
@@ -96,7 +96,7 @@ class Generating:
                 configs = [pipe.resolve(want.config) for want in missing]
                 for config in configs:
                     pipe.check_pack(config)
-                work = replace(missing[0].work, origin=self.request.origin() | self._of_run(pipe))
+                work = replace(missing[0].work, identity=pipe.identity())
                 if not self.request.many:
                     if work.holds_latents() and not self.request.resume:
                         click.echo(
@@ -128,11 +128,6 @@ class Generating:
             if work and not self.request.many and not finished and not work.holds_latents():
                 work.drop(work.folder)  # there is nothing in it that took long
         return {missing[i].name: _reason(error) for i, error in failed.items()}
-
-    @staticmethod
-    def _of_run(pipe: Pipeline) -> dict[str, Any]:
-        """What latents depend on, and is known once the model is there."""
-        return {"revision": pipe.revision(), "dtype": pipe.runtime.dtype.name}
 
     def _control(self, cancel: CancelToken, work: Work, missing: Sequence[Wanted]) -> Control:
         return Control(

@@ -9,8 +9,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,26 +21,26 @@ from tpuvid.cli.commands import Commands
 from tpuvid.cli.leaving import leave
 from tpuvid.cli.options import (
     config_option,
-    decoder_option,
     denoising_options,
     echo_table,
-    encoder_options,
-    fps_option,
+    load_options,
+    load_options_of,
     many_options,
-    mesh_option,
     metadata_options,
     model_option,
     overwrite_option,
     pack_options,
     path_type,
     private_option,
-    prompt_options,
+    prompt_again_options,
+    prompt_option,
     prompts_type,
+    required_prompt_option,
     runtime_options,
     save_frames_option,
+    settings_of,
     split,
     stage_model_option,
-    vae_tiling_option,
 )
 from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.plugin.checks import OWN
@@ -49,6 +49,7 @@ from tpuvid.runs.control import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
 
 if TYPE_CHECKING:
     from tpuvid.contract.models import ModelSpec
+    from tpuvid.contract.options import Options
     from tpuvid.contract.values import Latents
     from tpuvid.files.checkpoint import Checkpoint
     from tpuvid.runs.pipeline import Pipeline
@@ -131,7 +132,7 @@ def list_models(as_json: bool) -> None:
 @cli.command()
 @config_option
 @model_option
-@click.option("--prompt", help="What the video shows.")
+@prompt_option
 @click.option(
     "--prompts",
     "--prompt-file",
@@ -140,7 +141,7 @@ def list_models(as_json: bool) -> None:
     help="A text file (a prompt per line), CSV or JSONL (prompt and settings of its own); - is stdin.",
 )
 @many_options
-@prompt_options
+@settings_of("encode")
 @denoising_options
 @click.option(
     "--output", "-o", type=path_type, help="The mp4. Default: a name in --output-dir that says prompt, seed and time."
@@ -148,11 +149,10 @@ def list_models(as_json: bool) -> None:
 @click.option("--output-dir", type=path_type, help="Folder for named files. [default: outputs]")
 @save_frames_option
 @metadata_options
-@vae_tiling_option
-@decoder_option
+@load_options_of("decode")
 @pack_options
 @overwrite_option
-@encoder_options
+@load_options_of("encode")
 @runtime_options
 def generate(model: str, prompt: str | None, prompts: str | None, num_videos: int, batch_size: int, sweep: tuple[str, ...],
              more_sweep: tuple[str, ...], checkpoint_every: int | None, resume: bool, preview_every: int | None,
@@ -165,7 +165,7 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
     if more_sweep and not sweep:
         raise click.UsageError(f"Got unexpected extra argument ({' '.join(more_sweep)})", click.get_current_context())
     settings, options = split(given)
-    options |= _read_pack(options)
+    options = _with_pack(options)
     keeping = Keeping(
         output=output, output_dir=output_dir, overwrite=overwrite, save_frames=save_frames,
         metadata=not no_metadata, prompt_in_metadata=not no_prompt_in_metadata,
@@ -181,13 +181,13 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
 @cli.command()
 @config_option
 @model_option
-@click.option("--prompt", required=True, help="What the video shows.")
-@prompt_options
+@required_prompt_option
+@settings_of("encode")
 @click.option("--output-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True)
 @private_option
 @pack_options
 @overwrite_option
-@encoder_options
+@load_options_of("encode")
 @runtime_options
 def encode(model: str, output_dir: Path, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> None:
     """Stage 1: prompt → stage1_embeddings.safetensors."""
@@ -199,7 +199,7 @@ def encode(model: str, output_dir: Path, no_prompt_in_metadata: bool, overwrite:
 
     spec, checkpoint = resolve_model(model)
     settings, options = split(given)
-    options |= _read_pack(options)
+    options = _with_pack(options)
     spec.configure(**settings)
     with locked(output_dir / CONFIG):
         check_output(output_dir / EMBEDDINGS, overwrite=overwrite)
@@ -237,7 +237,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpo
     conditioning = private(conditioning) if no_prompt_in_metadata else conditioning
     model, spec, checkpoint = _stage_model(model, input_dir / EMBEDDINGS, conditioning.model_id)
     settings, options = split(given)
-    options |= _read_pack(options)
+    options = _with_pack(options)
     spec.configure(**settings)
     with locked(output_dir / CONFIG):
         check_output(output_dir / LATENTS, overwrite=overwrite)
@@ -274,12 +274,11 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpo
 @config_option
 @stage_model_option
 @click.option("--input-dir", type=path_type, default=Path(STAGE_FOLDER), show_default=True, help="Where stage 2 is.")
-@fps_option
+@settings_of("decode")
 @click.option("--output-dir", type=path_type, help="Default: --input-dir.")
 @save_frames_option
 @metadata_options
-@vae_tiling_option
-@decoder_option
+@load_options_of("decode")
 @pack_options
 @overwrite_option
 @runtime_options
@@ -300,8 +299,8 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
     if len(array) != 1:
         raise InputError(f"{file.path}: holds {len(array)} videos; decode takes one, split the file")
     given_settings, options = split(given)
-    model, spec, checkpoint = _stage_model(model, file.path, file.model_id or beside_model, decoder=options["decoder"])
-    options |= _read_pack(options)
+    model, spec, checkpoint = _stage_model(model, file.path, file.model_id or beside_model, decoder=options.decoder)
+    options = _with_pack(options)
     config = spec.defaults.override(**(beside | dict(file.settings) | given_settings))
     check_sampling(config)
     if "fps" in spec.takes and (denoised := dict(file.settings).get("fps", config.fps)) != config.fps:
@@ -333,25 +332,24 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
 @click.argument("video", type=path_type)
 @click.option("--output", "-o", type=path_type, help="The mp4. [default: the video's name with -reproduced]")
 @click.option("--model", help="In the place of the recorded one, for example where the same weights are.")
-@click.option("--prompt", help="Where the record leaves it out.")
-@click.option("--negative-prompt", help="Where the record leaves it out.")
-@mesh_option
+@prompt_again_options
+@load_options("mesh")
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def reproduce(video: Path, output: Path | None, model: str | None, prompt: str | None, negative_prompt: str | None,
-              mesh: str | None, overwrite: bool, as_json: bool) -> None:  # fmt: skip
+def reproduce(video: Path, output: Path | None, model: str | None, mesh: str | None, overwrite: bool, as_json: bool,
+              **prompts: str | None) -> None:  # fmt: skip
     """Make a video again from the record in it; say what differs, and how far the new one is from it."""
     from tpuvid.files.locks import locked
     from tpuvid.runs.kept.record import printable
     from tpuvid.runs.outputs import Outputs
     from tpuvid.runs.reproducing import Recorded, render
 
-    recorded = Recorded.read(video, model=model, prompts={"prompt": prompt, "negative_prompt": negative_prompt})
+    recorded = Recorded.read(video, model=model, prompts=prompts)
     outputs = Outputs(
         video=output or video.with_name(f"{video.stem}-reproduced.mp4"), overwrite=overwrite,
         prompt_in_metadata="prompt" in recorded.record,
     )  # fmt: skip
-    options = dict(recorded.options) | ({"mesh": mesh} if mesh else {})
+    options = replace(recorded.options, mesh=mesh) if mesh else recorded.options
     with locked(outputs.video):
         outputs.check()
         found = recorded.run(lambda: _load(recorded.model, options), outputs)
@@ -400,23 +398,21 @@ def doctor(as_json: bool) -> int:
     return 1 if report["problems"] else 0
 
 
-def _read_pack(options: Mapping[str, Any]) -> dict[str, Any]:
-    """--pack, found to be whole before anything heavy is imported."""
-    from tpuvid.compute.packs.pack import read_pack
+def _with_pack(options: Options) -> Options:
+    """--pack read, and found to be whole before anything heavy is imported."""
+    from tpuvid.compute.packs.pack import with_pack
 
-    if options["pack"] is None:
-        if options["trust_pack"]:
-            raise InputError("--trust-pack: there is no pack to trust; add --pack FILE")
-        return {}
-    return {"pack": read_pack(options["pack"], trusted=options["trust_pack"])}
+    if options.trust_pack and options.pack is None:
+        raise InputError("--trust-pack: there is no pack to trust; add --pack FILE")
+    return with_pack(options)
 
 
-def _load(model: str, options: Mapping[str, Any]) -> Pipeline:
+def _load(model: str, options: Options) -> Pipeline:
     from tpuvid.cli.console import ConsoleProgress
 
     progress = ConsoleProgress()
     with progress.phase("start"):  # jax and torch are imported here
-        return tpuvid.load(model, progress=progress, keep_programs=True, **options)
+        return tpuvid.load(model, progress=progress, keep_programs=True, **options.given())
 
 
 def _stage_model(

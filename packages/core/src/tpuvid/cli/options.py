@@ -6,17 +6,16 @@ import difflib
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tpuvid.contract.layout import MeshConfig
-from tpuvid.contract.settings import GenerationConfig
+from tpuvid.contract.options import OPTIONS, Options
+from tpuvid.contract.settings import SETTINGS
+from tpuvid.contract.stages import STAGES
+from tpuvid.contract.table import Setting
 from tpuvid.errors import InputError
-
-SETTINGS = tuple(f.name for f in fields(GenerationConfig))
 
 
 def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -68,12 +67,6 @@ def _usable_folder(context: click.Context, _: click.Parameter, folder: Path | No
     return folder
 
 
-def _checked_mesh(context: click.Context, _: click.Parameter, mesh: str | None) -> str | None:
-    if mesh is not None:
-        MeshConfig.parse(mesh)
-    return mesh
-
-
 def _options(*decorators: Callable) -> Callable:
     def apply(command: Callable) -> Callable:
         for decorator in reversed(decorators):
@@ -97,61 +90,67 @@ class _FilePath(click.Path):
 
 path_type = _FilePath(path_type=Path)
 prompts_type = _FilePath(allow_dash=True)
+
+
+def setting_options(which: Callable[[Setting], bool], **about: Any) -> Callable:
+    """Flags of the settings that `which` chooses; what isn't given is None, so that the model's own holds."""
+    return _options(*(_option(each, about) for each in SETTINGS.values() if which(each)))
+
+
+def settings_of(stage: str) -> Callable:
+    """Flags of the settings that are chosen with `stage`, the first that they enter. Who needs a prompt says so itself."""
+    return setting_options(lambda each: each.enters[0] == stage and each.name != "prompt")
+
+
+def load_options(*names: str) -> Callable:
+    """Flags of options of `tpuvid.load`."""
+    return _options(*(_option(OPTIONS[name], _of_an_option(OPTIONS[name])) for name in names))
+
+
+def load_options_of(*stages: str) -> Callable:
+    """Flags of the options that the results of `stages`, and of no other, depend on."""
+    return load_options(*(name for name, each in OPTIONS.items() if each.enters == stages))
+
+
+def _option(each: Setting, about: Mapping[str, Any]) -> Callable:
+    kind = {"is_flag": True, "default": None} if each.kind is bool else {"type": None if each.kind is str else each.kind}
+    help = f"{each.help} [default: {each.default}]" if each.show_default else each.help
+    return click.option(*each.flags, **{**kind, "metavar": each.metavar, "help": help, **about})
+
+
+def _of_an_option(each: Setting) -> dict[str, Any]:
+    """What is checked as soon as it is read, with its default, which is the same for all models."""
+    about: dict[str, Any] = {"help": each.help, "default": each.default, "show_default": each.show_default}
+    if each.choices:
+        return about | {"type": click.Choice(each.choices)}
+    if each.kind is int and each.range:
+        return about | {"type": click.IntRange(*each.range)}
+    if each.kind in (Path, Any):
+        return about | {"type": path_type, "callback": _usable_folder if each.name == "profile" else None}
+    return about | {"callback": _readable(each)}
+
+
+def _readable(each: Setting) -> Callable:
+    def check(context: click.Context, _: click.Parameter, value: Any) -> Any:
+        if value is not None and each.reads is not None:
+            each.reads(value)
+        return value
+
+    return check
+
+
 model_option = click.option("--model", required=True, help="Registered id, local diffusers folder, or Hub id.")
 stage_model_option = click.option("--model", help="Default: the model that made the stage file.")
-length_option = click.option("--max-sequence-length", type=int, help="Text tokens; longer prompts are cut.")
-prompt_options = _options(
-    click.option("--negative-prompt", help="What to steer away from."),
-    length_option,
-)
 topology_option = click.option(
     "--topology",
     required=True,
     help="A TPU slice (v5e-8, v5p-8, v6e-1, v6e-8, v6e-16, tpu7x-8, …), or this machine's cpu or gpu.",
 )
-size_options = _options(
-    click.option("--height", type=int, help="Pixels."),
-    click.option("--width", type=int, help="Pixels."),
-    click.option("--num-frames", type=int),
-)
-steps_option = click.option("--num-inference-steps", "--steps", type=int, help="Denoising steps.")
-guidance_option = click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1.0 switches it off.")
-sampling_options = _options(
-    size_options,
-    steps_option,
-    guidance_option,
-    click.option("--flow-shift", type=float, help="Timestep shift; default by resolution or checkpoint."),
-    click.option(
-        "--use-dynamic-cfg",
-        is_flag=True,
-        default=None,
-        help="CogVideoX: guidance that changes with the timestep, as in diffusers.",
-    ),
-    click.option("--seed", type=int, help="Same seed, same video; -1 draws one. [default: 42]"),
-)
-saving_options = _options(
-    click.option(
-        "--cache", metavar="NAME", help="Reuse parts of one denoising step in the next ones: deepcache, or a plugin's."
-    ),
-    click.option("--cache-start-step", type=int, help="First step that may be cached. [default: 11]"),
-    click.option("--cache-end-step", type=int, help="From this step on, none is cached. [default: 45]"),
-    click.option("--cache-step-interval", type=int, help="Between them, one step in so many is full. [default: 4]"),
-    click.option(
-        "--window-size",
-        help="In self-attention, let a token see so many frames before and after its own (16 or frames=16; tokens=8192).",
-    ),
-)
-mesh_option = click.option(
-    "--mesh", callback=_checked_mesh, help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths."
-)
-fps_option = click.option("--fps", type=int, help="Frames per second of the mp4.")
+prompt_option = setting_options(lambda each: each.name == "prompt")
+required_prompt_option = setting_options(lambda each: each.name == "prompt", required=True)
+prompt_again_options = setting_options(lambda each: each.private, help="Where the record leaves it out.")
+size_options = setting_options(lambda each: each.name in ("height", "width", "num_frames"))  # what a model's `SizeRules` name
 save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
-encoder_options = _options(
-    click.option(
-        "--text-encoder-device", type=click.Choice(["device", "cpu"]), default="device", show_default=True,
-        help="Where text encoders run: on the accelerator, which they leave before denoising, or on the CPU.",
-    ),
-)  # fmt: skip
 control_options = _options(
     click.option(
         "--checkpoint-every", type=click.IntRange(1), help="Keep the state of denoising every so many steps, for --resume."
@@ -176,26 +175,14 @@ metadata_options = _options(
     click.option("--no-metadata", is_flag=True, help="Neither a record of how it was made in the mp4, nor a .json beside it."),
     private_option,
 )
-loop_options = _options(
-    click.option("--warmup-steps", type=click.IntRange(0), default=0, show_default=True, help="Runs before the first step."),
-    click.option("--profile", type=path_type, callback=_usable_folder, help="Folder for a JAX profile of denoising steps."),
-)
-vae_tiling_option = click.option(
-    "--vae-tiling", is_flag=True, help="Decode in overlapping tiles: less device memory, slightly other frames."
-)
-decoder_option = click.option(
-    "--decoder", help="Another decoder than the model's own; tpuvid list-models says which there are."
-)
-pack_options = _options(
-    click.option("--pack", type=path_type, help="File of tpuvid compile: its programs need not be compiled."),
-    click.option("--trust-pack", is_flag=True, help="Run the machine code in --pack: say so if you made it or trust who did."),
-)
-lora_options = _options(
-    click.option("--lora-path", type=path_type, help="A LoRA (safetensors) to merge into the diffusion model."),
-    click.option("--lora-scale", type=float, default=1.0, show_default=True),
-)
+pack_options = load_options("pack", "trust_pack")
+runtime_options = load_options_of(*STAGES)
 denoising_options = _options(
-    sampling_options, saving_options, lora_options, mesh_option, control_options, loop_options, fps_option
+    settings_of("denoise"),
+    load_options_of("denoise"),
+    control_options,
+    load_options("warmup_steps", "profile"),
+    settings_of("decode"),
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 config_option = click.option(
@@ -212,22 +199,12 @@ search_options = _options(
     click.option("--jobs", type=click.IntRange(1), help="Compiles at a time. Default by cores and free memory."),
     click.option("--max-candidates", type=click.IntRange(1), default=24, show_default=True, help="Per shape."),
 )
-runtime_options = _options(
-    click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Default: bfloat16; float32 on a CPU."),
-    click.option(
-        "--attention-backend",
-        type=click.Choice(["auto", "xla", "flash", "flash-smooth-k", "flash-int8", "splash", "cudnn"]),
-        default="auto",
-        show_default=True,
-        help="flash-int8 is faster and less exact: see docs/attention.md.",
-    ),
-)
 
 
-def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], Options]:
     """Flags as (settings that were given, options for `tpuvid.load`)."""
     settings = {name: value for name, value in given.items() if name in SETTINGS and value is not None}
-    return settings, {name: value for name, value in given.items() if name not in SETTINGS}
+    return settings, Options(**{name: value for name, value in given.items() if name not in SETTINGS})
 
 
 def echo_table(rows: Sequence[Sequence[str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,19 @@ import click
 from tpuvid.cli.options import (
     config_option,
     echo_table,
-    encoder_options,
-    guidance_option,
-    length_option,
-    mesh_option,
+    load_options,
+    load_options_of,
     model_option,
     overwrite_option,
     path_type,
     runtime_options,
-    saving_options,
     search_options,
+    setting_options,
     shape_options,
     size_options,
     split,
-    steps_option,
     topology_option,
-    vae_tiling_option,
-)  # fmt: skip
+)
 from tpuvid.errors import InputError
 
 
@@ -38,14 +35,10 @@ from tpuvid.errors import InputError
 @model_option
 @topology_option
 @click.option("--output", "-o", type=path_type, required=True, help="The pack.")
-@size_options
-@guidance_option
-@length_option
-@saving_options
-@mesh_option
-@vae_tiling_option
+@setting_options(lambda each: each.programs or each.name.startswith("cache_"))  # with which alone a cache is a valid one
+@load_options("mesh", "vae_tiling")
 @overwrite_option
-@encoder_options
+@load_options_of("encode")
 @runtime_options
 def compile_command(model: str, topology: str, output: Path, overwrite: bool, **given: Any) -> None:
     """Compile all that generate runs into a pack, for a machine that need not be at hand: no weights, no TPU.
@@ -72,21 +65,13 @@ def compile_command(model: str, topology: str, output: Path, overwrite: bool, **
 @config_option
 @model_option
 @topology_option
-@size_options
-@steps_option
-@guidance_option
-@length_option
-@saving_options
-@mesh_option
-@vae_tiling_option
+@setting_options(lambda each: each.programs or each.calls)
+@load_options("mesh", "vae_tiling")
 @runtime_options
 @click.option("--max-frames", is_flag=True, help="Also find the largest number of frames that fits.")
 @click.option("--no-search", is_flag=True, help="Where it doesn't fit, don't look for what does.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def plan_command(
-    model: str, topology: str, mesh: str | None, vae_tiling: bool, dtype: str | None, attention_backend: str,
-    max_frames: bool, no_search: bool, as_json: bool, **settings: Any,
-) -> None:  # fmt: skip
+def plan_command(model: str, topology: str, max_frames: bool, no_search: bool, as_json: bool, **given: Any) -> None:
     """What a TPU would do: whether it fits, how it is laid out, how long it takes. Needs neither TPU nor weights.
 
     libtpu compiles the programs that `generate` would run, on this machine; they are not run.
@@ -100,13 +85,9 @@ def plan_command(
     if max_frames and topology in LOCAL:
         raise InputError(f"--max-frames: {topology} doesn't say how much memory there is; name a TPU slice as --topology")
     spec, _ = resolve_model(model)
+    settings, options = split(given)
     config = spec.configure(**settings)
-    options = {
-        "mesh": mesh,
-        "dtype": dtype or ("float32" if topology == "cpu" else "bfloat16"),
-        "attention_backend": attention_backend,
-        "vae_tiling": vae_tiling,
-    }
+    options = replace(options, dtype=options.dtype or ("float32" if topology == "cpu" else "bfloat16"))
     planner = Planner(model, spec, options, say=lambda line: click.echo(line, err=True))
     plan = planner.plan(topology, config)
     if not as_json:  # before what else is asked for, which takes minutes more
@@ -133,7 +114,7 @@ def tune() -> None:
 @tune.command("attention")
 @click.option("--model", help="The shapes of this model's denoising step. Or give one shape by the next four.")
 @size_options
-@mesh_option
+@load_options("mesh")
 @shape_options
 @click.option("--topology", "topology_name", required=True, help="TPU slice, like v6e-8.")
 @search_options

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tpuvid.contract.models import ModelSpec, imported
+from tpuvid.contract.stages import STAGES
 from tpuvid.errors import TpuvidError
 
 if TYPE_CHECKING:
     from tpuvid.compute.runtime import Runtime
     from tpuvid.files.checkpoint import Checkpoint
-
-STAGES = {"encode": "text encoder", "denoise": "denoiser", "decode": "decoder"}
-"""In their order, with who does each, for people."""
 
 
 def loader_of(spec: ModelSpec, stage: str) -> str:

@@ -14,9 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpuvid.compute.opening import STAGES, loader_of
+from tpuvid.compute.opening import loader_of
 from tpuvid.compute.packs.fit import VARIABLES
 from tpuvid.compute.step_caches import step_cache
+from tpuvid.contract.options import OPTIONS
+from tpuvid.contract.settings import PROGRAM_SETTINGS
+from tpuvid.contract.stages import STAGES
+from tpuvid.contract.table import in_key
 from tpuvid.files.sources import sources_hash
 from tpuvid.files.versions import LIBRARIES, installed_version
 
@@ -26,18 +30,9 @@ if TYPE_CHECKING:
     from tpuvid.contract.models import ModelSpec
     from tpuvid.contract.settings import GenerationConfig
 
-CONCERNS = {
-    "height": ("denoise", "decode"),
-    "width": ("denoise", "decode"),
-    "num_frames": ("denoise", "decode"),
-    "max_sequence_length": ("encode", "denoise"),
-    "guidance": ("denoise",),
-    "cache": ("denoise",),
-    "window_size": ("denoise",),
-    "mesh": ("denoise",),
-    "text_encoder_device": ("encode",),
-    "vae_tiling": ("decode",),
-    "decoder": ("decode",),
+CONCERNS = PROGRAM_SETTINGS | {
+    "guidance": PROGRAM_SETTINGS["guidance_scale"],
+    **{name: each.enters for name, each in OPTIONS.items() if each.programs},
 }
 """Fields that only some stages' programs depend on."""
 BOOKKEEPING = re.compile(
@@ -63,12 +58,11 @@ def stages_key(stages: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
     import jax
 
     first = runtime.devices[0]
+    programs = (name for name, each in OPTIONS.items() if each.programs and name != "decoder")
+    asked = {name: in_key(getattr(runtime.asked(), name)) for name in programs}
     return {
+        **asked,
         "mesh": _layout_text(stages.get("denoise")),
-        "dtype": runtime.dtype.name,
-        "attention_backend": runtime.attention_backend,
-        "vae_tiling": "on" if runtime.vae_tiling else "off",
-        "text_encoder_device": runtime.text_encoder_device,
         "platform": first.platform,
         "device_kind": first.device_kind,
         "device_count": len(runtime.devices),
@@ -94,13 +88,7 @@ def settings_key(spec: ModelSpec, config: GenerationConfig) -> dict[str, Any]:
     """The part of `run_key` that is known before anything is fetched or opened."""
     return {
         "family": spec.family,
-        "height": config.height,
-        "width": config.width,
-        "num_frames": config.num_frames,
-        "max_sequence_length": config.max_sequence_length,
-        "guidance": "on" if config.do_classifier_free_guidance else "off",
-        "cache": config.cache or "none",
-        "window_size": config.window_size or "none",
+        **config.programs_key(),
         "decoder": spec.decoder or "own",
     }
 

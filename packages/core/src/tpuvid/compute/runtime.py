@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -25,6 +25,7 @@ from tpuvid.compute.mesh import Rule, default_mesh_config, make_mesh, split_size
 from tpuvid.compute.packs.pack import Pack, signature
 from tpuvid.compute.progress import Progress
 from tpuvid.contract.layout import MeshConfig
+from tpuvid.contract.options import OPTIONS, Options
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.atomic import check_folder
 from tpuvid.files.cache_folder import cache_folder
@@ -41,7 +42,6 @@ CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 """Programs of wan-tiny compile in 13 s instead of 20 s of CPU, and run as fast."""
 LEAST_EFFORT = -1.0
 """Of a TPU's compiler: for what runs once or twice per video, and takes little time."""
-TEXT_ENCODER_DEVICES = ("device", "cpu")
 REPLICATED = 0.6
 """Of a device's memory, what copies of all weights may take: activations of a video need the rest."""
 
@@ -98,37 +98,32 @@ class Runtime:
     """What earlier processes have traced and compiled for one stage."""
 
     @classmethod
-    def create(cls, *, dtype: str | None = None, **options: Any) -> Self:
-        """A runtime on this machine's devices; `options` are its other fields. Raises `InputError` for what can't run here."""
-        name = dtype or default_dtype()
-        if name not in DTYPES:
-            raise InputError(f"dtype={name!r}: choose from {', '.join(DTYPES)}")
-        runtime = cls(DTYPES[name], **options)
+    def create(cls, options: Options | None = None, **given: Any) -> Self:
+        """A runtime on this machine's devices; `given` are options by name, and its other fields.
+
+        Raises `InputError` for what can't run here.
+        """
+        options = replace(options or Options(), **{name: given.pop(name) for name in OPTIONS if name in given})
+        options.check()
+        own = {f.name: getattr(options, f.name) for f in fields(cls) if f.name in OPTIONS}
+        own |= {"dtype": DTYPES[options.dtype or default_dtype()], "mesh_config": options.layout}
+        runtime = cls(**own | given)
         with runtime.scope(make_mesh(runtime.mesh_config or MeshConfig(), runtime.devices)):  # fails for what can't be had
             runtime.encoder_mesh([1])
         try:
             block_rows()
         except ValueError as error:
             raise InputError(str(error)) from None
-        if type(runtime.warmup_steps) is not int or runtime.warmup_steps < 0:
-            raise InputError(f"warmup_steps={runtime.warmup_steps!r}: needs a whole number ≥ 0")
         if runtime.profile is not None:
-            if not isinstance(runtime.profile, str | Path):
-                raise InputError(f"profile={runtime.profile!r}: needs the path of a folder")
             folder = Path(runtime.profile)
             runtime = replace(runtime, profile=folder)
             check_folder(folder)
         return runtime
 
-    def asked(self) -> dict[str, Any]:
-        """The options that decide what is computed, as `tpuvid.load` takes them, JSON-ready."""
-        return {
-            "dtype": self.dtype.name,
-            "attention_backend": self.attention_backend,
-            "mesh": None if self.mesh_config is None else str(self.mesh_config),
-            "text_encoder_device": self.text_encoder_device,
-            "vae_tiling": self.vae_tiling,
-        }
+    def asked(self) -> Options:
+        """The options that it was made with, and the dtype that it chose."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in OPTIONS}
+        return Options(**own | {"dtype": self.dtype.name, "mesh": self.mesh_config})
 
     def check(self, config: GenerationConfig) -> None:
         """Raise `InputError` for settings that can't run with these options."""
@@ -158,13 +153,9 @@ class Runtime:
 
     def encoder_mesh(self, sizes: Iterable[int]) -> Mesh:
         """For a text encoder: as many devices as divide `sizes`, or this machine's CPU; `InputError` where it has none."""
-        match self.text_encoder_device:
-            case "device":
-                return make_mesh(default_mesh_config(len(self.devices), sizes), self.devices)
-            case "cpu":
-                return make_mesh(MeshConfig(), _cpu())
-            case other:
-                raise InputError(f"text_encoder_device={other!r}: choose from {', '.join(TEXT_ENCODER_DEVICES)}")
+        if self.text_encoder_device == "cpu":
+            return make_mesh(MeshConfig(), _cpu())
+        return make_mesh(default_mesh_config(len(self.devices), sizes), self.devices)
 
     @property
     def text_encoder_shares_memory(self) -> bool:

@@ -40,6 +40,11 @@ class MeshConfig:
             raise InputError(f"mesh={text!r}: {last} is about layouts that split tokens; add sp=N, or leave it out")
         return cls(**sizes, fsdp=fsdp)
 
+    @classmethod
+    def of(cls, layout: str | MeshConfig) -> MeshConfig:
+        """`layout` itself, or what it says; raises `InputError`."""
+        return layout if isinstance(layout, cls) else cls.parse(str(layout))
+
     def __str__(self) -> str:
         """As `parse` reads it."""
         sizes = [f"{axis}={size}" for axis in AXES if (size := getattr(self, axis)) > 1] or ["dp=1"]

@@ -2,49 +2,80 @@
 
 from __future__ import annotations
 
-import re
+import math
 import secrets
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tpuvid.contract.table import in_key, setting, table_of
+from tpuvid.contract.window_size import WindowSize
 from tpuvid.errors import InputError
 
-OPTIONAL_SETTINGS = {
-    "flow_shift": "flow-matching schedule",
-    "use_dynamic_cfg": "dynamic guidance",
-    "cache": "step cache",
-    "window_size": "attention window",
-}
 LARGEST = 1e30
 """What float32 has to hold."""
 MAX_SEED = 2**63 - 1  # torch.Generator.manual_seed takes an int64
+ONE_PROMPT = "needs a string; run several prompts one by one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationConfig:
-    """Everything that decides what a video looks like, under diffusers' argument names."""
+    """Everything that decides what a video looks like, under diffusers' argument names.
 
-    prompt: str = ""
-    negative_prompt: str = ""
-    height: int
-    width: int
-    num_frames: int
-    fps: int
-    num_inference_steps: int
-    guidance_scale: float | None
+    All that tpuvid knows of a setting stands with its field: see `tpuvid.contract.table.Setting`.
+    """
+
+    prompt: str = setting("", help="What the video shows.", rule=ONE_PROMPT, enters=("encode",), per_video=True, private=True)
+    negative_prompt: str = setting(
+        "", help="What to steer away from.", rule=ONE_PROMPT, enters=("encode",), per_video=True, private=True
+    )
+    height: int = setting(help="Pixels.", enters=("denoise", "decode"), programs=True)
+    width: int = setting(help="Pixels.", enters=("denoise", "decode"), programs=True)
+    num_frames: int = setting(old_names=("frames", "video_length"), enters=("denoise", "decode"), programs=True)
+    fps: int = setting(help="Frames per second of the mp4.", range=(1, 240), enters=("decode",), examples=(8, 24))
+    num_inference_steps: int = setting(
+        also=("--steps",), old_names=("steps",), help="Denoising steps.", range=(1, 1000), enters=("denoise",), calls=True
+    )
+    guidance_scale: float | None = setting(
+        help="Classifier-free guidance; 1.0 switches it off.", range=(0, LARGEST), enters=("denoise",), programs=True,
+        rule="needs a finite number ≥ 0; 1.0 switches guidance off",
+    )  # fmt: skip
     """None takes the checkpoint's own."""
-    flow_shift: float | None = None
+    flow_shift: float | None = setting(
+        None, help="Timestep shift; default by resolution or checkpoint.", range=(math.ulp(0.0), LARGEST),
+        rule="needs a finite number > 0; leave it out for the model's own", old_names=("shift",), enters=("denoise",),
+        takes="flow-matching schedule", examples=(2.0, 9.0),
+    )  # fmt: skip
     """Timestep shift of a flow-matching schedule; None takes the checkpoint's own."""
-    use_dynamic_cfg: bool = False
+    use_dynamic_cfg: bool = setting(
+        False, help="CogVideoX: guidance that changes with the timestep, as in diffusers.", enters=("denoise",),
+        takes="dynamic guidance", examples=(False, True),
+    )  # fmt: skip
     """CogVideoX: guidance that changes with the timestep, as its diffusers pipeline has it."""
-    seed: int = 42
-    max_sequence_length: int = 512
-    cache: str | None = None
-    """A step cache ("deepcache"), and its settings: see `tpuvid.contract.stepcache`."""
-    cache_start_step: int | None = None
-    cache_end_step: int | None = None
-    cache_step_interval: int | None = None
-    window_size: str | None = None
+    seed: int = setting(
+        42, help="Same seed, same video; -1 draws one.", show_default=True, range=(-1, MAX_SEED), enters=("denoise",),
+        rule=f"needs a whole number from 0 to {MAX_SEED}, or -1 to draw one", per_video=True,
+    )  # fmt: skip
+    max_sequence_length: int = setting(
+        512, help="Text tokens; longer prompts are cut.", range=(1, 4096), enters=("encode", "denoise"), programs=True
+    )
+    cache: str | None = setting(
+        None, help="Reuse parts of one denoising step in the next ones: deepcache, or a plugin's.", metavar="NAME",
+        enters=("denoise",), programs=True, takes="step cache", examples=(None, "deepcache"),
+    )  # fmt: skip
+    """A step cache ("deepcache"); the settings that begin with its name are its own: see `tpuvid.contract.stepcache`."""
+    cache_start_step: int | None = setting(
+        None, help="First step that may be cached. [default: 11]", range=(0, None), enters=("denoise",), calls=True
+    )
+    cache_end_step: int | None = setting(
+        None, help="From this step on, none is cached. [default: 45]", range=(0, None), enters=("denoise",), calls=True
+    )
+    cache_step_interval: int | None = setting(
+        None, help="Between them, one step in so many is full. [default: 4]", range=(1, None), enters=("denoise",), calls=True
+    )
+    window_size: str | None = setting(
+        None, help="In self-attention, let a token see so many frames before and after its own (16 or frames=16; tokens=8192).",
+        reads=WindowSize.parse, enters=("denoise",), programs=True, takes="attention window", examples=(None, "frames=1"),
+    )  # fmt: skip
     """How far a token of the video sees to either side in self-attention ("frames=16", "tokens=8192"); None: everywhere."""
 
     @property
@@ -53,9 +84,8 @@ class GenerationConfig:
 
     def override(self, **changes: Any) -> GenerationConfig:
         """A copy with every change that is not None; unknown names raise `InputError`."""
-        known = {f.name for f in fields(self)}
-        if unknown := sorted(set(changes) - known):
-            raise InputError(f"{', '.join(unknown)}: no such setting; the settings are {', '.join(sorted(known))}")
+        if unknown := sorted(set(changes) - set(SETTINGS)):
+            raise InputError(f"{', '.join(unknown)}: no such setting; the settings are {', '.join(sorted(SETTINGS))}")
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def with_drawn_seed(self) -> GenerationConfig:
@@ -65,32 +95,31 @@ class GenerationConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def batch_key(self) -> GenerationConfig:
+        """Itself without what is a video's own: alike for videos that may be denoised in one batch."""
+        return replace(self, **{name: each.kind() for name, each in SETTINGS.items() if each.per_video})
+
+    def embeddings_key(self) -> dict[str, Any]:
+        """What embeddings depend on: of guidance, whether there is any, since only then is the negative prompt embedded."""
+        return {name: getattr(self, name) for name in EMBEDDED} | {"guidance": self.do_classifier_free_guidance}
+
+    def programs_key(self) -> dict[str, Any]:
+        """What programs depend on, JSON-ready: of guidance, whether there is any."""
+        asked = {name: in_key(getattr(self, name)) for name in PROGRAM_SETTINGS if name != "guidance_scale"}
+        return asked | {"guidance": "on" if self.do_classifier_free_guidance else "off"}
+
+
+SETTINGS = table_of(GenerationConfig)
+OPTIONAL_SETTINGS = {name: each.takes for name, each in SETTINGS.items() if each.takes}
+EMBEDDED = tuple(name for name, each in SETTINGS.items() if "encode" in each.enters)
+"""The settings that embeddings depend on: each is a field of `Conditioning` too."""
+PRIVATE = tuple(name for name, each in SETTINGS.items() if each.private)
+"""The settings that a user may want to leave out of what is kept with a video."""
+PROGRAM_SETTINGS = {name: each.enters for name, each in SETTINGS.items() if each.programs}
+"""The settings for whose values programs are made, with the stages whose they are."""
+
 
 def check_sampling(config: GenerationConfig) -> None:
     """Raise `InputError` for a setting that no model could run with."""
-    for name in ("prompt", "negative_prompt"):
-        if not isinstance(getattr(config, name), str):
-            raise InputError(f"{name}={getattr(config, name)!r}: needs a string; run several prompts one by one")
-        if re.search("[\ud800-\udfff]", getattr(config, name)):
-            raise InputError(f"{name}={getattr(config, name)[:40]!r}: holds bytes that are no UTF-8; write it in UTF-8")
-    for name in ("height", "width", "num_frames", "fps", "num_inference_steps", "seed", "max_sequence_length"):
-        if type(getattr(config, name)) is not int:
-            raise InputError(f"{name}={getattr(config, name)!r}: needs a whole number")
-    for name in ("guidance_scale", "flow_shift"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-            raise InputError(f"{name}={value!r}: needs a number")
-    if type(config.use_dynamic_cfg) is not bool:
-        raise InputError(f"use_dynamic_cfg={config.use_dynamic_cfg!r}: needs true or false")
-    positive = {"num_inference_steps": 1000, "fps": 240, "max_sequence_length": 4096}
-    for name, most in positive.items():
-        if not 1 <= getattr(config, name) <= most:
-            raise InputError(f"{name}={getattr(config, name)}: needs a whole number from 1 to {most}")
-    scale = config.guidance_scale
-    if scale is not None and not 0 <= scale <= LARGEST:
-        raise InputError(f"guidance_scale={str(scale)[:40]}: needs a finite number ≥ 0; 1.0 switches guidance off")
-    shift = config.flow_shift
-    if shift is not None and not 0 < shift <= LARGEST:
-        raise InputError(f"flow_shift={str(shift)[:40]}: needs a finite number > 0; leave it out for the model's own")
-    if not -1 <= config.seed <= MAX_SEED:
-        raise InputError(f"seed={config.seed}: needs a whole number from 0 to {MAX_SEED}, or -1 to draw one")
+    for name, each in SETTINGS.items():
+        each.check(getattr(config, name))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from tpuvid.contract.loop import Loop
 
+STAGES = {"encode": "text encoder", "denoise": "denoiser", "decode": "decoder"}
+"""In their order, with who does each, for people."""
+
 
 class Stage(Protocol):
     """One part of a model. Making it reads configs only, so that inputs are checked before any weight is loaded."""

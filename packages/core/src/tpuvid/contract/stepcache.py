@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from tpuvid.contract.settings import SETTINGS as ALL_SETTINGS
+from tpuvid.contract.settings import GenerationConfig
 from tpuvid.errors import InputError
 
 if TYPE_CHECKING:
     from tpuvid.compute.traced import TracedModule
-    from tpuvid.contract.settings import GenerationConfig
 
-SETTINGS = ("start_step", "end_step", "step_interval")
+SETTINGS = tuple(name.removeprefix("cache_") for name in ALL_SETTINGS if name.startswith("cache_"))
 """What a cache may let the user choose; each is ``cache_…`` in a `GenerationConfig`."""
 
 
@@ -45,10 +46,6 @@ def fill_cache_settings(config: GenerationConfig, known: Mapping[str, type[StepC
             name, value = next(iter(given.items()))
             raise InputError(f"cache_{name}={value}: no cache is switched on; add cache=deepcache or leave it out")
         return config
-    for name, value in given.items():
-        least = 1 if name == "step_interval" else 0
-        if type(value) is not int or value < least:
-            raise InputError(f"cache_{name}={value!r}: needs a whole number ≥ {least}")
     if known is None:
         return config
     cache = made(config, known)

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tpuvid.contract.parsing import parse_settings
-from tpuvid.contract.settings import GenerationConfig
+from tpuvid.contract.settings import EMBEDDED, PRIVATE, GenerationConfig
 from tpuvid.contract.values import Conditioning, History, Latents
 from tpuvid.errors import InputError
 from tpuvid.files.atomic import atomic_path, write_json
@@ -36,9 +36,8 @@ LATENTS = "stage2_latents.safetensors"
 FRAMES = "stage3_frames.safetensors"
 CONFIG = "generation_config.json"
 Result = TypeVar("Result", Conditioning, Latents)
-PROMPTS = ("prompt", "negative_prompt")
-"""What is said in no file of a private run."""
 PROMPTS_HASH = "prompts_sha256"
+"""What the files of a private run say in the place of settings that are private."""
 FORMAT_VERSION = 2
 """1: without ``format_version`` and ``checksum``, as tpuvid 0.1 and earlier tools write."""
 
@@ -173,11 +172,11 @@ def private(result: Result) -> Result:
 def said_in_files(result: Conditioning | Latents) -> dict[str, Any]:
     """The settings and the model of `result`, as all its files may say them."""
     if isinstance(result, Conditioning):
-        about: dict[str, Any] = {name: getattr(result, name) for name in (*PROMPTS, "max_sequence_length")}
+        about: dict[str, Any] = {name: getattr(result, name) for name in EMBEDDED}
     else:
         about = result.config.to_dict()
     if result.prompts_sha256:
-        about = {name: value for name, value in about.items() if name not in PROMPTS} | {PROMPTS_HASH: result.prompts_sha256}
+        about = {name: value for name, value in about.items() if name not in PRIVATE} | {PROMPTS_HASH: result.prompts_sha256}
     return about | {"model_id": result.model_id}
 
 
@@ -207,9 +206,7 @@ def load_conditioning(path: Path) -> Conditioning:
         raise InputError(f"{path}: holds {_names(file)}, not prompt_embeds; run tpuvid encode first")
     return Conditioning(
         model_id=file.model_id or "",
-        prompt=file.settings.get("prompt", ""),
-        negative_prompt=file.settings.get("negative_prompt", ""),
-        max_sequence_length=file.settings.get("max_sequence_length"),
+        **{name: file.settings.get(name, "" if name in PRIVATE else None) for name in EMBEDDED},
         tensors=file.tensors,
         history=file.history,
         fingerprint=file.fingerprint,

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpuvid.compute.opening import STAGES, open_stage
+from tpuvid.compute.opening import open_stage
 from tpuvid.compute.progress import Progress
+from tpuvid.contract.options import Options
+from tpuvid.contract.stages import STAGES
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.atomic import check_output, publish
 from tpuvid.files.scratch import scratch_folder
@@ -43,7 +45,7 @@ def compile_pack(
     path: Path,
     *,
     settings: Mapping[str, Any],
-    options: Mapping[str, Any],
+    options: Options,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -62,7 +64,7 @@ def compile_pack(
             "model": model,
             "topology": None if slice_ is None else slice_.name,
             "settings": dict(settings),
-            "options": dict(options),
+            "options": options.recorded(),
             "file": str(scratch / "pack"),
         }
         jobs.start("compile", "tpuvid.plan.compiling:compile_job", argument, environment)
@@ -113,11 +115,10 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
 
         from tpuvid.compute.packs.pack import PackWriter
         from tpuvid.compute.run_key import run_key
-        from tpuvid.contract.layout import MeshConfig
         from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
         from tpuvid.plugin.finding import resolve_model
 
-        options, topology = dict(argument["options"]), argument["topology"]
+        options, topology = Options(**argument["options"]), argument["topology"]
         devices = jax.devices() if topology is None else parse_topology(topology).jax_devices()
         spec, checkpoint = resolve_model(argument["model"])
 
@@ -135,18 +136,16 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
         programs.append(about | {"seconds": round(program.compile_seconds, 1)})
 
     ledger = Ledger()
-    mesh, dtype = options.pop("mesh", None), options.pop("dtype", None)
-    text_encoder_elsewhere = topology is not None and options.get("text_encoder_device") == "cpu"
+    text_encoder_elsewhere = topology is not None and options.text_encoder_device == "cpu"
     runtime = DryRuntime.create(
-        dtype=dtype or ("float32" if topology is None else "bfloat16"),
-        mesh_config=MeshConfig.parse(mesh) if mesh else None,
+        options,
+        dtype=options.dtype or ("float32" if topology is None else "bfloat16"),
         devices=devices,
         ledger=ledger,
         on_program=keep,
         # a CPU's programs are for that CPU alone, and a TPU's host has another one than this machine
         compiled_stages=("denoise", "decode") if text_encoder_elsewhere else tuple(STAGES),
         progress=progress,
-        **options,
     )
     configs = configs_checkpoint(spec, checkpoint, ledger.array)
     config = spec.configure(prompt=PROMPT, **argument["settings"])

@@ -24,13 +24,14 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from tpuvid.compute.mesh import layout_of
-from tpuvid.compute.opening import STAGES, open_stage
+from tpuvid.compute.opening import open_stage
 from tpuvid.compute.progress import Progress
 from tpuvid.compute.runtime import Program, Programs, Runtime
 from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.loop import Loop
 from tpuvid.contract.models import ModelSpec
 from tpuvid.contract.settings import GenerationConfig
+from tpuvid.contract.stages import STAGES
 from tpuvid.files.checkpoint import Checkpoint, ConfigsOnly
 from tpuvid.plan.bundles import Grid, pallas_grids
 

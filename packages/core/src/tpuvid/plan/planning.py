@@ -6,14 +6,15 @@ Imports neither jax nor torch: the compiling is done by jobs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tpuvid.compute.opening import STAGES
 from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.models import ModelSpec
-from tpuvid.contract.settings import GenerationConfig
+from tpuvid.contract.options import Options
+from tpuvid.contract.settings import SETTINGS, GenerationConfig
+from tpuvid.contract.stages import STAGES
 from tpuvid.errors import InputError
 from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.bundles import dump_flags
@@ -144,9 +145,9 @@ class Plan:
 class Planner:
     """Compiles stages of one model, for one slice after the other."""
 
-    def __init__(self, model: str, spec: ModelSpec, options: Mapping[str, Any], say: Say):
-        """`options`: "mesh" ("dp=2,tp=4" or None), "dtype", "attention_backend", "vae_tiling"; `say` is told what goes on."""
-        self.model, self.spec, self.options, self.say = model, spec, dict(options), say
+    def __init__(self, model: str, spec: ModelSpec, options: Options, say: Say):
+        """`say` is told what goes on."""
+        self.model, self.spec, self.options, self.say = model, spec, options, say
 
     def plan(self, topology: str, config: GenerationConfig) -> Plan:
         """Compile every stage for `topology` ("v6e-8", "cpu", …).
@@ -164,7 +165,7 @@ class Planner:
             devices=first["devices"],
             dtype=first["dtype"],
             config=config,
-            mesh_asked=self.options["mesh"],
+            mesh_asked=None if self.options.mesh is None else str(self.options.mesh),
             stages={name: compiled[name] for name in STAGES},
             versions=first["versions"],
         )
@@ -228,18 +229,18 @@ class Planner:
             return
         must_fit = sorted(failing - {"encode"})
         decodes, tiles = "decode" not in failing, []
-        if not decodes and not self.options["vae_tiling"]:
-            decodes = self._fits(plan.topology, ("decode",), config, self.options | {"vae_tiling": True})
+        if not decodes and not self.options.vae_tiling:
+            decodes = self._fits(plan.topology, ("decode",), config, replace(self.options, vae_tiling=True))
             tiles = ["--vae-tiling"] if decodes else []
         if decodes and "denoise" not in failing:
             yield " ".join([*always, *tiles])
         if decodes and "denoise" in failing:
             for mesh in _other_meshes(plan):
-                if self._fits(plan.topology, ("denoise",), config, self.options | {"mesh": mesh}):
+                if self._fits(plan.topology, ("denoise",), config, replace(self.options, mesh=mesh)):
                     yield " ".join([f"--mesh {mesh}", *always, *tiles])
                     break
         for larger in slices_of(topology.chip, more_than=topology.chips):
-            if self._fits(larger.name, must_fit, config, self.options | {"mesh": None}):
+            if self._fits(larger.name, must_fit, config, replace(self.options, mesh=None)):
                 yield " ".join([f"--topology {larger.name}", *always])
                 break
         frames = self.largest_num_frames(plan.topology, config, must_fit)
@@ -248,7 +249,7 @@ class Planner:
         else:
             yield "a smaller --height and --width: one frame is too much at this size"
 
-    def _fits(self, topology: str, stages: Sequence[str], config: GenerationConfig, options: Mapping[str, Any]) -> bool:
+    def _fits(self, topology: str, stages: Sequence[str], config: GenerationConfig, options: Options) -> bool:
         try:
             (found,) = self._compile([(topology, stages, config, options)])
         except InputError:  # a layout that doesn't divide this model
@@ -256,7 +257,7 @@ class Planner:
         return all(stage.fits for stage in _stages(found).values())
 
     def _compile(
-        self, wanted: Sequence[tuple[str, Sequence[str], GenerationConfig, Mapping[str, Any]]], *, predict: bool = False
+        self, wanted: Sequence[tuple[str, Sequence[str], GenerationConfig, Options]], *, predict: bool = False
     ) -> list[dict[str, Any]]:
         """One job for each (topology, stages, config, options); as many at a time as cores and memory allow.
 
@@ -274,7 +275,7 @@ class Planner:
         return [results[str(n)] for n in range(len(wanted))]
 
     def _task(
-        self, name: str, topology: str, stages: Sequence[str], config: GenerationConfig, options: Mapping[str, Any],
+        self, name: str, topology: str, stages: Sequence[str], config: GenerationConfig, options: Options,
         scratch: Path | None,
     ) -> Task:  # fmt: skip
         """`scratch`: where libtpu may leave schedules, from which times are predicted."""
@@ -287,7 +288,7 @@ class Planner:
             "topology": topology,
             "stages": list(stages),
             "settings": _settings(config),
-            "options": dict(options),
+            "options": options.recorded(),
             "dump": dump and str(dump),
         }
         return Task(name, "tpuvid.plan.programs:compile_stages", argument, _environment(topology, dump))
@@ -295,7 +296,8 @@ class Planner:
 
 def _settings(config: GenerationConfig) -> dict[str, Any]:
     """What decides the programs' shapes, and how often they run."""
-    return {name: value for name, value in config.to_dict().items() if name not in ("prompt", "seed") and value is not None}
+    asked = {name: getattr(config, name) for name, each in SETTINGS.items() if each.programs or each.calls}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _environment(topology: str, dump: Path | None) -> dict[str, str]:

@@ -12,7 +12,7 @@ import jax
 
 from tpuvid.compute.kernels import recorded_attention
 from tpuvid.compute.kernels.block_sizes import AttentionShape
-from tpuvid.contract.layout import MeshConfig
+from tpuvid.contract.options import Options
 from tpuvid.errors import InputError
 from tpuvid.plan.cost import predict
 from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, Loaded, configs_checkpoint, dry_generate
@@ -25,8 +25,8 @@ from tpuvid.plugin.finding import resolve_model
 def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Compile ``job["stages"]`` of a model for ``job["topology"]``.
 
-    `job` also has "model", "settings" (of `GenerationConfig`), "options" ("mesh", "dtype", "attention_backend",
-    "vae_tiling") and "dump", the folder that libtpu was told to leave schedules in (None: no times are asked for).
+    `job` also has "model", "settings" (of `GenerationConfig`), "options" (`Options.recorded`) and "dump", the folder that
+    libtpu was told to leave schedules in (None: no times are asked for).
     Returns what `tpuvid.plan.planning` makes a plan of, JSON-ready; raises `InputError` for what can't run there.
     """
     programs: list[tuple[DryProgram, dict[str, Any] | None]] = []
@@ -67,12 +67,9 @@ def attention_calls(job: Mapping[str, Any], report: Report) -> list[AttentionSha
 def _dry_runtime(job: Mapping[str, Any], report: Report, **fields: Any) -> tuple[DryRuntime, int | None]:
     """On the job's topology, and the bytes of memory that programs may use on each device."""
     devices, usable = _devices(job["topology"])
-    options = dict(job["options"])
-    mesh = options.pop("mesh")
     runtime = DryRuntime.create(
-        **options,
+        Options(**job["options"]),
         **fields,
-        mesh_config=MeshConfig.parse(mesh) if mesh else None,
         devices=devices,
         ledger=Ledger(),
         progress=RelayedProgress(report),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpuvid.compute.chips import Chip
+from tpuvid.contract.options import Options
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.atomic import atomic_path, check_output
 from tpuvid.files.cache_folder import cache_folder
@@ -96,7 +97,7 @@ def attention_shapes(model: str, topology: Topology, settings: Mapping[str, Any]
     """
     from tpuvid.compute.kernels.block_sizes import AttentionShape
 
-    options = {"dtype": "bfloat16", "attention_backend": "auto", "mesh": mesh, "vae_tiling": False}
+    options = Options(dtype="bfloat16", mesh=mesh).recorded()
     job = {"model": model, "topology": topology.name, "settings": dict(settings), "options": options}
     with scratch_folder() as scratch, Jobs(scratch) as jobs:
         jobs.start("shapes", "tpuvid.plan.programs:attention_calls", job, topology.environment())

@@ -15,7 +15,6 @@ from tpuvid.contract.settings import OPTIONAL_SETTINGS, GenerationConfig, check_
 from tpuvid.contract.sizes import SizeRules
 from tpuvid.contract.stepcache import SETTINGS as CACHE_SETTINGS
 from tpuvid.contract.stepcache import StepCache
-from tpuvid.contract.window_size import WindowSize
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 LOADER = re.compile(r"[\w.]+:\w+")
@@ -112,8 +111,6 @@ def _check_defaults(spec: ModelSpec) -> None:
     for each in OPTIONAL_SETTINGS:
         if getattr(defaults, each) not in (None, False) and each not in spec.takes:
             raise ValueError(f"{spec.model_id}: defaults.{each}={getattr(defaults, each)!r}, which takes doesn't name")
-    if defaults.window_size is not None:
-        WindowSize.parse(defaults.window_size)
 
 
 def _check_decoder(decoder: Any) -> None:

@@ -16,7 +16,7 @@ from tpuvid.errors import InputError, TpuvidError
 from tpuvid.runs.control import Cancelled, Control, raise_if_stopped
 from tpuvid.runs.kept.work import Work
 from tpuvid.runs.outputs import Outputs, Written
-from tpuvid.runs.pipeline import Pipeline, batch_key
+from tpuvid.runs.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class Batch:
         """Jobs that one run of the loop can make, by shapes first: so that a program is compiled, and then used to the end."""
         same: dict[GenerationConfig, list[int]] = {}
         for i in numbers:
-            same.setdefault(batch_key(self.jobs[i].config), []).append(i)
+            same.setdefault(self.jobs[i].config.batch_key(), []).append(i)
         for alike in same.values():
             for start in range(0, len(alike), self.batch_size):
                 yield alike[start : start + self.batch_size]

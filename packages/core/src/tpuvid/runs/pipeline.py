@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from tpuvid.compute.kept_programs import KeptPrograms, environment
-from tpuvid.compute.opening import STAGES, loader_of, open_stage
+from tpuvid.compute.opening import loader_of, open_stage
 from tpuvid.compute.outline import code_of
-from tpuvid.compute.packs.pack import Pack, read_pack
+from tpuvid.compute.packs.pack import with_pack
 from tpuvid.compute.progress import Progress
 from tpuvid.compute.run_key import run_key, stages_key, traced_modules
 from tpuvid.compute.runtime import Runtime, enable_compilation_cache, plugin_tables
-from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.models import ModelSpec
-from tpuvid.contract.settings import GenerationConfig
+from tpuvid.contract.options import Options
+from tpuvid.contract.settings import EMBEDDED, GenerationConfig
+from tpuvid.contract.stages import STAGES
 from tpuvid.contract.values import Conditioning, History, Latents, StepCallback, check_finite
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ from tpuvid.files.versions import distribution_version
 from tpuvid.plugin.finding import check_origin, resolve_model
 from tpuvid.runs.control import Cancelled, Control
 from tpuvid.runs.following import Follower
+from tpuvid.runs.kept.identity import RunIdentity
 from tpuvid.runs.kept.resume import Checkpoints
 from tpuvid.runs.video import Video
 
@@ -38,37 +40,15 @@ from tpuvid.runs.video import Video
 def load(
     model: str,
     *,
-    dtype: str | None = None,
-    mesh: str | MeshConfig | None = None,
-    attention_backend: str = "auto",
-    text_encoder_device: str = "device",
-    warmup_steps: int = 0,
-    profile: str | Path | None = None,
-    lora_path: str | Path | None = None,
-    lora_scale: float = 1.0,
-    vae_tiling: bool = False,
-    decoder: str | None = None,
-    pack: str | Path | Pack | None = None,
-    trust_pack: bool = False,
     keep_loaded: bool = True,
     progress: Progress | None = None,
     keep_programs: bool = False,
+    **options: Any,
 ) -> Pipeline:
     """A pipeline for `model`; a stage's weights are loaded when it first runs.
 
     Args:
         model: registered id, local diffusers folder, or Hub id.
-        dtype: "bfloat16" or "float32", of weights and activations; default bfloat16 on accelerators, float32 on CPU.
-        mesh: "dp=2,sp=4", "dp=2,tp=4" or a `MeshConfig`; default by devices, heads and memory.
-        attention_backend: "auto", "xla", "flash", "flash-smooth-k", "flash-int8" or "splash" (TPU), or "cudnn" (GPU).
-        text_encoder_device: "device" (the accelerator, if there is one) or "cpu".
-        warmup_steps: how often every denoising program runs before the first step that counts; the result is the same.
-        profile: folder for a JAX profile of steady denoising steps, to be opened in XProf or Perfetto.
-        lora_path: safetensors file of a LoRA, merged into the diffusion model with strength `lora_scale`.
-        vae_tiling: decode in overlapping tiles, as diffusers' ``vae.enable_tiling()``: less device memory, another video.
-        decoder: the name of a registered decoder, in the place of the model's own.
-        pack: file of ``tpuvid compile``, whose programs need no compiling; what it lacks is compiled, and the history says so.
-        trust_pack: the pack holds machine code; without this it is checked, and then refused.
         keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
             next one loads, for models whose stages don't fit in memory together. A text encoder on an accelerator is
             always freed before denoising.
@@ -76,30 +56,21 @@ def load(
         keep_programs: start from what earlier processes have traced and compiled, and leave the same for later ones, in
             TPUVID_CACHE_DIR, as the ``tpuvid`` command does. Not for a process that monkeypatches tpuvid, diffusers or
             transformers: what is kept doesn't know of it.
+        options: the fields of `Options`, as keywords.
 
     Raises:
         InputError: unknown model, incomplete checkpoint, damaged pack, or options that this machine can't run.
     """
-    spec, checkpoint = resolve_model(model, decoder=decoder)
-    checkpoint = replace(checkpoint, loras=read_loras(lora_path, lora_scale))
+    asked = Options(**options)
+    spec, checkpoint = resolve_model(model, decoder=asked.decoder)
+    asked.check()
+    checkpoint = replace(checkpoint, loras=read_loras(asked.lora_path, asked.lora_scale))
     if checkpoint.loras and "lora" not in spec.takes:
-        raise InputError(f"lora_path={lora_path}: {spec.model_id} merges no LoRA files; leave it out")
-    if isinstance(pack, str | Path):
-        pack = read_pack(pack, trusted=trust_pack)
+        raise InputError(f"lora_path={asked.lora_path}: {spec.model_id} merges no LoRA files; leave it out")
+    asked = with_pack(asked)
     enable_compilation_cache()
-    config = MeshConfig.parse(mesh) if isinstance(mesh, str) else mesh
-    runtime = Runtime.create(
-        dtype=dtype,
-        mesh_config=config,
-        attention_backend=attention_backend,
-        text_encoder_device=text_encoder_device,
-        vae_tiling=vae_tiling,
-        warmup_steps=warmup_steps,
-        profile=profile,
-        pack=pack,
-        progress=progress or Progress(),
-        kept=KeptPrograms(Kept.in_cache(environment()) if keep_programs else None),
-    )
+    kept = KeptPrograms(Kept.in_cache(environment()) if keep_programs else None)
+    runtime = Runtime.create(asked, progress=progress or Progress(), kept=kept)
     return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
 
 
@@ -144,9 +115,7 @@ class Pipeline:
         check_finite("embeddings", *tensors.values())
         return Conditioning(
             model_id=self.spec.model_id,
-            prompt=config.prompt,
-            negative_prompt=config.negative_prompt,
-            max_sequence_length=config.max_sequence_length,
+            **{name: getattr(config, name) for name in EMBEDDED},
             tensors=tensors,
             history={"encode": self._record("encode")},
             fingerprint=self.checkpoint.fingerprint(),
@@ -185,7 +154,7 @@ class Pipeline:
         on_step: StepCallback | None = None,
         control: Control | None = None,
     ) -> list[Latents]:
-        """Stage 2 of several videos at once, whose checked configs differ in nothing but prompts and seeds (`batch_key`).
+        """Stage 2 of several videos at once, whose checked configs differ in nothing but prompts and seeds.
 
         Weights are read from memory once for all of them, and a mesh's dp splits them. Which videos share a batch may change
         the last bits of each. Raises `InputError` as `denoise` does; that latents are finite is left to `Latents.check`.
@@ -198,7 +167,7 @@ class Pipeline:
         config = configs[0]
         if other := next((c.prompt for c, e in zip(configs, conditionings, strict=True) if c.prompt != e.prompt), None):
             raise InputError(f"the embeddings are not of the prompt {other[:80]!r}; encode it")
-        if len({batch_key(config) for config in configs}) != 1:
+        if len({config.batch_key() for config in configs}) != 1:
             raise InputError("the videos of a batch differ in more than prompts and seeds; denoise them apart")
         for conditioning in conditionings:
             check_origin("embeddings", conditioning, self.spec, self.checkpoint)
@@ -239,16 +208,7 @@ class Pipeline:
         tensors: Mapping[str, np.ndarray],
     ) -> Follower:
         """Carries out `control`; what a checkpoint is good for is this very run."""
-        run = {
-            "model_id": self.spec.model_id,
-            "fingerprint": self.checkpoint.fingerprint(),
-            "loras": self.checkpoint.lora_record(),
-            "revision": self.revision(),
-            "dtype": self.runtime.dtype.name,
-            "attention_backend": self.runtime.attention_backend,
-            "settings": [config.to_dict() for config in configs],
-            "conditioning": tensors_digest(tensors),
-        }
+        run = replace(self.identity(), configs=tuple(configs), conditioning=tensors_digest(tensors)).view("denoising")
         checkpoints = Checkpoints(Path(control.checkpoint_dir), run) if control.checkpoint_dir else None
         preview = None
         if control.preview:
@@ -307,8 +267,7 @@ class Pipeline:
         """Raise `InputError` unless the pack, if there is one, is for the stages `names` (all by default) of this resolved
         config on these devices, and trusted."""
         pack, names = self.runtime.pack, names or tuple(STAGES)
-        known = (names, config.height, config.width, config.num_frames, config.max_sequence_length, config.cache,
-                 config.window_size, config.do_classifier_free_guidance)  # fmt: skip
+        known = (names, *config.programs_key().values())
         if pack is None or known in self._fits:
             return
         pack.check(run_key(self.spec, {name: self._open(name) for name in names}, config, self.runtime))
@@ -326,6 +285,10 @@ class Pipeline:
             "tpuvid_version": distribution_version("tpuvid-core"),
             **self.runtime.progress.take(),
         }
+
+    def identity(self) -> RunIdentity:
+        """What identifies its runs, but for the settings."""
+        return RunIdentity.of(self.spec, self.checkpoint, self.runtime.asked(), revision=self.revision())
 
     def revision(self) -> str | None:
         """The commit of a Hub repository whose diffusion model runs; None for a folder."""
@@ -390,19 +353,10 @@ class Pipeline:
             gc.collect()  # a stage that refers to itself would keep its weights until Python looks for such cycles
 
 
-def batch_key(config: GenerationConfig) -> GenerationConfig:
-    """Alike for videos that may be denoised in one batch."""
-    return replace(config, prompt="", negative_prompt="", seed=0)
-
-
 def _asked_of(conditioning: Conditioning) -> dict[str, Any]:
     """The settings that the embeddings have decided."""
     length = conditioning.max_sequence_length or conditioning.tensors["prompt_embeds"].shape[1]
-    return {
-        "prompt": conditioning.prompt,
-        "negative_prompt": conditioning.negative_prompt,
-        "max_sequence_length": length,
-    }
+    return {name: getattr(conditioning, name) for name in EMBEDDED} | {"max_sequence_length": length}
 
 
 def _side_by_side(tensors: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

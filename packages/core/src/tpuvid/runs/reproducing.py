@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpuvid.contract.models import ModelSpec
-from tpuvid.contract.settings import GenerationConfig
+from tpuvid.contract.options import RECORDED, Options
+from tpuvid.contract.settings import SETTINGS, GenerationConfig
 from tpuvid.errors import InputError
 from tpuvid.files.checkpoint import Checkpoint
 from tpuvid.files.lora import read_loras
 from tpuvid.files.versions import versions
 from tpuvid.plugin.finding import resolve_model
 from tpuvid.plugin.registry import registry
-from tpuvid.runs.asked.items import SETTINGS
 from tpuvid.runs.compare import Comparison, compare
 from tpuvid.runs.kept.record import latents_digest, read_record
 from tpuvid.runs.outputs import Outputs
 
 if TYPE_CHECKING:
     from tpuvid.runs.pipeline import Pipeline
-
-OPTIONS = ("dtype", "attention_backend", "mesh", "text_encoder_device", "vae_tiling", "decoder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +68,7 @@ class Recorded:
     spec: ModelSpec
     checkpoint: Checkpoint
     config: GenerationConfig
-    options: Mapping[str, Any]
-    """As `tpuvid.load` takes them."""
+    options: Options
 
     @classmethod
     def read(cls, path: Path, *, model: str | None = None, prompts: Mapping[str, str | None] = {}) -> Recorded:
@@ -94,8 +91,9 @@ class Recorded:
             raise InputError(f"{path}: was made by {name}, which can't be had here ({error}); pass --model") from None
         if len(loras) > 1:
             raise InputError(f"{path}: its record names {len(loras)} LoRAs, and tpuvid merges one; make it again by hand")
-        given = {name: options.get(name) for name in OPTIONS if options.get(name) is not None}
-        given |= {"lora_path": lora["path"], "lora_scale": lora["scale"]} if (lora := next(iter(loras), None)) else {}
+        given = Options(**{name: options[name] for name in RECORDED if options.get(name) is not None})
+        if loras:
+            given = replace(given, lora_path=loras[0]["path"], lora_scale=loras[0]["scale"])
         config = spec.configure(**settings)
         if config.seed < 0:
             raise InputError(f"{path}: its record says no seed; take the .json beside it, or another copy")
@@ -109,8 +107,7 @@ class Recorded:
         found.append(("weights", self.record.get("fingerprint"), self.checkpoint.fingerprint()))
         then_others, now_others = self.record.get("others", {}), self.checkpoint.others_record()
         found += [(f"weights of {name}", then_others.get(name), now) for name, now in now_others.items()]
-        if "lora_path" in self.options:
-            (lora,) = read_loras(self.options["lora_path"], self.options["lora_scale"])
+        for lora in read_loras(self.options.lora_path, self.options.lora_scale):
             found.append((f"LoRA {lora.path}", self.record["loras"][0].get("sha256"), lora.sha256()))
         return _differing(found)
 
@@ -145,13 +142,11 @@ class Recorded:
 
 def _well_formed(record: Mapping[str, Any]) -> bool:
     """Whether everything that is read of a record is of the kind that it should be: a stranger may have written it."""
-    texts = ("dtype", "attention_backend", "mesh", "text_encoder_device", "decoder")
     options, loras, history, found = (record.get(name) for name in ("options", "loras", "history", "versions"))
     return (
         isinstance(record.get("model_id"), str)
         and isinstance(options, dict)
-        and all(isinstance(options.get(name), str | None) for name in texts)
-        and isinstance(options.get("vae_tiling"), bool | None)
+        and all(isinstance(options.get(name), (*each.types, type(None))) for name, each in RECORDED.items())
         and isinstance(loras, list)
         and all(isinstance(lora, dict) and isinstance(lora.get("path"), str) and "scale" in lora for lora in loras)
         and not any("\0" in lora["path"] for lora in loras)

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from tpuvid.compute.runtime import Runtime, enable_compilation_cache
 from tpuvid.contract.models import ModelSpec, imported
-from tpuvid.contract.settings import OPTIONAL_SETTINGS, GenerationConfig
+from tpuvid.contract.settings import OPTIONAL_SETTINGS, SETTINGS, GenerationConfig
 from tpuvid.contract.values import Conditioning, Latents
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.checkpoint import ConfigsOnly
@@ -131,8 +131,7 @@ def _wrong_settings(spec: ModelSpec, config: GenerationConfig) -> Iterator[tuple
         yield "height", config.height + 1
     if spec.rules.frame_step > 1:
         yield "num_frames", config.num_frames + 1
-    values = {"flow_shift": 3.0, "use_dynamic_cfg": True, "cache": "deepcache", "window_size": "frames=1"}
-    yield from ((name, values[name]) for name in OPTIONAL_SETTINGS if name not in spec.takes)
+    yield from ((name, SETTINGS[name].examples[1]) for name in OPTIONAL_SETTINGS if name not in spec.takes)
 
 
 def check_light(subject: Subject) -> str:
@@ -331,7 +330,7 @@ def check_resume(subject: Subject) -> str:
 
 def check_settings(subject: Subject) -> str:
     """Each setting that the model says it takes changes the latents."""
-    values = {"flow_shift": (2.0, 9.0), "use_dynamic_cfg": (False, True), "fps": (8, 24)}
+    values = {name: each.examples for name, each in SETTINGS.items() if each.examples and name not in ("cache", "window_size")}
     taken = {name: pair for name, pair in values.items() if name in subject.spec.takes}
     if not taken:
         raise NothingToCheck("it takes none of " + ", ".join(values))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tpuvid.contract.options import OPTIONS
+from tpuvid.contract.settings import SETTINGS
 from tpuvid.files.versions import LIBRARIES
 
-FLAGS = ("height", "width", "num_frames", "max_sequence_length", "cache", "window_size", "mesh", "dtype", "attention_backend",
-         "text_encoder_device")  # fmt: skip
+FLAGS = {name for table in (SETTINGS, OPTIONS) for name, each in table.items() if each.programs}
 """Fields that a flag of the same name sets."""
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
@@ -51,21 +52,16 @@ AGAIN = "make a pack for this run with tpuvid compile"
 
 
 def _remedy(name: str, theirs: Any) -> str:
-    if name in FLAGS and theirs not in ("none", None):
-        return f"pass --{name.replace('_', '-')} {_flag(theirs)}, or {AGAIN}"
+    flag = f"--{name.replace('_', '-')}"
+    if name in FLAGS and theirs is not None:
+        without = dict.fromkeys(("none", "own", "off"), f"leave out {flag}") | {"on": f"pass {flag}"}
+        return f"{without.get(str(theirs), f'pass {flag} {_flag(theirs)}')}, or {AGAIN}"
     if name in LIBRARIES and theirs:
         return f"install {name}=={theirs}, or {AGAIN}"
     if name in VARIABLES:
         return f"{f'set {name}={theirs!r}' if theirs else f'unset {name}'}, or {AGAIN}"
-    switches = {
-        "guidance": {"on": "pass a --guidance-scale above 1", "off": "pass --guidance-scale 1"},
-        "vae_tiling": {"on": "pass --vae-tiling", "off": "leave out --vae-tiling"},
-        "cache": {"none": "leave out --cache"},
-        "window_size": {"none": "leave out --window-size"},
-        "decoder": {"own": "leave out --decoder"},
-    }
-    switch = switches.get(name, {}).get(str(theirs))
-    return f"{switch}, or {AGAIN}" if switch else AGAIN
+    guidance = {"on": "pass a --guidance-scale above 1", "off": "pass --guidance-scale 1"}
+    return f"{guidance[theirs]}, or {AGAIN}" if name == "guidance" and theirs in ("on", "off") else AGAIN
 
 
 def _flag(value: Any) -> str:

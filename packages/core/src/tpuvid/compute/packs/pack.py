@@ -18,7 +18,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jax.sharding import Mesh
 
+    from tpuvid.contract.options import Options
 
 FORMAT = 1
 HEADER = "tpuvid_pack"
@@ -98,6 +99,13 @@ class Pack:
         except (zlib.error, ValueError):
             raise InputError(f"{self.path}: {program.name!r} is damaged; make or fetch the pack again") from None
         return deserialized(payload, program.out_tree, args, mesh)
+
+
+def with_pack(options: Options) -> Options:
+    """`options` with the pack that they name read, as `read_pack` does."""
+    if options.pack is None or isinstance(options.pack, Pack):
+        return options
+    return replace(options, pack=read_pack(options.pack, trusted=options.trust_pack))
 
 
 def read_pack(path: str | Path, *, trusted: bool = False) -> Pack:

@@ -10,16 +10,15 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tpuvid.contract.parsing import parse_settings
-from tpuvid.contract.settings import GenerationConfig
+from tpuvid.contract.settings import SETTINGS
 from tpuvid.errors import InputError
 
-SETTINGS = tuple(f.name for f in fields(GenerationConfig))
-ALIASES = {"steps": "num_inference_steps", "output_name": "output"}
+ALIASES = {flag.lstrip("-"): name for name, each in SETTINGS.items() for flag in each.flags[1:]} | {"output_name": "output"}
 STDIN = "-"
 MOST_ITEMS = 100_000
 NAME = re.compile("[^\0-\x1f/\\\\\ud800-\udfff]{1,200}")
@@ -150,7 +149,7 @@ def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
     axes: dict[str, list[Any]] = {}
     for word in words:
         name, equals, text = word.partition("=")
-        known = [setting for setting in SETTINGS if setting not in ("prompt", "negative_prompt")]
+        known = [setting for setting, about in SETTINGS.items() if not about.private]
         if not equals or not text:
             raise InputError(f"sweep {word!r}: needs a setting and its values, as in seed=0..7 or guidance_scale=4,5,6")
         name = _setting_name(f"sweep {word!r}", name, known)

@@ -10,14 +10,15 @@ from typing import Any
 
 from tpuvid.compute.run_key import settings_key
 from tpuvid.contract.models import ModelSpec
+from tpuvid.contract.options import Options
 from tpuvid.contract.settings import GenerationConfig
 from tpuvid.errors import InputError
 from tpuvid.files.checkpoint import Checkpoint
-from tpuvid.files.digests import digest_of
 from tpuvid.files.lora import read_loras
 from tpuvid.plugin.finding import resolve_model
 from tpuvid.runs.asked.items import Item, parse_sweep, read_prompts, several, swept
 from tpuvid.runs.asked.naming import names_of, said_of
+from tpuvid.runs.kept.identity import RunIdentity
 from tpuvid.runs.kept.work import Manifest, Work
 from tpuvid.runs.outputs import Outputs
 
@@ -76,7 +77,7 @@ class Generation:
     model: str
     spec: ModelSpec
     checkpoint: Checkpoint
-    options: Mapping[str, Any]
+    options: Options
     keeping: Keeping
     items: Sequence[Item]
     settings: Mapping[str, Any]
@@ -101,27 +102,22 @@ class Generation:
     def is_sweep(self) -> bool:
         return any(item.swept for item in self.items)
 
-    def origin(self) -> dict[str, Any]:
-        """What the latents of all its videos have in common."""
-        loras = read_loras(self.options["lora_path"], self.options["lora_scale"])
-        asked = {name: self.options[name] for name in ("dtype", "attention_backend", "text_encoder_device")}
-        return {
-            "model_id": self.spec.model_id,
-            "checkpoint": self.checkpoint.source if self.checkpoint.folder is None else None,
-            "fingerprint": self.checkpoint.fingerprint(),
-            "loras": replace(self.checkpoint, loras=loras).lora_record(),
-            **asked,
-        }
+    def identity(self) -> RunIdentity:
+        """What all its videos have in common."""
+        checkpoint = replace(self.checkpoint, loras=read_loras(self.options.lora_path, self.options.lora_scale))
+        keeping = self.keeping
+        return RunIdentity.of(
+            self.spec, checkpoint, self.options, metadata=keeping.metadata, prompt_in_metadata=keeping.prompt_in_metadata
+        )
 
     def wanted(self, manifest: Manifest | None) -> list[Wanted]:
         """Every video, with its name; raises `InputError` for one that can't be made or written."""
-        origin, keeping = self.origin(), self.keeping
-        how = [self.options["vae_tiling"], self.checkpoint.others_record(), keeping.metadata, keeping.prompt_in_metadata]
+        identity, keeping = self.identity(), self.keeping
         asked = [self._asked(item) for item in self.items]
-        name = "batch" if self.many else f"video-{digest_of([origin, asked[0].to_dict()])[:16]}"
-        work = Work(self.folder, name, private=not keeping.prompt_in_metadata)
+        name = "batch" if self.many else f"video-{identity.key('folder', asked[0])}"
+        work = Work(self.folder, name, identity, private=not keeping.prompt_in_metadata)
         configs = self._with_seeds(asked, manifest, work)
-        keys = [digest_of([origin, how, config.to_dict()])[:16] for config in configs]
+        keys = [identity.key("request", config) for config in configs]
         names = names_of(self.items, configs, keys, manifest, with_prompt=keeping.prompt_in_metadata)
         found = []
         for item, config, key, name in zip(self.items, configs, keys, names, strict=True):
@@ -133,7 +129,7 @@ class Generation:
     def _asked(self, item: Item) -> GenerationConfig:
         try:
             config = self.spec.configure(**{**self.settings, **item.settings})
-            if pack := self.options.get("pack"):
+            if pack := self.options.pack:
                 pack.check(settings_key(self.spec, config))
         except InputError as error:
             item.raise_as(error)
@@ -163,7 +159,7 @@ def plan_generation(
     num_videos: int,
     sweep: Sequence[str],
     settings: Mapping[str, Any],
-    options: Mapping[str, Any],
+    options: Options,
     keeping: Keeping,
     **how: Any,
 ) -> Generation:
@@ -173,7 +169,7 @@ def plan_generation(
     if keeping.output and keeping.output_dir:
         raise InputError(f"give either --output={keeping.output} or --output-dir={keeping.output_dir}")
     axes = parse_sweep(sweep)
-    spec, checkpoint = resolve_model(model, decoder=options["decoder"])
+    spec, checkpoint = resolve_model(model, decoder=options.decoder)
     items = [Item({"prompt": prompt})] if prompts is None else read_prompts(prompts)
     items = swept(several(items, num_videos, settings.get("seed", spec.defaults.seed)), axes)
     many = prompts is not None or len(items) > 1

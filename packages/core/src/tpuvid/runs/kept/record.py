@@ -5,7 +5,7 @@ Flat, JSON-ready: ``model_id``, every setting of `GenerationConfig`, and
 
     checkpoint, revision, fingerprint, loras    the weights: where they were, commit of the Hub, hash
     others       the hashes of components that are not the checkpoint's own: another decoder
-    options      dtype, attention_backend, mesh, text_encoder_device, vae_tiling, decoder
+    options      those of `tpuvid.contract.options` that decide what is computed
     versions     of Python and of the packages that compute
     history      by stage: devices and layout, step cache, seconds
     latents_sha256, frames_sha256    of float32 [1, C, f, h, w], and of uint8 [F, H, W, 3] before they are compressed
@@ -19,9 +19,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpuvid.contract.settings import PRIVATE
 from tpuvid.errors import InputError
 from tpuvid.files.digests import check_seal, file_sha256, sealed, tensors_digest
-from tpuvid.files.stage_files import PROMPTS
 from tpuvid.files.versions import versions
 from tpuvid.plugin.registry import registry
 
@@ -43,8 +43,8 @@ def make_record(
     request: str | None,
     with_prompt: bool,
 ) -> dict[str, Any]:
-    """Of a video decoded from `latents`; `with_prompt` False leaves out both prompts."""
-    settings = {name: value for name, value in config.to_dict().items() if with_prompt or name not in PROMPTS}
+    """Of a video decoded from `latents`; `with_prompt` False leaves out what is private."""
+    settings = {name: value for name, value in config.to_dict().items() if with_prompt or name not in PRIVATE}
     denoised = history.get("denoise", {})
     record = {
         "model_id": latents.model_id,
@@ -54,7 +54,7 @@ def make_record(
         "fingerprint": latents.fingerprint,
         "loras": denoised.get("loras", []),
         "others": pipe.checkpoint.others_record(),
-        "options": pipe.runtime.asked() | {"decoder": pipe.spec.decoder},
+        "options": pipe.runtime.asked().recorded() | {"decoder": pipe.spec.decoder},
         "versions": versions(*registry().packages_of(pipe.spec)),
         "history": history,
         "latents_sha256": latents_digest(latents),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from tpuvid.files.stage_files import (
     save_conditioning,
     save_latents,
 )
+from tpuvid.runs.kept.identity import RunIdentity
 
 BATCH, BEGUN = "batch.json", "begun.json"
 FORMAT = 1
@@ -46,8 +47,8 @@ class Work:
 
     output_dir: Path
     name: str
-    origin: Mapping[str, Any] = field(default_factory=dict)
-    """Of the files: checkpoint and options."""
+    identity: RunIdentity
+    """All but the config, which each video has its own of."""
     private: bool = False
     """Whether no file may say the prompts. The names don't depend on it: either kind of run goes on from the other's."""
 
@@ -78,19 +79,14 @@ class Work:
 
     def embeddings(self, config: GenerationConfig) -> Path:
         """The folder of stage 1's file."""
-        names = ("prompt", "negative_prompt", "max_sequence_length")
-        asked = {name: getattr(config, name) for name in names} | {"guidance": config.do_classifier_free_guidance}
-        return self._folder("embeddings", asked)
+        return self._folder("embeddings", config)
 
     def latents(self, config: GenerationConfig) -> Path:
         """The folder of stage 2's file."""
-        return self._folder("latents", config.to_dict())
+        return self._folder("latents", config)
 
-    def _folder(self, kind: str, asked: Mapping[str, Any]) -> Path:
-        return self.folder / f"{kind}-{self._key(asked)}"
-
-    def _key(self, asked: Mapping[str, Any]) -> str:
-        return digest_of([self.origin, asked])[:16]
+    def _folder(self, kind: str, config: GenerationConfig) -> Path:
+        return self.folder / f"{kind}-{self.identity.key(kind, config)}"
 
     def load_embeddings(self, config: GenerationConfig) -> Conditioning | None:
         """None where there are none, or none that are whole."""
