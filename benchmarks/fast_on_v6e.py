@@ -22,7 +22,7 @@ import click
 from tpuvid.contract.options import Options
 from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.bundles import dump_flags, kernels, pallas_grids
-from tpuvid.plan.jobs import Jobs, Report
+from tpuvid.plan.jobs import Jobs
 from tpuvid.plan.planning import GIB, Planner
 from tpuvid.plan.topologies import parse_topology
 from tpuvid.plugin.registry import registry
@@ -72,7 +72,7 @@ def attention(kernel: str, band: Any = None) -> Any:
     }[kernel]
 
 
-def count(job: Mapping[str, Any], report: Report) -> float:
+def count(job: Mapping[str, Any]) -> float:
     """A job: predicted milliseconds of one call."""
     import jax
     import jax.numpy as jnp
@@ -93,7 +93,7 @@ def count(job: Mapping[str, Any], report: Report) -> float:
     return kernel.milliseconds(TOPOLOGY.chip)
 
 
-def measure_error(job: Mapping[str, Any], report: Report) -> float:
+def measure_error(job: Mapping[str, Any]) -> float:
     """A job: relative error of bfloat16 attention against float64."""
     import jax.numpy as jnp
     import numpy as np

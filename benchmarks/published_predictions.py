@@ -20,7 +20,7 @@ from typing import Any
 from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.bundles import dump_flags
 from tpuvid.plan.cost import Prediction, predict
-from tpuvid.plan.jobs import Jobs, Report
+from tpuvid.plan.jobs import Jobs
 from tpuvid.plan.schedules import schedule_cycles
 from tpuvid.plan.topologies import parse_topology
 
@@ -68,7 +68,7 @@ PUBLISHED = {
 }
 
 
-def compile_published(argument: Mapping[str, Any], report: Report) -> list[list[int]]:
+def compile_published(argument: Mapping[str, Any]) -> list[list[int]]:
     """A job: writes the scheduled program of `argument["name"]` to `argument["hlo"]`; returns its devices' coordinates."""
     import jax
     import jax.numpy as jnp

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,34 @@ def load(model, tmp_path, **options):
     traced = TracedModule(build(Model), scan={"blocks": Scan(2)}, **options)
     params = load_parameters(traced, Weights([tmp_path / "m.safetensors"]), mesh=MESH, dtype=np.dtype(np.float32))
     return traced, params | traced.buffers()
+
+
+class Slow(nn.Module):
+    """Casts, and takes so long to trace that another thread begins meanwhile."""
+
+    def forward(self, x, reference):
+        time.sleep(0.05)
+        out = torch.zeros_like(x)
+        out[:, 1:] = x[:, 1:]
+        time.sleep(0.05)
+        return out.type_as(reference)
+
+
+def test_threads_trace_one_after_the_other():
+    from torchax.tensor import Tensor
+    from torchax.view import NarrowInfo
+
+    traced, x = TracedModule(build(Slow)), jnp.ones((2, 3))
+
+    def trace(_):
+        return jax.jit(lambda x: traced.function()({}, x, x))(x)
+
+    stock = Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(trace, range(4)))
+    assert (Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor) == stock
+    for out in found:
+        np.testing.assert_array_equal(out, [[0, 1, 1]] * 2)
 
 
 def test_scanned_blocks_equal_the_loop(tmp_path):

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -57,20 +56,6 @@ class Net(nn.Module):
         return self.out(x) * (1 + temb)
 
 
-class Events(Progress):
-    """Notes the order in which phases begin."""
-
-    def __init__(self):
-        super().__init__()
-        self.events = []
-
-    @contextmanager
-    def phase(self, name):
-        self.events.append(name)
-        with super().phase(name):
-            yield
-
-
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
@@ -83,7 +68,8 @@ def schedule():
 
 
 def run(net, schedule, *, cache=UNCACHED, scale=3.0, on_step=lambda done, total: None, **options):
-    runtime = Runtime.create(dtype="float32", progress=Events(), **options)
+    runtime = Runtime.create(dtype="float32", **options)
+    events = []
     traced = TracedModule(build(Net), scan={"blocks": Scan(1)})
     params = {k: v.numpy() for k, v in net.state_dict().items() if "blocks" not in k}
     for leaf in ("weight", "bias"):
@@ -99,8 +85,10 @@ def run(net, schedule, *, cache=UNCACHED, scale=3.0, on_step=lambda done, total:
     scales = None if scale is None else np.full(STEPS, scale, np.float32)
     text = jnp.asarray([0.5] if scale is None else [0.5, -0.25]).reshape(-1, 1, 1, 1)
     loop = Loop(seeds=(0,), after_step=lambda at: on_step(at.done, at.total))
-    found = sampler.sample(params, text, noise, schedule, scales=scales, generators=generators, cache=cache, loop=loop)
-    return found, runtime.progress, generators[0]
+    with Progress(events.append).watching() as progress:
+        found = sampler.sample(params, text, noise, schedule, scales=scales, generators=generators, cache=cache, loop=loop)
+    progress.begun = list(dict.fromkeys(event.what for event in events))
+    return found, progress, generators[0]
 
 
 @torch.no_grad()
@@ -141,7 +129,7 @@ def test_a_cached_run_differs_and_says_which_steps(net, schedule):
 
 def test_both_programs_compile_before_the_first_step(net, schedule):
     _, progress, _ = run(net, schedule, cache=CACHE, warmup_steps=1)
-    assert progress.events == ["compile full step (deepcache)", "compile cached step (deepcache)", "warm up", "denoise"]
+    assert progress.begun == ["compile full step (deepcache)", "compile cached step (deepcache)", "warm up", "denoise"]
 
 
 @pytest.mark.parametrize("cache", [UNCACHED, CACHE], ids=["uncached", "deepcache"])
@@ -192,7 +180,7 @@ def test_every_run_has_a_profile_of_its_own(net, schedule, tmp_path):
     runs = [run(net, schedule, profile=tmp_path)[1] for _ in range(2)]
     assert len({progress.notes["profile"] for progress in runs}) == 2
     assert len(list(tmp_path.rglob("*.xplane.pb"))) == 2
-    assert all(progress.events[-2:] == ["denoise", "write profile"] for progress in runs)
+    assert all(progress.begun[-2:] == ["denoise", "write profile"] for progress in runs)
 
 
 def test_a_stopped_run_ends_its_profile(net, schedule, tmp_path):

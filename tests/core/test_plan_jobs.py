@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tpuvid import InputError
+from tpuvid.compute.progress import current
 from tpuvid.errors import TpuvidError
 from tpuvid.files import scratch as scratch_module
 from tpuvid.files.scratch import LOCK, PREFIX, scratch_folder
@@ -16,30 +17,30 @@ from tpuvid.plan.jobs import Jobs, Task
 TESTS = {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-def echo(argument, report):
+def echo(argument):
     print("what a library prints goes elsewhere")
-    report({"phase": "one"})
-    return argument | {"variable": os.environ["A_VARIABLE"]}
+    with current().phase("one"):
+        return argument | {"variable": os.environ["A_VARIABLE"]}
 
 
-def refuse(argument, report):
+def refuse(argument):
     raise InputError("height=70: needs a multiple of 16")
 
 
-def crash(argument, report):
+def crash(argument):
     raise RuntimeError("a bug\nwith details")
 
 
-def hang(argument, report):
-    report({"phase": "hanging"})
-    time.sleep(600)
+def hang(argument):
+    with current().phase("hanging"):
+        time.sleep(600)
 
 
-def die(argument, report):
+def die(argument):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def cores(argument, report):
+def cores(argument):
     time.sleep(0.2)  # until whoever started us has said which
     return sorted(os.sched_getaffinity(0))
 
@@ -52,7 +53,9 @@ def run(function, argument=None):
 
 def test_events_come_in_order_and_the_result_last():
     events = run(echo, {"x": 1})
-    assert events == [("job", {"phase": "one"}), ("job", {"result": {"x": 1, "variable": "set"}})]
+    begun, ended = (event.pop("progressed") for _, event in events[:2])
+    assert begun["what"] == ended["what"] == "one" and begun["seconds"] is None and ended["seconds"] >= 0
+    assert events[2:] == [("job", {"result": {"x": 1, "variable": "set"}})]
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core can't be shared")

@@ -6,7 +6,7 @@ import pytest
 from tpuvid import InputError
 from tpuvid.compute.kernels.placement import placement
 from tpuvid.compute.mesh import make_mesh
-from tpuvid.compute.progress import Progress
+from tpuvid.compute.progress import Progress, current
 from tpuvid.compute.runtime import describe_mesh
 from tpuvid.contract import MeshConfig
 from tpuvid.family import Runtime
@@ -50,7 +50,7 @@ def test_the_record_says_where_programs_ran():
     runtime = Runtime.create()
     for _ in range(2):
         runtime.programs(make_mesh(MeshConfig(), runtime.devices)).get("f", lambda x: x + 1, np.zeros(3, np.float32))
-    assert runtime.progress.take()["devices"] == "1 × cpu"
+    assert current().take()["devices"] == "1 × cpu"
     mesh = SimpleNamespace(size=8, shape={"dp": 2, "tp": 4}, devices=np.array([[SimpleNamespace(device_kind="TPU v6 lite")]]))
     assert describe_mesh(mesh) == "8 × TPU v6 lite, dp=2, tp=4"
 

@@ -5,26 +5,25 @@ from typing import Any
 
 import jax
 import tpuvid
+from tpuvid.compute.progress import current
 from tpuvid.runs.pipeline import Pipeline
 
 _load = tpuvid.load
 _kept: dict[str, Pipeline] = {}
 
 
-def kept(model: str, *, progress: object = None, **options: Any) -> Pipeline:
+def kept(model: str, **options: Any) -> Pipeline:
     """``tpuvid.load(model, **options)``, or what it gave before. Also in its place, for command lines that run in process.
 
-    What is timed goes to the pipeline's own `Progress`, which shows nothing, and `free` frees nothing. With a pack
-    everything is new.
+    `free` frees nothing. With a pack everything is new.
     """
     if options.get("pack"):
-        return _load(model, progress=progress, **options)
+        return _load(model, **options)
     model = str(Path(model).resolve()) if Path(model).exists() else model
     level = jax.config.read("jax_disable_most_optimizations")
     key = repr((model, level, sorted((name, value) for name, value in options.items() if value is not None)))
     if key not in _kept:
         _kept[key] = _load(model, **options)
         _kept[key].free = lambda: None
-    pipe = _kept[key]
-    pipe.runtime.progress.take()  # of a run that failed
-    return pipe
+    current().take()  # of a run that failed
+    return _kept[key]

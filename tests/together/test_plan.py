@@ -45,7 +45,7 @@ def wan_tiny(ledger):
     return spec, configs_checkpoint(spec, checkpoint, ledger.array)
 
 
-def dry_run(job, report):
+def dry_run(job):
     """In a process of its own: under pytest annotations are checked, and an absent array is none."""
     found = {}
     for stages in job["stages"]:

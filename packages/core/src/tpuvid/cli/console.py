@@ -5,52 +5,57 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from tpuvid.compute.progress import Progress, StepReport
+from tpuvid.compute.progress import Progress
+from tpuvid.contract.events import Event, Noticed, Progressed, Reached
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
-class ConsoleProgress(Progress):
-    """Lines and a bar on stderr with s/step and ETA; silent where stderr is no terminal."""
+class Console:
+    """Shows events as lines and a bar on stderr, with s/step and ETA; silent where stderr is no terminal."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._visible = sys.stderr.isatty()
+        self._bar: tqdm | None = None
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        hint = " (can take minutes the first time; kept for later runs)" if name.startswith("compile") else ""
-        self._show(f"{name}{hint} …")
-        before = self.seconds.get(name, 0.0)
-        try:
-            with super().phase(name):
-                yield
-        except BaseException:
-            self._show("\n")  # what is said next starts its own line
-            raise
-        self._show(f"\r{name}: {self.seconds[name] - before:.1f} s\033[K\n")
+    def __call__(self, event: Event) -> None:
+        if not self._visible:
+            return
+        match event:
+            case Reached():
+                self._show(f"{event.what} {event.number} of {event.total}\n")
+            case Noticed():
+                self._show(f"{event.text}\n")
+            case Progressed(total=int()):
+                self._steps(event)
+            case Progressed(failed=True):
+                self._show("\n")  # what is said next starts its own line
+            case Progressed(seconds=None):
+                hint = " (can take minutes the first time; kept for later runs)" if event.what.startswith("compile") else ""
+                self._show(f"{event.what}{hint} …")
+            case Progressed():
+                self._show(f"\r{event.what}: {event.seconds:.1f} s\033[K\n")
 
-    @contextmanager
-    def steps(self, name: str, total: int, done: int = 0) -> Iterator[StepReport]:
-        from tqdm import tqdm
+    def _steps(self, at: Progressed) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
 
-        bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=not self._visible)
-        with Progress.phase(self, name), bar:
-            yield _Bar(total, done, bar)
-
-    def say(self, text: str) -> None:
-        self._show(f"{text}\n")
+            self._bar = tqdm(total=at.total, initial=at.done or 0, desc=at.what, unit="step")
+        self._bar.update((at.done or 0) - self._bar.n)
+        if at.seconds is not None:
+            self._bar.close()
+            self._bar = None
 
     def _show(self, text: str) -> None:
-        if self._visible:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
-class _Bar(StepReport):
-    def __init__(self, total: int, done: int, bar):
-        super().__init__(total, done)
-        self.bar = bar
-
-    def __call__(self, done: int) -> None:
-        self.bar.update(done - self.done)
-        super().__call__(done)
+@contextmanager
+def watched() -> Iterator[None]:
+    """Within it, what this thread computes is shown."""
+    with Progress(Console()).watching():
+        yield

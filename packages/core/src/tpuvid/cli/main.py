@@ -18,6 +18,7 @@ import click
 
 import tpuvid
 from tpuvid.cli.commands import Commands
+from tpuvid.cli.console import watched
 from tpuvid.cli.leaving import leave
 from tpuvid.cli.options import (
     config_option,
@@ -42,6 +43,7 @@ from tpuvid.cli.options import (
     split,
     stage_model_option,
 )
+from tpuvid.compute.progress import current
 from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.plugin.checks import OWN
 from tpuvid.plugin.registry import registry
@@ -65,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str] | None = None) -> int:
     try:
-        code = cli.main(argv, prog_name="tpuvid", standalone_mode=False)
+        with watched():
+            code = cli.main(argv, prog_name="tpuvid", standalone_mode=False)
         return code if isinstance(code, int) else 0  # of a plugin's command: anything
     except click.exceptions.NoArgsIsHelpError as help_request:
         click.echo(help_request.format_message())
@@ -408,11 +411,8 @@ def _with_pack(options: Options) -> Options:
 
 
 def _load(model: str, options: Options) -> Pipeline:
-    from tpuvid.cli.console import ConsoleProgress
-
-    progress = ConsoleProgress()
-    with progress.phase("start"):  # jax and torch are imported here
-        return tpuvid.load(model, progress=progress, keep_programs=True, **options.given())
+    with current().phase("start"):  # jax and torch are imported here
+        return tpuvid.load(model, keep_programs=True, **options.given())
 
 
 def _stage_model(

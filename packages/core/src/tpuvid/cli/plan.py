@@ -46,16 +46,13 @@ def compile_command(model: str, topology: str, output: Path, overwrite: bool, **
     Programs depend on the model, the size, guidance on or off, the cache and the devices; not on the prompt, the seed, the
     number of steps (from two on) or the scales.
     """
-    from tpuvid.cli.console import ConsoleProgress
     from tpuvid.plan.compiling import compile_pack
     from tpuvid.plugin.finding import resolve_model
 
     settings, options = split(given)
     spec, _ = resolve_model(model)
     spec.configure(**settings)
-    made = compile_pack(
-        model, topology, output, settings=settings, options=options, overwrite=overwrite, progress=ConsoleProgress()
-    )
+    made = compile_pack(model, topology, output, settings=settings, options=options, overwrite=overwrite)
     for program in made.programs:
         click.echo(f"{program['stage']}: {program['name']}: {program['bytes'] / 1e6:.1f} MB, {program['seconds']:.1f} s")
     click.echo(f"pack: {made.path} ({made.bytes / 1e6:.1f} MB)")

@@ -1,11 +1,13 @@
 """torchax, set up for tracing, and what a module may call while it is traced. The only module of tpuvid that touches torchax.
 
-Nothing is enabled globally and no torch tensor is computed with.
+Nothing is enabled globally and no torch tensor is computed with. While a module is traced, classes of torchax are other ones
+for the whole process, and the module itself is changed: threads do it one after the other (`TRACING`).
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ from tpuvid.compute.kernels.placement import placement
 from tpuvid.compute.kernels.tokens import Stream
 
 Params = dict[str, jax.Array]
+TRACING = threading.RLock()
+"""Held by whoever builds or traces a module. Compiling, loading weights and running programs need it not."""
 
 
 class _Missing:
@@ -104,7 +108,14 @@ class _Trees:
 @contextmanager
 def tracing() -> Iterator[Any]:
     """The environment, entered, for as long as a module is traced."""
-    env = environment()
+    with TRACING, _patched(environment()) as env, env, torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # torch's index type; int32 will do
+        yield env
+
+
+@contextmanager
+def _patched(env: Any) -> Iterator[Any]:
+    """Within it, torchax's tensors cast, and write slices, as torch's do."""
     from torchax import tensor as tensors
     from torchax.tensor import Tensor
     from torchax.view import NarrowInfo
@@ -126,9 +137,7 @@ def tracing() -> Iterator[Any]:
     Tensor.type_as = lambda tensor, other: tensor.to(other.dtype)
     Tensor.__setitem__, NarrowInfo.update_tensor, tensors.torch_pytree = set_item, update_tensor, _Trees
     try:
-        with env, torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # torch's index type; int32 will do
-            yield env
+        yield env
     finally:
         Tensor.type_as, Tensor.__setitem__, NarrowInfo.update_tensor, tensors.torch_pytree = stock
 

@@ -22,6 +22,7 @@ from tpuvid.compute.kernels.placement import SpatialSplit, picture_split
 from tpuvid.compute.kernels.spatial import AXIS, choose_split
 from tpuvid.compute.mesh import make_mesh
 from tpuvid.compute.parameters import load_parameters, match_parameters
+from tpuvid.compute.progress import current
 from tpuvid.compute.runtime import LEAST_EFFORT, Runtime, replicated
 from tpuvid.compute.sampling import check_latents
 from tpuvid.compute.tiling import Tiling
@@ -158,7 +159,7 @@ class VaeDecoder(ABC):
         return self._to_host(memories) if self.tiling else memories
 
     def _to_host(self, arrays: Any) -> Any:
-        with self.runtime.progress.phase("decode"):
+        with current().phase("decode"):
             return self.runtime.fetch(arrays)
 
     def to_frames(self, pixels: Float[Array, "B 3 n H W"]) -> Float[Array, "B n H W 3"]:

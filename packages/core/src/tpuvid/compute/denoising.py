@@ -21,6 +21,7 @@ from tpuvid.compute import sampling
 from tpuvid.compute.bridge import Params
 from tpuvid.compute.kernels import Window, attention_window
 from tpuvid.compute.profiling import StepProfiler
+from tpuvid.compute.progress import current
 from tpuvid.compute.runtime import Program, Runtime, batch_sharded, replicated
 from tpuvid.compute.schedule import Schedule, advance, estimate
 from tpuvid.compute.step_caches import Uncached
@@ -76,7 +77,7 @@ class Sampler:
         `inputs` are on the devices; where `scales` (of guidance, by step) are given, the negative prompts' follow the
         prompts' in each batch. `to_latents` makes [B, C, f, h, w] of a sample.
         """
-        total, progress = len(schedule.timesteps), self.runtime.progress
+        total, progress = len(schedule.timesteps), current()
         is_full = cache.full_steps(total)
         begun, state = self._begin(noise, schedule, generators, is_full, loop.start)
         first = first_moment(schedule, scales, noise.shape)
@@ -88,7 +89,7 @@ class Sampler:
         kept: Any = None
         resumable: Callable[[], LoopState] | None = None
         steps = progress.steps("denoise", total, begun)
-        with steps as report, StepProfiler(self.runtime.profile, is_full, progress) as profiler, loop.running():
+        with steps as report, StepProfiler(self.runtime.profile, is_full) as profiler, loop.running():
             for step in range(begun, total):
                 if loop.after_step and cached and is_full[step]:
                     resumable = self._state(step, jnp.copy(state), generators)
@@ -186,7 +187,7 @@ class Sampler:
         else:
             seen = window.reach * window.run // (height * width)
             shown = f"{seen} frames of tokens ({seen * video_frames} of the video) to either side"
-        self.runtime.progress.note("window", shown)
+        current().note("window", shown)
         return window
 
     def compile(

@@ -12,6 +12,7 @@ from torch import nn
 
 from tpuvid.compute.mesh import Rule, split_sizes
 from tpuvid.compute.parameters import load_parameters, match_parameters
+from tpuvid.compute.progress import current
 from tpuvid.compute.runtime import LEAST_EFFORT, Runtime, replicated
 from tpuvid.compute.scanned import Scan
 from tpuvid.compute.traced import TracedModule
@@ -62,7 +63,7 @@ class Encoder:
             for name in ("input_ids", "attention_mask")
         ]
         run = self.programs.get(self.component.replace("_", " "), embed, self.params, *inputs)
-        with self.runtime.progress.phase("encode"):
+        with current().phase("encode"):
             return self.runtime.fetch(run(self.params, *inputs))
 
 

@@ -9,7 +9,7 @@ from typing import Self
 
 import jax
 
-from tpuvid.compute.progress import Progress
+from tpuvid.compute.progress import current
 
 PROFILED_STEPS = 5
 """Enough to see that steps are alike; traces of many steps are too large to open."""
@@ -26,8 +26,8 @@ def steady_steps(is_full: Sequence[bool]) -> range:
 class StepProfiler:
     """Profiles the steady ones of a run's steps into a new folder of its own in `folder`; does nothing where that is None."""
 
-    def __init__(self, folder: Path | None, is_full: Sequence[bool], progress: Progress):
-        self.folder, self._steps, self._progress = folder, steady_steps(is_full), progress
+    def __init__(self, folder: Path | None, is_full: Sequence[bool]):
+        self.folder, self._steps = folder, steady_steps(is_full)
         self._running = ExitStack()
         self.written: Path | None = None
         """Where the profile's files are, once they are written."""
@@ -54,7 +54,7 @@ class StepProfiler:
             self._running.close()
 
     def _stop(self, run: Path) -> None:
-        with self._progress.phase("write profile"):
+        with current().phase("write profile"):
             jax.profiler.stop_trace()
         (self.written,) = (run / "plugins" / "profile").iterdir()
 

@@ -1,45 +1,89 @@
-"""What is going on, and how long it took. Library code reports phases; only `ConsoleProgress` shows them."""
+"""What a run is doing, and how long each part took. A run's progress is that of its thread, so that runs don't mix."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Self
+
+from tpuvid.contract.events import Emit, Event, Noticed, Progressed, Reached
 
 
 class Progress:
-    """Records the wall-clock seconds of every phase by name, and notes; shows nothing."""
+    """The wall-clock seconds of every phase of a run, by name, and notes; `emit` is told of what happens."""
 
-    def __init__(self) -> None:
+    def __init__(self, emit: Emit = lambda event: None) -> None:
+        self.emit = emit
         self.seconds: dict[str, float] = {}
         self.notes: dict[str, Any] = {}
         self._inner = 0.0
 
+    @contextmanager
+    def watching(self) -> Iterator[Self]:
+        """Within it, what this thread computes is reported here: see `current`."""
+        token = _current.set(self)
+        try:
+            yield self
+        finally:
+            _current.reset(token)
+
     def note(self, name: str, value: Any) -> None:
         """Something to keep with the stage's result, JSON-ready."""
         self.notes[name] = value
-
-    def say(self, text: str) -> None:
-        """Where the work has got to, for whoever watches."""
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A part of the work with no known length: "load denoiser", "compile denoiser". A phase within it counts by itself."""
-        outer, self._inner = self._inner, 0.0
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            took = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner
-            self._inner = outer + took
 
     def note_also(self, name: str, value: str) -> None:
         """One of several things under one name, "; " between them, each once."""
         values = self.notes[name].split("; ") if name in self.notes else []
         if value not in values:
             self.notes[name] = "; ".join([*values, value])
+
+    def notice(self, text: str) -> None:
+        """Something that the user should know at once."""
+        self.emit(Noticed(text=text))
+
+    def reach(self, what: str, number: int, total: int) -> None:
+        """The next of several like parts begins: "decoding 2 of 4"."""
+        self.emit(Reached(what=what, number=number, total=total))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of the work with no known length: "load denoiser", "compile denoiser". A phase within it counts by itself."""
+        with self._timed(lambda seconds, failed: Progressed(what=name, seconds=seconds, failed=failed), name):
+            yield
+
+    @contextmanager
+    def steps(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """A part of the work in `total` steps, some of which may be `done`; call the result after each with those done."""
+        at = done
+
+        def report(done: int) -> None:
+            nonlocal at
+            at = done
+            self.emit(event())
+
+        def event(seconds: float | None = None, failed: bool = False) -> Progressed:
+            return Progressed(what=name, done=at, total=total, seconds=seconds, failed=failed)
+
+        with self._timed(event, name):
+            yield report
+
+    @contextmanager
+    def _timed(self, event: Callable[[float | None, bool], Event], name: str) -> Iterator[None]:
+        outer, self._inner = self._inner, 0.0
+        failed = True
+        self.emit(event(None, False))
+        start = time.perf_counter()
+        try:
+            yield
+            failed = False
+        finally:
+            took = time.perf_counter() - start
+            own = took - self._inner
+            self.seconds[name] = self.seconds.get(name, 0.0) + own
+            self._inner = outer + took
+            self.emit(event(own, failed))
 
     def take(self) -> dict[str, Any]:
         """The notes and the seconds recorded since the last call."""
@@ -48,16 +92,14 @@ class Progress:
         self.seconds, self.notes = {}, {}
         return taken
 
-    @contextmanager
-    def steps(self, name: str, total: int, done: int = 0) -> Iterator[StepReport]:
-        """A part of the work in `total` steps, some of which may be `done`; call the result after each."""
-        with self.phase(name):
-            yield StepReport(total, done)
+
+_current: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 
-class StepReport:
-    def __init__(self, total: int, done: int = 0):
-        self.total, self.done = total, done
-
-    def __call__(self, done: int) -> None:
-        self.done = done
+def current() -> Progress:
+    """That of the run which this thread computes; one that nobody watches where none is."""
+    found = _current.get()
+    if found is None:
+        found = Progress()
+        _current.set(found)
+    return found

@@ -1,4 +1,4 @@
-"""Where and how a stage runs: devices, dtype, attention backend, compilation cache, progress."""
+"""Where and how a stage runs: devices, dtype, attention backend, compilation cache."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tpuvid.compute.bridge import TRACING
 from tpuvid.compute.chips import CHIPS
 from tpuvid.compute.kept_programs import KeptPrograms
 from tpuvid.compute.kernels import placed_on
@@ -23,7 +24,7 @@ from tpuvid.compute.kernels.block_sizes import block_rows, read_rows, tables_in_
 from tpuvid.compute.kernels.placement import WINDOWED_BACKENDS
 from tpuvid.compute.mesh import Rule, default_mesh_config, make_mesh, split_sizes
 from tpuvid.compute.packs.pack import Pack, signature
-from tpuvid.compute.progress import Progress
+from tpuvid.compute.progress import current
 from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.options import OPTIONS, Options
 from tpuvid.errors import InputError, TpuvidError
@@ -93,7 +94,6 @@ class Runtime:
     vae_tiling: bool = False
     pack: Pack | None = None
     """Programs that need not be compiled; checked by whoever knows what is to run."""
-    progress: Progress = field(default_factory=Progress)
     kept: KeptPrograms = field(default_factory=KeptPrograms)
     """What earlier processes have traced and compiled for one stage."""
 
@@ -218,7 +218,7 @@ class Programs:
 
         `variant`: what `function` is traced for beside the shapes of `args`.
         """
-        self._runtime.progress.note_also("devices", describe_mesh(self._mesh))
+        current().note_also("devices", describe_mesh(self._mesh))
         leaves, structure = jax.tree.flatten(args)
         key = (what, variant, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
@@ -230,12 +230,12 @@ class Programs:
         return self._compiled[key]
 
     def _made(self, what: str, function: Callable[..., Any], donate: tuple[int, ...], args: tuple[Any, ...]) -> Program:
-        with self._runtime.progress.phase(f"{self._doing} {what}"), self._runtime.scope(self._mesh):
+        with current().phase(f"{self._doing} {what}"), self._runtime.scope(self._mesh):
             return self._compile(what, jax.jit(function, donate_argnums=donate), args)
 
     def _from_pack(self, pack: Pack, what: str, args: tuple[Any, ...]) -> Program | None:
         """The program as the pack has it; None, with a note of why, where it is to be compiled: better late than not at all."""
-        progress = self._runtime.progress
+        progress = current()
         found = pack.find(what, signature(args, self._mesh))
         if found is None:
             progress.note_also("compiled beside the pack", f"{what} (not in it for these shapes)")
@@ -253,7 +253,9 @@ class Programs:
         return program
 
     def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> Program:
-        return function.lower(*args).compile(self._options)
+        with TRACING:
+            lowered = function.lower(*args)
+        return lowered.compile(self._options)
 
 
 def _compiler_options(platform: str, effort: float | None) -> dict[str, Any] | None:

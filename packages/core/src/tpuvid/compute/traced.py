@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
-from tpuvid.compute.bridge import Params, tracing
+from tpuvid.compute.bridge import TRACING, Params, tracing
 from tpuvid.compute.outline import Config, Outline, code_of, config_of, words_of
 from tpuvid.compute.scanned import Scan, ScannedBlocks, Tap
 from tpuvid.files.kept import Entry, Kept
@@ -29,7 +29,7 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
     """The module that `make` gives, in eval mode: parameters on the meta device (no memory), buffers real."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with TRACING, init_empty_weights(include_buffers=False):  # which changes nn.Module for the process
         module = make()
     if hasattr(module, "tie_weights"):  # moving each parameter has undone transformers' own ties
         module.tie_weights()
@@ -68,13 +68,14 @@ class TracedModule:
     @cached_property
     def module(self) -> nn.Module:
         """The module, built: parameters have no values."""
-        module = self._make()
-        for name, how in self._scan.items():
-            blocks = ScannedBlocks(getattr(module, name), how)
-            setattr(module, name, blocks)
-            blocks.fsdp = self._fsdp
-            self._stacks[f"{name}.layer."] = blocks
-        return module
+        with TRACING:
+            module = self._make()
+            for name, how in self._scan.items():
+                blocks = ScannedBlocks(getattr(module, name), how)
+                setattr(module, name, blocks)
+                blocks.fsdp = self._fsdp
+                self._stacks[f"{name}.layer."] = blocks
+            return module
 
     def _described(self) -> Entry:
         module = self.module
@@ -146,11 +147,12 @@ class TracedModule:
         if len(self._stacks) != 1:
             raise ValueError(f"{type(module).__name__} has {len(self._stacks)} scanned stacks of blocks, not one")
         (stack,) = self._stacks.values()
-        stack.tap = Tap(kept)
-        try:
-            yield stack.tap
-        finally:
-            stack.tap = None
+        with TRACING:
+            stack.tap = Tap(kept)
+            try:
+                yield stack.tap
+            finally:
+                stack.tap = None
 
     def buffers(self) -> Params:
         """The module's buffers (RoPE tables and the like), computed by its own constructor."""

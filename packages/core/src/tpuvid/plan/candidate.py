@@ -14,11 +14,10 @@ from jax.sharding import SingleDeviceSharding
 from tpuvid.compute.kernels.block_sizes import AttentionShape, Blocks
 from tpuvid.compute.kernels.flash import attention_flash
 from tpuvid.plan.bundles import kernels, pallas_grids
-from tpuvid.plan.jobs import Report
 from tpuvid.plan.topologies import parse_topology
 
 
-def count_cycles(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def count_cycles(job: Mapping[str, Any]) -> dict[str, Any]:
     """`job` has "topology", "shape", "blocks" and "dump", the folder that libtpu was told to leave schedules in.
 
     Returns "cycles", or None and a "reason" where the kernel can't be compiled with these blocks.

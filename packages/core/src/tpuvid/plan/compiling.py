@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tpuvid.compute.opening import open_stage
-from tpuvid.compute.progress import Progress
+from tpuvid.compute.progress import current
+from tpuvid.contract.events import Progressed
 from tpuvid.contract.options import Options
 from tpuvid.contract.stages import STAGES
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.atomic import check_output, publish
 from tpuvid.files.scratch import scratch_folder
-from tpuvid.plan.jobs import Jobs, RelayedProgress, Report
+from tpuvid.plan.jobs import Jobs
 from tpuvid.plan.topologies import Topology, parse_topology, require_libtpu
 
 
@@ -47,7 +48,6 @@ def compile_pack(
     settings: Mapping[str, Any],
     options: Options,
     overwrite: bool = False,
-    progress: Progress | None = None,
 ) -> Compiled:
     """Compile all that `generate` runs with these settings and options for `topology`, and write the pack.
 
@@ -68,7 +68,7 @@ def compile_pack(
             "file": str(scratch / "pack"),
         }
         jobs.start("compile", "tpuvid.plan.compiling:compile_job", argument, environment)
-        result = _follow(jobs, progress or Progress())
+        result = _follow(jobs)
         made = scratch / "pack"
         size = made.stat().st_size
         publish(made, path, overwrite=overwrite)
@@ -88,28 +88,26 @@ def _beside(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _follow(jobs: Jobs, progress: Progress) -> dict[str, Any]:
-    """Show the job's phases as if they were ours; its result."""
-    open_phases: list[ExitStack] = []
+def _follow(jobs: Jobs) -> dict[str, Any]:
+    """The job's result; what it reports on the way is reported as if we did it."""
+    at = None
     try:
         for _, event in jobs.events():
-            if "phase" in event:
-                phase = ExitStack()
-                phase.enter_context(progress.phase(event["phase"]))
-                open_phases.append(phase)
-            elif "phase_ends" in event:
-                open_phases.pop().close()
+            if "progressed" in event:
+                at = Progressed(**event["progressed"])
+                current().emit(at)
             elif "result" in event:
                 return event["result"]
-    finally:
-        for phase in reversed(open_phases):
-            phase.close()
+    except BaseException:
+        if at and at.seconds is None:  # the job was killed within it
+            current().emit(replace(at, failed=True))
+        raise
     raise TpuvidError("the compile job ended without a result")
 
 
-def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def compile_job(argument: Mapping[str, Any]) -> dict[str, Any]:
     """Runs in a process of its own; writes the pack to ``argument["file"]``."""
-    progress = RelayedProgress(report)
+    progress = current()
     with progress.phase("start"):
         import jax
 
@@ -145,7 +143,6 @@ def compile_job(argument: Mapping[str, Any], report: Report) -> dict[str, Any]:
         on_program=keep,
         # a CPU's programs are for that CPU alone, and a TPU's host has another one than this machine
         compiled_stages=("denoise", "decode") if text_encoder_elsewhere else tuple(STAGES),
-        progress=progress,
     )
     configs = configs_checkpoint(spec, checkpoint, ledger.array)
     config = spec.configure(prompt=PROMPT, **argument["settings"])

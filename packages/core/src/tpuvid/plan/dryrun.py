@@ -23,9 +23,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from tpuvid.compute.bridge import TRACING
 from tpuvid.compute.mesh import layout_of
 from tpuvid.compute.opening import open_stage
-from tpuvid.compute.progress import Progress
 from tpuvid.compute.runtime import Program, Programs, Runtime
 from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.loop import Loop
@@ -185,10 +185,12 @@ class DryPrograms(Programs):
     def _compile(self, what: str, function: jax.stages.Wrapped, args: tuple[Any, ...]) -> DryProgram:
         runtime, start = self._dry, time.perf_counter()
         if runtime.stage not in runtime.compiled_stages:
-            out = function.trace(*args).out_info
+            with TRACING:
+                out = function.trace(*args).out_info
             return DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=out)
-        traced = function.trace(*args)
-        lowered = traced.lower()
+        with TRACING:
+            traced = function.trace(*args)
+            lowered = traced.lower()
         grids = pallas_grids(traced.jaxpr)
         program = DryProgram(runtime.stage, what, self._mesh, runtime.ledger, args, out_info=lowered.out_info, grids=grids)
         try:
@@ -221,7 +223,6 @@ class DryRuntime(Runtime):
     ledger: Ledger = field(default_factory=Ledger)
     on_program: Callable[[DryProgram], None] = lambda program: None
     """Told of each program once it is compiled."""
-    progress: Progress = field(default_factory=Progress)
 
     def put(self, tree: Any, sharding: Sharding) -> Any:
         return jax.tree.map(lambda x: self.ledger.array(x, sharding), tree)

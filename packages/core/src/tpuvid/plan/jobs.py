@@ -15,19 +15,17 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from tpuvid.compute.progress import Progress
+from tpuvid.contract.events import Event, Progressed
 from tpuvid.errors import InputError, TpuvidError
 
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 """What comes out of JAX's cache leaves no schedules, and can't always be serialized again."""
-Report = Callable[[Mapping[str, Any]], None]
-"""Sends an event (JSON-ready) to whoever started the job."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +54,6 @@ def _shares(count: int) -> list[Sequence[int] | None]:
     return [cores[n::count] or None for n in range(count)]
 
 
-class RelayedProgress(Progress):
-    """Of a job: tells whoever started it which phases begin and end."""
-
-    def __init__(self, report: Report):
-        super().__init__()
-        self._report = report
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._report({"phase": name})
-        try:
-            with super().phase(name):
-                yield
-        finally:
-            self._report({"phase_ends": name})
-
-
 class Jobs:
     """Processes that run side by side. Leaving the context kills those that are still at work."""
 
@@ -94,7 +75,7 @@ class Jobs:
         self, name: str, function: str, argument: Mapping[str, Any], environment: Mapping[str, str],
         cores: Iterable[int] | None = None,
     ) -> None:  # fmt: skip
-        """Run "module:function"(argument, report) with `argument` JSON-ready and `environment` on top of this process's.
+        """Run "module:function"(argument) with `argument` JSON-ready and `environment` on top of this process's.
 
         `cores`: those that it may use; None: all.
         """
@@ -139,7 +120,7 @@ class Jobs:
                 start(1)
 
     def events(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(job, event) as they come, until no job is left; the last event of each has its "result".
+        """(job, event) as they come, until no job is left: "progressed" (the fields of `Progressed`), and at last "result".
 
         Raises the `TpuvidError` that a job raised, or one that says how it ended.
         """
@@ -182,9 +163,14 @@ def _main(function: str, scratch: str) -> NoReturn:
         channel.write(json.dumps(event) + "\n")
         channel.flush()
 
+    def relay(event: Event) -> None:
+        if isinstance(event, Progressed):
+            report({"progressed": asdict(event)})
+
     module, _, name = function.partition(":")
     try:
-        report({"result": getattr(importlib.import_module(module), name)(argument, report)})
+        with Progress(relay).watching():
+            report({"result": getattr(importlib.import_module(module), name)(argument)})
     except TpuvidError as error:
         report({"error": str(error), "exit_code": error.exit_code})
     except Exception as error:

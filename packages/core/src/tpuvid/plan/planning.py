@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tpuvid.contract.events import Progressed
 from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.models import ModelSpec
 from tpuvid.contract.options import Options
@@ -267,9 +268,10 @@ class Planner:
         with scratch_folder() as scratch, Jobs(scratch) as jobs:
             tasks = (self._task(str(n), *what, scratch if predict else None) for n, what in enumerate(wanted))
             for name, event in jobs.run(tasks, min(len(wanted), jobs_at_once(JOB_BYTES))):
-                if event.get("phase", "").startswith("compile"):
+                at = Progressed(**event["progressed"]) if "progressed" in event else None
+                if at and at.what.startswith("compile") and at.seconds is None:
                     topology, _, config, _ = wanted[int(name)]
-                    self.say(f"{topology}, {config.num_frames} frames: {event['phase']}")
+                    self.say(f"{topology}, {config.num_frames} frames: {at.what}")
                 if "result" in event:
                     results[name] = event["result"]
         return [results[str(n)] for n in range(len(wanted))]

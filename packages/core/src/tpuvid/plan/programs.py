@@ -16,13 +16,12 @@ from tpuvid.contract.options import Options
 from tpuvid.errors import InputError
 from tpuvid.plan.cost import predict
 from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, Loaded, configs_checkpoint, dry_generate
-from tpuvid.plan.jobs import RelayedProgress, Report
 from tpuvid.plan.schedules import schedule_cycles
 from tpuvid.plan.topologies import LOCAL, parse_topology
 from tpuvid.plugin.finding import resolve_model
 
 
-def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def compile_stages(job: Mapping[str, Any]) -> dict[str, Any]:
     """Compile ``job["stages"]`` of a model for ``job["topology"]``.
 
     `job` also has "model", "settings" (of `GenerationConfig`), "options" (`Options.recorded`) and "dump", the folder that
@@ -34,7 +33,7 @@ def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     def keep(program: DryProgram) -> None:
         programs.append((program, _predict(program, job["topology"], job["dump"])))
 
-    runtime, usable = _dry_runtime(job, report, compiled_stages=tuple(job["stages"]), on_program=keep)
+    runtime, usable = _dry_runtime(job, compiled_stages=tuple(job["stages"]), on_program=keep)
     loaded = _run(job, runtime)
     return {
         "usable": usable,
@@ -53,28 +52,21 @@ def compile_stages(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     }
 
 
-def attention_calls(job: Mapping[str, Any], report: Report) -> list[AttentionShape]:
+def attention_calls(job: Mapping[str, Any]) -> list[AttentionShape]:
     """The shapes with which one denoising step calls the attention kernel on one device, each once; nothing is compiled.
 
     `job` is as for `compile_stages`, without "stages" and "dump".
     """
-    runtime, _ = _dry_runtime(job, report, compiled_stages=())
+    runtime, _ = _dry_runtime(job, compiled_stages=())
     with recorded_attention() as calls:
         _run(job, runtime, until="denoise")
     return list(dict.fromkeys(calls))
 
 
-def _dry_runtime(job: Mapping[str, Any], report: Report, **fields: Any) -> tuple[DryRuntime, int | None]:
+def _dry_runtime(job: Mapping[str, Any], **fields: Any) -> tuple[DryRuntime, int | None]:
     """On the job's topology, and the bytes of memory that programs may use on each device."""
     devices, usable = _devices(job["topology"])
-    runtime = DryRuntime.create(
-        Options(**job["options"]),
-        **fields,
-        devices=devices,
-        ledger=Ledger(),
-        progress=RelayedProgress(report),
-    )
-    return runtime, usable
+    return DryRuntime.create(Options(**job["options"]), **fields, devices=devices, ledger=Ledger()), usable
 
 
 def _run(job: Mapping[str, Any], runtime: DryRuntime, until: str = "decode") -> dict[str, Loaded]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from tpuvid.compute.progress import current
 from tpuvid.contract.settings import GenerationConfig
 from tpuvid.contract.values import Conditioning, Latents
 from tpuvid.errors import InputError, TpuvidError
@@ -60,7 +61,7 @@ class Batch:
         self.pipe.free()
         groups = list(self._groups(missing))
         for place, group in enumerate(groups):
-            self.pipe.runtime.progress.say(f"denoising {place + 1} of {len(groups)}")
+            current().reach("denoising", place + 1, len(groups))
             try:
                 self._denoise(group)
             except NotKept:
@@ -68,7 +69,7 @@ class Batch:
                     raise
         self.pipe.free()
         for i in range(len(self.jobs)):
-            self.pipe.runtime.progress.say(f"decoding {i + 1} of {len(self.jobs)}")
+            current().reach("decoding", i + 1, len(self.jobs))
             self._try([i], self._decode)
         return self.failed
 
@@ -93,7 +94,7 @@ class Batch:
         for i in numbers:
             same.setdefault(self.work.embeddings(self.jobs[i].config), []).append(i)
         for place, alike in enumerate(same.values()):
-            self.pipe.runtime.progress.say(f"encoding {place + 1} of {len(same)}")
+            current().reach("encoding", place + 1, len(same))
             self._try(alike, self._encode_one)
 
     def _encode_one(self, alike: Sequence[int]) -> None:
@@ -122,7 +123,7 @@ class Batch:
         except (Cancelled, NotKept):
             raise
         except Exception as error:
-            self.pipe.runtime.progress.say(f"a batch of {len(group)} failed ({error}); its videos are made one by one")
+            current().notice(f"a batch of {len(group)} failed ({error}); its videos are made one by one")
             for i in group:
                 self._try([i], self._denoise_together)
 

@@ -15,7 +15,7 @@ from tpuvid.compute.kept_programs import KeptPrograms, environment
 from tpuvid.compute.opening import loader_of, open_stage
 from tpuvid.compute.outline import code_of
 from tpuvid.compute.packs.pack import with_pack
-from tpuvid.compute.progress import Progress
+from tpuvid.compute.progress import current
 from tpuvid.compute.run_key import run_key, stages_key, traced_modules
 from tpuvid.compute.runtime import Runtime, enable_compilation_cache, plugin_tables
 from tpuvid.contract.models import ModelSpec
@@ -41,7 +41,6 @@ def load(
     model: str,
     *,
     keep_loaded: bool = True,
-    progress: Progress | None = None,
     keep_programs: bool = False,
     **options: Any,
 ) -> Pipeline:
@@ -52,7 +51,6 @@ def load(
         keep_loaded: keep every stage's weights and compiled programs for the next call. False frees each stage before the
             next one loads, for models whose stages don't fit in memory together. A text encoder on an accelerator is
             always freed before denoising.
-        progress: where phases and steps are reported; default: recorded, not shown.
         keep_programs: start from what earlier processes have traced and compiled, and leave the same for later ones, in
             TPUVID_CACHE_DIR, as the ``tpuvid`` command does. Not for a process that monkeypatches tpuvid, diffusers or
             transformers: what is kept doesn't know of it.
@@ -70,7 +68,7 @@ def load(
     asked = with_pack(asked)
     enable_compilation_cache()
     kept = KeptPrograms(Kept.in_cache(environment()) if keep_programs else None)
-    runtime = Runtime.create(asked, progress=progress or Progress(), kept=kept)
+    runtime = Runtime.create(asked, kept=kept)
     return Pipeline(spec, checkpoint, runtime, keep_loaded=keep_loaded)
 
 
@@ -215,7 +213,7 @@ class Pipeline:
             from tpuvid.runs.preview import Preview
 
             self.checkpoint.require(("vae",))  # also where another decoder runs
-            with self.runtime.progress.phase("fit preview"):
+            with current().phase("fit preview"):
                 preview = Preview.fit(self.checkpoint, self._open("decode"), Path(control.preview))
         return Follower(control, configs[0].num_inference_steps, on_step, checkpoints, preview)
 
@@ -283,7 +281,7 @@ class Pipeline:
             "loras": self.checkpoint.lora_record(),
             "dtype": self.runtime.dtype.name,
             "tpuvid_version": distribution_version("tpuvid-core"),
-            **self.runtime.progress.take(),
+            **current().take(),
         }
 
     def identity(self) -> RunIdentity:
@@ -304,7 +302,7 @@ class Pipeline:
         """The stage `name`, made from its configs and found to fit its weights, which are not loaded yet."""
         if name not in self._opened:
             self.checkpoint.require(self.spec.components[name])
-            with self.runtime.progress.phase(f"open {STAGES[name]}"):
+            with current().phase(f"open {STAGES[name]}"):
                 try:
                     runtime = replace(self.runtime, kept=self.runtime.kept.of_a_stage())
                     stage = open_stage(self.spec, name, self.checkpoint, runtime)
@@ -336,7 +334,7 @@ class Pipeline:
         stage = self._open(name)
         check(stage)
         if name not in self._loaded:
-            with self.runtime.progress.phase(f"load {STAGES[name]}"):
+            with current().phase(f"load {STAGES[name]}"):
                 stage.load()
             self._loaded.add(name)
         try:
