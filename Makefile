@@ -40,7 +40,7 @@ test-all: lint
 
 # With the oldest, and with the newest, that the packages' own ranges allow, in environments of their own: each family against
 # diffusers once, and what touches libraries that change.
-RANGES := $(addprefix tests/core/test_,$(addsuffix .py,artifacts bridge compare registry rotary sampling schedule video))
+RANGES := $(addprefix tests/core/test_,$(addsuffix .py,artifacts bridge compare noise registry rotary schedule video))
 RANGES += $(addprefix tests/together/test_,$(addsuffix .py,checkpoint cli describe_doctor isolation))
 RANGES += $(foreach family,wan cogvideox hunyuan,tests/$(family)/test_$(family)_fidelity.py) -k "not fidelity or DeepCache"
 

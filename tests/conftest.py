@@ -26,7 +26,10 @@ os.environ.setdefault(
 FAMILIES = [family for family in ("wan", "cogvideox", "hunyuan") if find_spec(f"tpuvid_{family}")]
 """Those installed: each package has an environment of its own (make test PACKAGE=wan)."""
 
-CHECKED = [f"tpuvid.compute.{module}" for module in ("kernels", "sampling", "schedule", "denoising", "t5", "tiling")]
+CHECKED = [
+    f"tpuvid.compute.{module}"
+    for module in ("guidance", "inputs", "kernels", "moment", "noise", "sampler", "schedule", "t5", "tiling")
+]
 CHECKED += [f"tpuvid_{family}.{stage}" for family in FAMILIES for stage in ("encode", "denoise", "decode")]
 install_import_hook(CHECKED, "beartype.beartype")
 

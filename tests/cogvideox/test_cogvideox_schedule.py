@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tpuvid import InputError
-from tpuvid.compute.sampling import initial_state
+from tpuvid.compute.noise import initial_state
 from tpuvid.compute.schedule import advance
 from tpuvid.family import make_generators, make_noise
 from tpuvid_cogvideox.denoise import make_schedule

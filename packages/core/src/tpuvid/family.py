@@ -5,18 +5,13 @@ jax and torch come with it, so that a plugin.py doesn't import it.
 
 from tpuvid.compute.bridge import group_statistics, in_strips, map_rows, rotate_heads, scan_rows, token_attention
 from tpuvid.compute.decoding import FRAMES, LATENTS, VaeDecoder, split_evenly
-from tpuvid.compute.denoising import Sampler
 from tpuvid.compute.encoding import Encoder, check_vocabulary
+from tpuvid.compute.guidance import guidance_scales, with_negative
+from tpuvid.compute.inputs import check_embeds, check_finite_embeds
+from tpuvid.compute.noise import make_generators, make_noise
 from tpuvid.compute.parameters import load_parameters, match_parameters
 from tpuvid.compute.runtime import LEAST_EFFORT, Runtime, batch_sharded, replicated
-from tpuvid.compute.sampling import (
-    check_embeds,
-    check_finite_embeds,
-    guidance_scales,
-    make_generators,
-    make_noise,
-    with_negative,
-)
+from tpuvid.compute.sampler import Sampler
 from tpuvid.compute.scanned import Scan
 from tpuvid.compute.schedule import Schedule, tabulate
 from tpuvid.compute.step_caches import step_cache

@@ -18,13 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 from torch import nn
 
+from tpuvid.compute.inputs import check_latents
 from tpuvid.compute.kernels.placement import SpatialSplit, picture_split
 from tpuvid.compute.kernels.spatial import AXIS, choose_split
 from tpuvid.compute.mesh import make_mesh
 from tpuvid.compute.parameters import load_parameters, match_parameters
 from tpuvid.compute.progress import current
 from tpuvid.compute.runtime import LEAST_EFFORT, Runtime, replicated
-from tpuvid.compute.sampling import check_latents
 from tpuvid.compute.tiling import Tiling
 from tpuvid.compute.traced import TracedModule, build
 from tpuvid.contract.layout import MeshConfig

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from tpuvid.compute.sampling import guide, initial_state
+from tpuvid.compute.guidance import guide
+from tpuvid.compute.noise import initial_state
 from tpuvid.contract import GenerationConfig
 from tpuvid.errors import InputError
 from tpuvid.family import Schedule, check_embeds, guidance_scales, make_generators, make_noise, with_negative
