@@ -17,11 +17,11 @@ class Progress:
         self._inner = 0.0
 
     def note(self, name: str, value: Any) -> None:
-        """Something to keep with the stage's result, JSON-ready."""
+        """Keep something, JSON-ready, with the stage's result."""
         self.notes[name] = value
 
     def say(self, text: str) -> None:
-        """Where the work has got to, for whoever watches."""
+        """Say where the work has got to, for whoever watches."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -65,7 +65,7 @@ def attention_calls(job: Mapping[str, Any], report: Report) -> list[AttentionSha
 
 
 def _dry_runtime(job: Mapping[str, Any], report: Report, **fields: Any) -> tuple[DryRuntime, int | None]:
-    """On the job's topology, and the bytes of memory that programs may use on each device."""
+    """A dry runtime on the job's topology, and the bytes of memory that programs may use on each device."""
     devices, usable = _devices(job["topology"])
     runtime = DryRuntime.create(
         Options(**job["options"]),
