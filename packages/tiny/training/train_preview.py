@@ -27,8 +27,8 @@ from train_vae import learning_rate, render_clips, to_network
 VAE = Path(tpuvid_tiny.__file__).parent / "checkpoint" / "vae"
 WIDTHS = (52, 32, 32)
 NOISE = 0.1
-"""Of a latent channel's deviation, added to half of the clips' latents before the VAE draws them: what a diffusion model makes
-is not quite what the VAE's encoder makes."""
+"""The share of a latent channel's deviation that is added as noise to half of the clips' latents before the VAE draws them:
+what a diffusion model makes is not quite what the VAE's encoder makes."""
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def reference(folder: Path, config: GenerationConfig) -> dict[str, np.ndarray]:
 
 
 def stock_pipeline(folder: Path) -> CogVideoXPipeline:
-    """In float32."""
+    """The stock pipeline in float32."""
     pipe = CogVideoXPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

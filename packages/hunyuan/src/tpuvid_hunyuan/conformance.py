@@ -96,7 +96,7 @@ def reference(folder: Path, config: GenerationConfig) -> dict[str, np.ndarray]:
 
 
 def stock_pipeline(folder: Path, config: GenerationConfig) -> HunyuanVideo15Pipeline:
-    """In float32, with the config's length of prompts and shift, if it gives one."""
+    """The stock pipeline in float32, with the config's length of prompts and shift, if it gives one."""
     pipe = HunyuanVideo15Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.tokenizer_max_length = config.max_sequence_length
@@ -106,7 +106,7 @@ def stock_pipeline(folder: Path, config: GenerationConfig) -> HunyuanVideo15Pipe
 
 
 def stock_streams(pipe: HunyuanVideo15Pipeline, prompt: str) -> dict[str, torch.Tensor]:
-    """Of one prompt: embeddings and masks of both text encoders."""
+    """The embeddings and masks that both text encoders make of one prompt."""
     with torch.no_grad():
         return dict(zip(("embeds", "embeds_mask", "embeds_2", "embeds_mask_2"), pipe.encode_prompt(prompt), strict=True))
 

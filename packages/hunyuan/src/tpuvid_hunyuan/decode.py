@@ -34,7 +34,7 @@ CHUNK = 8
 """Latent frames per call at most: 32 video frames reach the host while the next ones are computed."""
 
 Memories = list[Array]
-"""By convolution, the frames [B, C, 2, h, w] that it remembers."""
+"""The frames [B, C, 2, h, w] that each convolution remembers."""
 
 
 class FrameCausalAttention(HunyuanVideo15AttnBlock):

@@ -151,7 +151,7 @@ class HunyuanDenoiser:
     def _inputs(
         self, tensors: Mapping[str, np.ndarray], grid: tuple[int, int, int], scales: Float[np.ndarray, " steps"] | None
     ) -> Inputs:
-        """For a grid of latents. Padded embeddings are set to zero: nothing in them can do harm, NaN included."""
+        """The inputs for a grid of latents. Padded embeddings are set to zero: nothing in them can do harm, NaN included."""
         streams = []
         for stream in ("", "_2"):
             mask = with_negative(tensors, f"prompt_embeds_mask{stream}", scales) != 0

@@ -20,7 +20,7 @@ class Guidance:
     """The guider's settings."""
 
     guidance_scale: float = 7.5
-    """Where the user gives none. The other defaults, too, are the guider's own."""
+    """The scale where the user gives none. The other defaults, too, are the guider's own."""
     guidance_rescale: float = 0.0
     use_original_formulation: bool = False
     start: float = 0.0

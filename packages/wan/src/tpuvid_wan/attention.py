@@ -25,7 +25,7 @@ class SplitTokenAttention:
 
 
 def keys_values(attn, text: Tensor) -> Tensor:
-    """Of a prompt's tokens [B, L, C] for one block: [B, 2, N, L, D]."""
+    """The keys and values of a prompt's tokens [B, L, C] for one block: [B, 2, N, L, D]."""
     return torch.stack([heads_first(attn, x) for x in (attn.norm_k(attn.to_k(text)), attn.to_v(text))], dim=1)
 
 

@@ -76,7 +76,7 @@ def reference(folder: Path, config: GenerationConfig) -> dict[str, np.ndarray]:
 
 
 def stock_pipeline(folder: Path, config: GenerationConfig) -> WanPipeline:
-    """In float32, with the config's shift, if it gives one."""
+    """The stock pipeline in float32, with the config's shift, if it gives one."""
     pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if config.flow_shift is not None:

@@ -39,7 +39,7 @@ from tpuvid_wan.lora import adapt
 from tpuvid_wan.sharding import TRANSFORMER
 
 SCHEDULERS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
-"""By class: what its configuration calls the shift."""
+"""What the configuration of each scheduler class calls the shift."""
 BLOCKS = Scan(1, tokens={"hidden_states": 1, "rotary_emb": 1}, per_block=("encoder_hidden_states",))
 VAE_TIME, VAE_SPACE = 4, 8  # pixels per latent of every Wan 2.1 VAE
 

@@ -20,7 +20,7 @@ class Commands(click.Group):
 
     @property
     def commands(self) -> MutableMapping[str, click.Command]:
-        """tpuvid-core's, whichever way they come; those of other packages are imported by `get_command` alone."""
+        """tpuvid-core's commands, whichever way they come; those of other packages are imported by `get_command` alone."""
         registered = {name: _loaded(spec) for name, spec in registry().commands.items() if name in OWN_COMMANDS}
         return {**self._added, **registered}
 
@@ -49,7 +49,7 @@ class Commands(click.Group):
             raise click.UsageError(error.format_message() + registry().hint, context) from None
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """As click has it, without importing what is registered."""
+        """Write the commands as click does, without importing what is registered."""
         lines = {spec.name: spec.help for spec in registry().commands.values()}
         width = formatter.width - 6 - max(map(len, [*lines, *self._added]))
         lines |= {name: command.get_short_help_str(width) for name, command in self._added.items()}

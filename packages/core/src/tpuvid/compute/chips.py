@@ -14,23 +14,23 @@ class Chip:
 
     name: str
     device_kind: str
-    """As JAX names it."""
+    """The kind of device, as JAX names it."""
     clock_ghz: float | None
-    """Of the VLIW core; None where counting its bundles gives times above the peak, so that the clock can't be right."""
+    """The VLIW core's clock; None where counting its bundles gives times above the peak, so that the clock can't be right."""
     bf16_tflops: float
     hbm_gb: float
     usable_gib: float
-    """Of its HBM, what libtpu 0.0.42.1 gives to programs, as its own out-of-memory errors say."""
+    """The part of its HBM that libtpu 0.0.42.1 gives to programs, as its own out-of-memory errors say."""
     hbm_gb_per_s: float
     link_gb_per_s: float
-    """One way, of one interconnect link."""
+    """The bandwidth of one interconnect link, one way."""
     dimensions: int
-    """Of the interconnect: a 2D mesh or a 3D torus."""
+    """The dimensions of the interconnect: a 2D mesh or a 3D torus."""
     largest_host: tuple[int, int, int]
     """Chips along each dimension of a host that is a slice by itself; larger slices have hosts of 2×2×1."""
     devices_per_chip: int = 1
     cores_per_chip: int = 1
-    """Which the older naming schemes count: a v5p-8 has four chips."""
+    """The cores that the older naming schemes count: a v5p-8 has four chips."""
     aliases: tuple[str, ...] = ()
 
 

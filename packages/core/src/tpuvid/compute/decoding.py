@@ -31,8 +31,9 @@ from tpuvid.contract.layout import MeshConfig
 from tpuvid.files.checkpoint import Checkpoint
 
 EFFORT = -0.5
-"""Of the TPU's compiler. With its own, each of a VAE's convolutions takes it 10 to 15 s; with this one 2.5 s, for 3% more
-predicted cycles in the large ones and 23% in the small (96 channels at 720×1280: 14.0 → 2.6 s, 41.9 → 43.1 ms; 2026-11).
+"""The effort of the TPU's compiler. With its own, each of a VAE's convolutions takes it 10 to 15 s; with this one 2.5 s, for
+3% more predicted cycles in the large ones and 23% in the small (96 channels at 720×1280: 14.0 → 2.6 s, 41.9 → 43.1 ms;
+2026-11).
 
 `LEAST_EFFORT` is for the first frame and for strips of frames. Wan's at 720p (predicted, 2026-11): the first frame compiled in
 22 s instead of 37, 0.10 s instead of 0.07; 32 more on eight chips in 31 s instead of 61, 0.22 s instead of 0.18."""
@@ -130,7 +131,7 @@ class VaeDecoder(ABC):
         return jax.shard_map(one_strip, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def _put(self, z: Float[np.ndarray, "B C f h w"]) -> Float[Array, "B C f h2 w2"]:
-        """On the devices; with rows that are none of the picture's where strips don't divide it."""
+        """The latents on the devices; with rows that are none of the picture's where strips don't divide it."""
         if self.split is None:
             return self.runtime.put(z, replicated(self.mesh))
         pads = [(0, 0)] * z.ndim
@@ -138,7 +139,7 @@ class VaeDecoder(ABC):
         return self.runtime.put(np.pad(z, pads), NamedSharding(self.mesh, _spec(self.split, LATENTS)))
 
     def _cut(self, frames: Float[np.ndarray, "B n H2 W2 3"]) -> Float[np.ndarray, "B n H W 3"]:
-        """Without those rows."""
+        """The frames without the rows that are none of the picture's."""
         if self.split is None:
             return frames
         axis = frames.ndim + self.split.axis - 1

@@ -27,7 +27,7 @@ Done = Callable[[Moment, Array], None]
 
 
 class Instruments:
-    """One run's. Its steps are `is_full`, or else take from a cache what it has `kept`."""
+    """The instruments of one run. Its steps are `is_full`, or else take from a cache what it has `kept`."""
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class KeptPrograms:
         self._code: Callable[[], Iterable[ModuleType]] = list
 
     def of_a_stage(self) -> KeptPrograms:
-        """For one more stage."""
+        """The kept programs of one more stage."""
         return KeptPrograms(self.outlines)
 
     def serve(self, key: Any, code: Callable[[], Iterable[ModuleType]] = list) -> None:

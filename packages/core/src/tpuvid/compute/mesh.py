@@ -59,14 +59,14 @@ FSDP = ("dp", "sp")
 
 
 def fsdp_axis(shape: tuple[int, ...], mesh: Mesh) -> int | None:
-    """Along which a block's weight of this shape is split over `FSDP`: the longest that divides; None: it isn't."""
+    """The axis along which a block's weight of this shape is split over `FSDP`: the longest that divides; None: it isn't."""
     devices = math.prod(mesh.shape[axis] for axis in FSDP)
     axes = [axis for axis, size in enumerate(shape) if size % devices == 0]
     return max(axes, key=lambda axis: shape[axis], default=None)
 
 
 def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Of the stacked weights [depth, …] of blocks."""
+    """How the stacked weights [depth, …] of blocks are split over `FSDP`."""
     axis = fsdp_axis(shape[1:], mesh)
     return PartitionSpec() if axis is None else PartitionSpec(*(None,) * (axis + 1), FSDP)
 

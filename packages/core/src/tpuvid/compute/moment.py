@@ -18,7 +18,7 @@ class Moment(NamedTuple):
 
     timestep: Float[np.ndarray, ""]
     weights: Float[np.ndarray, "K K1"]
-    """The scheduler's: see `Schedule.weights`."""
+    """The scheduler's weights: see `Schedule.weights`."""
     scale: Float[np.ndarray, ""] | None
     """The scale of guidance; None where it is off."""
     drawn: Float[np.ndarray, "n ..."]
@@ -26,7 +26,7 @@ class Moment(NamedTuple):
 
 
 def first_moment(schedule: Schedule, scales: np.ndarray | None, shape: tuple[int, ...]) -> Moment:
-    """The first step's, with zeros for what a stochastic scheduler would draw. `shape` is the batch's."""
+    """The first step's moment, with zeros for what a stochastic scheduler would draw. `shape` is the batch's."""
     drawn = np.zeros((max(schedule.draws, default=0), *shape), np.float32)
     return Moment(schedule.timesteps[0], schedule.weights[0], None if scales is None else scales[0], drawn)
 
@@ -34,7 +34,7 @@ def first_moment(schedule: Schedule, scales: np.ndarray | None, shape: tuple[int
 def draw_moment(
     schedule: Schedule, scales: np.ndarray | None, shape: tuple[int, ...], generators: Sequence[torch.Generator], step: int
 ) -> Moment:
-    """That of `step`; what it draws is drawn now. `shape` is the batch's."""
+    """The moment of `step`; what it draws is drawn now. `shape` is the batch's."""
     drawn = first_moment(schedule, scales, shape).drawn
     for slot in range(schedule.draws[step] if schedule.draws else 0):
         drawn[slot] = make_noise(shape[1:], generators)

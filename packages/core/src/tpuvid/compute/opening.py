@@ -1,4 +1,4 @@
-"""From a model's description to its stages. Imports neither jax nor torch before a stage does."""
+"""The way from a model's description to its stages. Imports neither jax nor torch before a stage does."""
 
 from __future__ import annotations
 

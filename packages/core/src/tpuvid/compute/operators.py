@@ -18,7 +18,7 @@ from tpuvid.compute.kernels.placement import placement
 from tpuvid.compute.kernels.spatial import gather_keys, spatial_mean, take_halo
 
 NAMES = ("scaled_dot_product_attention", "conv2d", "conv3d", "pad", "interpolate", "layer_norm", "group_norm")
-"""Of those in this module that take the place of torch's."""
+"""The names of the operators in this module that take the place of torch's."""
 
 
 def scaled_dot_product_attention(

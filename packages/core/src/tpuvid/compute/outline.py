@@ -29,14 +29,14 @@ class Outline:
     parameters: Mapping[str, tuple[int, ...]]
     """Shapes, by the names that checkpoints use; tied parameters once."""
     sources: Mapping[str, list[str]]
-    """For every parameter, the names that it may have: tied ones have several."""
+    """The names that each parameter may have: tied ones have several."""
     depths: Mapping[str, int]
     """How many blocks a scanned stack has, by the prefix of its parameters' names."""
     splits_tokens: bool
     buffers: Mapping[str, np.ndarray]
     """RoPE tables and the like, computed by the module's constructor."""
     config: Config
-    """Of the module, or of the first part that has one; entries that JSON can't have are text."""
+    """The config of the module, or of the first part that has one; entries that JSON can't have are text."""
     facts: Config
     """What the module says of itself in an attribute of that name."""
     words: int | None
@@ -84,7 +84,7 @@ def code_of(*modules: nn.Module) -> list[ModuleType]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON-ready."""
+    """`value`, JSON-ready."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -30,7 +30,7 @@ class Progress:
             _current.reset(token)
 
     def note(self, name: str, value: Any) -> None:
-        """Something to keep with the stage's result, JSON-ready."""
+        """Keep something, JSON-ready, with the stage's result."""
         self.notes[name] = value
 
     def note_also(self, name: str, value: str) -> None:

@@ -40,7 +40,7 @@ BOOKKEEPING = re.compile(
     r"|output_.*|problem_type|return_dict|task_specific_params|tie_.*|tokenizer_class|torch_dtype|transformers_version|use_cache"
     r"|.*dropout.*|.*_token_id"
 )
-"""Of configs: what enters no program. Which weights are tied shows in the arguments."""
+"""The entries of configs that enter no program. Which weights are tied shows in the arguments."""
 
 
 def run_key(spec: ModelSpec, stages: Mapping[str, Any], config: GenerationConfig, runtime: Runtime) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def stages_key(stages: Mapping[str, Any], runtime: Runtime) -> dict[str, Any]:
 
 
 def _packages(spec: ModelSpec, config: GenerationConfig) -> tuple[str, ...]:
-    """Of the stages and the step cache."""
+    """The packages of the stages and of the step cache."""
     modules = [loader_of(spec, stage).partition(":")[0] for stage in STAGES] + [type(step_cache(config)).__module__]
     return tuple(sorted({module.split(".")[0] for module in modules} - {"tpuvid"}))
 
@@ -123,7 +123,7 @@ def module_configs(stage: Any) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON-ready, without bookkeeping."""
+    """`value`, JSON-ready, without bookkeeping."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items() if not BOOKKEEPING.fullmatch(str(k))}
     if isinstance(value, (list, tuple)):

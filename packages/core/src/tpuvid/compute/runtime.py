@@ -38,13 +38,14 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": True}
-"""Of the compiler. Wan 2.1 14B 720p on v6e-8: 3.34 → 3.29 s per step, other work hides half of the all-to-alls (predicted)."""
+"""Options of the compiler. Wan 2.1 14B 720p on v6e-8: 3.34 → 3.29 s per step, other work hides half of the all-to-alls
+(predicted)."""
 CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 """Programs of wan-tiny compile in 13 s instead of 20 s of CPU, and run as fast."""
 LEAST_EFFORT = -1.0
-"""Of a TPU's compiler: for what runs once or twice per video, and takes little time."""
+"""The least effort of a TPU's compiler: for what runs once or twice per video, and takes little time."""
 REPLICATED = 0.6
-"""Of a device's memory, what copies of all weights may take: activations of a video need the rest."""
+"""The share of a device's memory that copies of all weights may take: activations of a video need the rest."""
 
 
 @cache
@@ -152,7 +153,7 @@ class Runtime:
         return make_mesh(config, self.devices)
 
     def encoder_mesh(self, sizes: Iterable[int]) -> Mesh:
-        """For a text encoder: as many devices as divide `sizes`, or this machine's CPU; `InputError` where it has none."""
+        """A text encoder's mesh: as many devices as divide `sizes`, or this machine's CPU; `InputError` where it has none."""
         if self.text_encoder_device == "cpu":
             return make_mesh(MeshConfig(), _cpu())
         return make_mesh(default_mesh_config(len(self.devices), sizes), self.devices)
@@ -187,7 +188,8 @@ class Runtime:
         return jax.device_get(tree)
 
     def programs(self, mesh: Mesh, *, effort: float | None = None) -> Programs:
-        """For the functions of a stage; `effort` (−1 … 1) is what a TPU's compiler spends on fast ones, None its own choice."""
+        """Programs for the functions of a stage; `effort` (−1 … 1) is what a TPU's compiler spends on fast ones, None its own
+        choice."""
         return Programs(self, mesh, effort)
 
 
@@ -197,7 +199,7 @@ class Program(Protocol):
 
     @property
     def out_info(self) -> Any:
-        """Of its results: a tree of shapes, dtypes and shardings."""
+        """A tree of its results' shapes, dtypes and shardings."""
 
     def __call__(self, *args: Any) -> Any: ...
 
@@ -285,7 +287,7 @@ def _cpu() -> Sequence[jax.Device]:
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """For the record: "8 × TPU v6 lite, dp=2, tp=4"."""
+    """The mesh, for the record: "8 × TPU v6 lite, dp=2, tp=4"."""
     axes = "".join(f", {axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{mesh.size} × {mesh.devices.flat[0].device_kind}{axes}"
 

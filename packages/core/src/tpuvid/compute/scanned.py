@@ -26,7 +26,7 @@ from tpuvid.compute.mesh import FSDP, fsdp_axis, fsdp_spec
 Carry = tuple[jax.Array, ...]
 """What passes from block to block of a scanned stack."""
 State = tuple[Carry, Carry | None]
-"""And what entered the last block that has run, where a tap asks for it."""
+"""What passes between blocks, and what entered the last block that has run, where a tap asks for it."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ class Schedule:
     weights: Float[np.ndarray, "steps K K+1"]
     """Rows: next sample, then K−1 memories. Columns: sample, memories, model output."""
     draws: tuple[int, ...] = ()
-    """Of a stochastic scheduler: how many normal tensors each step draws; the host puts them into the first memories."""
+    """How many normal tensors each step of a stochastic scheduler draws; the host puts them into the first memories."""
     denoised: Float[np.ndarray, "steps 2"] | None = None
     """Weights of sample and model output in what the model takes the denoised sample for; None: not known."""
     made_by: str = ""
@@ -121,7 +121,7 @@ def estimate(
 
 
 def _denoised(scheduler: Any, step: int) -> tuple[float, float] | None:
-    """Of the sample and the model's output, by what the model predicts; flow matching: x₀ = x − σ v (arXiv:2210.02747)."""
+    """The weights of sample and model output, by what the model predicts; flow matching: x₀ = x − σ v (arXiv:2210.02747)."""
     kind = getattr(scheduler, "config", {}).get("prediction_type", "flow_prediction")
     sigmas = getattr(scheduler, "sigmas", None)
     if kind == "flow_prediction" and sigmas is not None:

@@ -31,12 +31,12 @@ class Side:
 
     @classmethod
     def by_stride(cls, pixels: int, stride: int, compression: int) -> Side:
-        """From a tile and a stride in pixels, and the pixels per latent; source: `AutoencoderKLWan.tiled_decode`."""
+        """Make it from a tile and a stride in pixels, and the pixels per latent; source: `AutoencoderKLWan.tiled_decode`."""
         return cls(size=pixels // compression, stride=stride // compression, blend=pixels - stride, keep=stride)
 
     @classmethod
     def by_overlap(cls, latents: int, pixels: int, overlap: float) -> Side:
-        """From a tile in latents and in pixels, and the fraction that overlaps.
+        """Make it from a tile in latents and in pixels, and the fraction that overlaps.
 
         Source: ``tiled_decode`` of `AutoencoderKLCogVideoX` and `AutoencoderKLHunyuanVideo15`.
         """

@@ -66,7 +66,7 @@ def open_tokenizer(folder: Path, kept: Kept, make: Callable[[Path], Any]) -> Any
 
 
 def _entry(tokenizer: Any) -> Entry | None:
-    """None for a tokenizer that does more than the `tokenizers` library does for it."""
+    """What is kept of a tokenizer; None for one that does more than the `tokenizers` library does for it."""
     kind = type(tokenizer)
     base = next((base for base in kind.__mro__ if base.__name__ in BASES), None)
     plain = base is not None and all(getattr(kind, name, None) is getattr(base, name, None) for name in OWN)

@@ -60,7 +60,7 @@ class TracedModule:
         self._make = (lambda: module) if isinstance(module, nn.Module) else module
         self._scan, self._keep_in_fp32, self._fsdp = dict(scan or {}), keep_in_fp32, False
         self._stacks: dict[str, ScannedBlocks] = {}
-        """By the prefix of their parameters' names."""
+        """The scanned stacks, by the prefix of their parameters' names."""
         self._key = [_name_of(self._make), key, repr(self._scan)]
         self._outlines = kept or Kept()
         self.outline = Outline.of_entry(self._outlines.get("outline", self._key, self._described))
@@ -129,7 +129,7 @@ class TracedModule:
         }
 
     def sources(self) -> Mapping[str, list[str]]:
-        """For every parameter, the checkpoint names it may have: tied ones have several."""
+        """The checkpoint names that each parameter may have: tied ones have several."""
         return self.outline.sources
 
     def depth(self, name: str) -> int:

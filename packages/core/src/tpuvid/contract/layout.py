@@ -25,7 +25,7 @@ class MeshConfig:
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
-        """From "dp=2,sp=4" (with ",fsdp" or ",replicated" about the weights) or "dp=2,tp=4"; raises `InputError`."""
+        """Read "dp=2,sp=4" (with ",fsdp" or ",replicated" about the weights) or "dp=2,tp=4"; raises `InputError`."""
         *parts, last = text.replace(" ", "").split(",")
         fsdp = {"fsdp": True, "replicated": False}.get(last)
         found = [re.fullmatch(r"(\w+)=(\d+)", part) for part in ([*parts, last] if fsdp is None else parts)]
@@ -46,7 +46,7 @@ class MeshConfig:
         return layout if isinstance(layout, cls) else cls.parse(str(layout))
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """The text that `parse` reads."""
         sizes = [f"{axis}={size}" for axis in AXES if (size := getattr(self, axis)) > 1] or ["dp=1"]
         weights = [] if self.fsdp is None else ["fsdp" if self.fsdp else "replicated"]
         return ",".join(sizes + weights)

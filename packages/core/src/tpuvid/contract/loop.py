@@ -30,7 +30,7 @@ class StepDone:
     done: int
     total: int
     state: Callable[[], LoopState]
-    """Of the last step that can be gone on from."""
+    """Gives the state of the last step that can be gone on from."""
     estimate: Callable[[], Callable[[], np.ndarray]]
     """Fetches what is needed; the result, which any thread may call at any time, gives what the latents [B, C, f, h, w] would
     be if the model were right at this step."""
@@ -41,12 +41,12 @@ class Loop:
     """What a `Denoiser` is given beside conditioning and settings."""
 
     seeds: tuple[int, ...]
-    """Of each video of the batch."""
+    """The videos' seeds, one each."""
     after_step: Callable[[StepDone], None] | None = None
     """An exception in it stops the run."""
     start: LoopState | None = None
-    """Where to go on."""
+    """The state that the run goes on from."""
     estimates_after: Callable[[int], bool] = lambda done: False
     """Whether `StepDone.estimate` will be called after so many steps."""
     running: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Entered around the steps, once everything is compiled."""
+    """The context that is entered around the steps, once everything is compiled."""

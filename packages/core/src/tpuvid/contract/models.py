@@ -28,7 +28,7 @@ class Conformance:
     random_checkpoint: str
     """Called with a folder (Path): writes a small checkpoint of random weights into it, in the layout of the family's own."""
     settings: Mapping[str, Any]
-    """Of a small video with guidance, as `ModelSpec.configure` takes them."""
+    """The settings of a small video with guidance, as `ModelSpec.configure` takes them."""
     reference: str | None = None
     """Called with (folder, GenerationConfig): runs the pipeline that the family must agree with, in float32, and returns numpy
     arrays under "latents" [1, C, f, h, w], "frames" [1, F, H, W, 3] in [0, 1] and, if it likes, names of
@@ -56,7 +56,7 @@ class ModelSpec:
     flow_shifts: tuple[tuple[int, float], ...] = ()
     """(least pixels per frame, flow_shift), largest first; below the last, the checkpoint's own shift holds."""
     takes: tuple[str, ...] = ()
-    """Of what only some models have (`OPTIONAL_SETTINGS`, `OPTIONAL_FEATURES`), what this one has."""
+    """What this model has of what only some have (`OPTIONAL_SETTINGS`, `OPTIONAL_FEATURES`)."""
     components: Mapping[str, tuple[str, ...]]
     """The checkpoint's subfolders that each of the stages "encode", "denoise" and "decode" needs."""
     load_text_encoder: str
@@ -68,11 +68,11 @@ class ModelSpec:
     conformance: Conformance | None = None
     """None: `tpuvid plugin check` runs the model's own checkpoint, where that is a folder inside a package."""
     twin: str | None = None
-    """Of a folder or repository that is not registered: the registered model whose description it runs with."""
+    """The registered model whose description it runs with, where it is a folder or repository that is not registered."""
     decoder: str | None = None
     """The name of the `DecoderSpec` that `load_decoder` and ``components["decode"]`` have been taken from."""
     step_caches: Mapping[str, type[StepCache]] | None = field(default=None, compare=False, repr=False)
-    """All that are registered, by name, with which `configure` checks ``cache``: the registry gives models that know them."""
+    """Registered step caches by name, with which `configure` checks ``cache``: the registry gives models that know them."""
 
     def configure(self, **settings: Any) -> GenerationConfig:
         """The model's defaults with `settings` (None: not given), checked; raises `InputError`."""
@@ -102,11 +102,11 @@ class DecoderSpec:
     models: tuple[str, ...]
     """The ids of the models, or the families, whose latents it decodes."""
     checkpoint: str
-    """As of a `ModelSpec`: where the folder `component` is."""
+    """Where the folder `component` is: a repository or a folder, as in `ModelSpec`."""
     component: str
     """The folder with its config.json and weights. Named unlike the components of the models."""
     load_decoder: str
-    """As of a `ModelSpec`."""
+    """The callable that makes it, "module:callable", as in `ModelSpec`."""
     api_version: int
 
     def serves(self, spec: ModelSpec) -> bool:

@@ -25,12 +25,12 @@ class Options:
         None, help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.", reads=MeshConfig.of,
         enters=("denoise",), programs=True, recorded=True, portable=True,
     )  # fmt: skip
-    """As text ("dp=2,sp=4", "dp=2,tp=4"), or a `MeshConfig`."""
+    """The layout as text ("dp=2,sp=4", "dp=2,tp=4"), or a `MeshConfig`."""
     vae_tiling: bool = setting(
         False, help="Decode in overlapping tiles: less device memory, slightly other frames.", enters=("decode",),
         programs=True, recorded=True,
     )  # fmt: skip
-    """As diffusers' ``vae.enable_tiling()``: another video."""
+    """Whether to decode in tiles, as with diffusers' ``vae.enable_tiling()``: it gives another video."""
     decoder: str | None = setting(
         None, help="Another decoder than the model's own; tpuvid list-models says which there are.", enters=("decode",),
         programs=True, recorded=True,
@@ -43,7 +43,7 @@ class Options:
         None, help="Default: bfloat16; float32 on a CPU.", choices=("bfloat16", "float32"), enters=ALL, programs=True,
         recorded=True,
     )  # fmt: skip
-    """Of weights and activations."""
+    """The dtype of weights and activations."""
     attention_backend: str = setting(
         "auto", help="flash-int8 is faster and less exact: see docs/attention.md.", show_default=True,
         choices=("auto", "xla", "flash", "flash-smooth-k", "flash-int8", "splash", "cudnn"), enters=ALL, programs=True,
@@ -55,7 +55,7 @@ class Options:
     profile: str | Path | None = setting(
         None, help="Folder for a JAX profile of denoising steps.", rule="needs the path of a folder"
     )
-    """Of steady steps, to be opened in XProf or Perfetto."""
+    """The folder for a profile of steady steps, to be opened in XProf or Perfetto."""
     pack: Any = setting(None, help="File of tpuvid compile: its programs need not be compiled.")
     """The file, or what `read_pack` has made of it; what it lacks is compiled, and the history says so."""
     trust_pack: bool = setting(False, help="Run the machine code in --pack: say so if you made it or trust who did.")
@@ -67,7 +67,7 @@ class Options:
             each.check(getattr(self, name))
 
     def given(self) -> dict[str, Any]:
-        """As `tpuvid.load` takes them."""
+        """The options as `tpuvid.load` takes them."""
         return {name: getattr(self, name) for name in OPTIONS}
 
     @property

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tpuvid.contract.loop import Loop
 
 STAGES = {"encode": "text encoder", "denoise": "denoiser", "decode": "decoder"}
-"""In their order, with who does each, for people."""
+"""The stages in their order, with who does each, for people."""
 
 
 class Stage(Protocol):

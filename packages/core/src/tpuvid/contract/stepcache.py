@@ -25,7 +25,7 @@ class StepCache(Protocol):
     name: str
 
     def full_steps(self, num_inference_steps: int) -> list[bool]:
-        """Of every step, whether it runs the whole model; the first one always does."""
+        """Whether each step runs the whole model; the first one always does."""
 
     def full(self, traced: TracedModule, predict: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
         """``predict(*args)``, and the arrays to keep of it; traced."""
@@ -65,7 +65,7 @@ def _given(config: GenerationConfig) -> dict[str, Any]:
 
 
 def _settings(cache: Any) -> list[str]:
-    """Of a cache or of its class, which the registry has seen to be a dataclass."""
+    """The settings of a cache or of its class, which the registry has seen to be a dataclass."""
     return [field.name for field in fields(cache)]
 
 

@@ -15,7 +15,7 @@ from tpuvid.errors import InputError
 NEEDS: dict[Any, str] = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a string", Path: "a path"
 }  # fmt: skip
-"""By type, what a value of it is called in messages."""
+"""What a value of each type is called in messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +54,9 @@ class Setting:
     takes: str | None = None
     """What a model must have that takes it; None: every model does."""
     recorded: bool = False
-    """Of an option: whether the record of a video names it, by which it is made again."""
+    """Whether the record of a video, by which it is made again, names this option."""
     portable: bool = False
-    """Of an option: whether a run may go on with another value."""
+    """Whether a run may go on with another value of this option."""
     examples: tuple[Any, ...] = ()
     """Two values with which a model that takes it makes other latents."""
 
@@ -97,7 +97,7 @@ class Setting:
 
 
 def in_key(value: Any) -> Any:
-    """As what depends on programs has it, and as `tpuvid.compute.packs.fit` says which flag to pass."""
+    """The value as what depends on programs has it, and as `tpuvid.compute.packs.fit` says which flag to pass."""
     return {None: "none", True: "on", False: "off"}[value] if value is None or isinstance(value, bool) else value
 
 
@@ -107,7 +107,7 @@ def setting(default: Any = MISSING, **about: Any) -> Any:
 
 
 def table_of(kind: type) -> dict[str, Setting]:
-    """By name, what a dataclass says of its fields; their types are those of the annotations."""
+    """What a dataclass says of its fields, by name; their types are those of the annotations."""
     hints = get_type_hints(kind)
     found = {}
     for each in fields(kind):

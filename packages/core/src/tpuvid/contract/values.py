@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 History = Mapping[str, Mapping[str, Any]]
-"""By stage ("encode", "denoise", "decode"): where its weights came from, how they ran, and the seconds that each part took."""
+"""What is known of each stage ("encode", "denoise", "decode"): where its weights came from, how they ran, and the seconds that
+each part took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +33,11 @@ class Conditioning:
     prompt: str
     negative_prompt: str
     max_sequence_length: int | None
-    """None where a foreign file does not say."""
+    """The most text tokens of a prompt; None where a foreign file does not say."""
     tensors: Mapping[str, np.ndarray]
     history: History = field(default_factory=dict)
     fingerprint: str | None = None
-    """Of a local checkpoint: see `Checkpoint.fingerprint`."""
+    """The fingerprint of a local checkpoint: see `Checkpoint.fingerprint`."""
     prompts_sha256: str | None = None
     """What the files of a private run say in the place of both prompts; None: they say the prompts. Where only a file of a
     private run is known, both prompts are ""."""
@@ -51,9 +52,9 @@ class Latents:
     config: GenerationConfig
     history: History = field(default_factory=dict)
     fingerprint: str | None = None
-    """Of a local checkpoint: see `Checkpoint.fingerprint`."""
+    """The fingerprint of a local checkpoint: see `Checkpoint.fingerprint`."""
     prompts_sha256: str | None = None
-    """As of `Conditioning`."""
+    """The hash of both prompts, as in `Conditioning`."""
 
     def check(self) -> None:
         """Raise `TpuvidError` unless every value is finite."""

@@ -18,7 +18,7 @@ class WindowSize:
 
     @classmethod
     def parse(cls, value: Any) -> WindowSize:
-        """From "frames=16", "tokens=8192", or a number of frames; raises `InputError`."""
+        """Read "frames=16", "tokens=8192", or a number of frames; raises `InputError`."""
         found = re.fullmatch(r"(?:(frames|tokens)=)?([0-9]{1,9})", str(value).replace(" ", ""))
         if isinstance(value, bool) or found is None:
             raise InputError(

@@ -41,7 +41,7 @@ class Checkpoint:
     folder: Path | None = None
     repo_id: str | None = None
     loras: tuple[Lora, ...] = ()
-    """To be merged into the diffusion model."""
+    """The LoRAs to be merged into the diffusion model."""
     others: Mapping[str, Checkpoint] = field(default_factory=dict)
     """Components that another checkpoint has, with that one."""
 
@@ -93,7 +93,7 @@ class Checkpoint:
         return _fingerprint(self.folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
     def others_record(self) -> dict[str, str]:
-        """Of components that another checkpoint has: its fingerprint, or the repository."""
+        """The components that another checkpoint has, each with that checkpoint's fingerprint or repository."""
         return {name: other.fingerprint() or other.source for name, other in self.others.items()}
 
     def lora_record(self) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ def _read_ahead(files: list[Path]) -> None:
 
 @lru_cache(maxsize=8)
 def _fingerprint(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of files with their sizes and times of change, by which it is known again without reading."""
+    """The fingerprint of files with their sizes and times of change, by which it is known again without reading."""
     digest = hashlib.sha256()
     for path, size, _ in files:
         digest.update(f"{path.relative_to(folder)} {size} ".encode())

@@ -39,7 +39,7 @@ UNUSED_DAYS = 30
 class Entry(NamedTuple):
     arrays: Mapping[str, np.ndarray]
     about: Any
-    """JSON-ready."""
+    """What is kept beside the arrays, JSON-ready."""
     sources: Iterable[ModuleType] = ()
     """The modules whose code decided what it is, beside tpuvid's and the plugins'. Not read back."""
 
@@ -59,7 +59,7 @@ class Kept:
 
     @classmethod
     def in_cache(cls, environment: Any) -> Kept:
-        """In the user's cache folder, or nowhere if that can't be written: what is kept is only ever a shortcut."""
+        """Entries in the user's cache folder, or nowhere if that can't be written: what is kept is only ever a shortcut."""
         try:
             return cls(cache_folder("kept"), environment)
         except TpuvidError as error:

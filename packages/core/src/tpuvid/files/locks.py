@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TRIES = 1000
 """How often a lock is tried whose folder others remove meanwhile, each time at most once for each of them."""
 WORK_FOLDER = ".tpuvid"
-"""Beside the results: locks, and work that is not done yet."""
+"""The folder beside the results for locks, and for work that is not done yet."""
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Lora:
             pass
 
     def sha256(self) -> str:
-        """Of the file."""
+        """The hash of the file."""
         stat = self.path.stat()
         return _file_sha256(self.path, stat.st_size, stat.st_mtime_ns)
 
@@ -45,5 +45,5 @@ def read_loras(path: str | Path | None, scale: float) -> tuple[Lora, ...]:
 
 @lru_cache(maxsize=8)
 def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Of a file with its size and time of change, by which it is known again without reading."""
+    """The hash of a file with its size and time of change, by which it is known again without reading."""
     return file_sha256(path)

@@ -59,7 +59,7 @@ class Mp4Writer:
 
     @property
     def sha256(self) -> str:
-        """Of all pixels so far, as uint8 [F, H, W, 3]."""
+        """The hash of all pixels so far, as uint8 [F, H, W, 3]."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> Mp4Writer:
@@ -72,7 +72,7 @@ class Mp4Writer:
         return self
 
     def write(self, frames: np.ndarray) -> None:
-        """The next ones: [n, H, W, 3] in [0, 1]."""
+        """Write the next frames: [n, H, W, 3] in [0, 1]."""
         import av
 
         if not self.frames:

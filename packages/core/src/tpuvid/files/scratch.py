@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX, LOCK = "tpuvid-job-", ".tpuvid-job"
-"""Of scratch folders: what their names begin with, and the file in each that its owner has locked."""
+"""What the names of scratch folders begin with, and the file in each that its owner has locked."""
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class ContactSheet:
         self._tile = (0, 0)
 
     def add(self, frames: np.ndarray) -> None:
-        """The next ones: [n, H, W, 3] in [0, 1]."""
+        """Add the next frames: [n, H, W, 3] in [0, 1]."""
         from PIL import Image
 
         height, width = frames.shape[1:3]

@@ -274,7 +274,7 @@ class FramesWriter:
         return self
 
     def write(self, frames: np.ndarray) -> None:
-        """The next ones: [1, n, H, W, C], float32 in [0, 1]."""
+        """Write the next frames: [1, n, H, W, C], float32 in [0, 1]."""
         batch, count, *size = frames.shape
         self.shape = batch, self.shape[1] + count, *size
         data = raw_bytes(frames.astype(np.float32, copy=False))
@@ -290,7 +290,7 @@ class FramesWriter:
                 self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
 
     def _header(self, shape: Sequence[int], checksum: str) -> bytes:
-        """As safetensors has it: the place of each tensor, and metadata."""
+        """The header as safetensors has it: the place of each tensor, and metadata."""
         tensor = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, 4 * math.prod(shape)]}
         return json.dumps({"__metadata__": self._metadata | {"checksum": checksum}, "frames": tensor}).encode()
 

@@ -12,11 +12,11 @@ from typing import Any
 from tpuvid.errors import InputError
 
 MOST_JSON = 16 * 2**20
-"""Bytes of a config or an index; tokenizers are transformers' to read."""
+"""The most bytes of a config or an index; tokenizers are transformers' to read."""
 MOST_HEADER = 32 * 2**20
-"""Bytes of a safetensors header: a thousand tensors take 0.1 MB."""
+"""The most bytes of a safetensors header: a thousand tensors take 0.1 MB."""
 MOST = 2**24
-"""Of any whole number in a config: the largest published one is a vocabulary of 256,384."""
+"""The most that any whole number in a config may be: the largest published one is a vocabulary of 256,384."""
 MOST_LAYERS = 1024
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"(dp", b"]q")
 """How files of ``torch.save`` and ``pickle.dump`` begin."""

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 LIBRARIES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
-"""Those that compute."""
+"""The libraries that compute."""
 FORK = "diffusers-tpu"
 
 
@@ -41,7 +41,7 @@ def _has_modules_of_the_fork() -> bool:
 
 
 def versions(*packages: str | None) -> dict[str, str]:
-    """Those of Python and of what computes, as far as it is installed; and of `packages`."""
+    """The versions of Python and of what computes, as far as it is installed; and of `packages`."""
     found = {"python": platform.python_version()}
     for name in ("tpuvid-core", *LIBRARIES, *filter(None, packages)):
         if (installed := installed_version(name)) is not None:

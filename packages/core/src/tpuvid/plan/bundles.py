@@ -46,7 +46,7 @@ UTILISATION = "final_hlo-static-per-bundle-utilization"
 BRANCH_DELAY = 4
 """Bundles after a branch that still run whether or not it is taken."""
 PIPELINE_DEPTH = 3
-"""At most so many more trips than grid steps in Mosaic's pipelined loop (seen: 2; jax 0.10.2, libtpu 0.0.42, 2026-11)."""
+"""The most trips beyond the grid's steps in Mosaic's pipelined loop (seen: 2; jax 0.10.2, libtpu 0.0.42, 2026-11)."""
 
 OPTIMISTIC = "optimistic"
 """How the names of kernels begin whose data-dependent regions are seldom entered."""
@@ -55,7 +55,7 @@ Grid = tuple[int, ...]
 
 
 def dump_flags(folder: Path) -> str:
-    """For LIBTPU_INIT_ARGS of the process that compiles, before it imports jax: the schedules go into `folder`."""
+    """Flags for LIBTPU_INIT_ARGS of the process that compiles, before it imports jax: the schedules go into `folder`."""
     return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={BUNDLES}|{UTILISATION}"
 
 
@@ -64,21 +64,21 @@ class KernelSchedule:
     """One compiled Pallas kernel, per call."""
 
     name: str
-    """Of its custom call in the HLO, like "splash_mha_fwd_segmented_no_residuals.3"."""
+    """The name of its custom call in the HLO, like "splash_mha_fwd_segmented_no_residuals.3"."""
     cycles: float
     bundles: int
-    """As they stand in the program, each once."""
+    """The bundles as they stand in the program, each counted once."""
     utilisation: Mapping[str, float]
     """Share of the issue slots that are used, over all `cycles`, by unit: MXU, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU;
     "VLOAD:FILL" and "VSTORE:SPILL" are the loads and stores that registers overflowed into."""
     uncertain: float
-    """Of `cycles`, those in regions or loops whose frequency depends on data; 0 where the count is exact. Of an optimistic
-    kernel, those that it would take more if it entered its regions always."""
+    """The part of `cycles` in regions or loops whose frequency depends on data; 0 where the count is exact. For an
+    optimistic kernel, the cycles that it would take more if it entered its regions always."""
     grid: Grid | None
-    """None where the kernel has no loop over it (a single step) or it could not be recovered."""
+    """The kernel's grid; None where there is no loop over it (a single step) or it could not be recovered."""
 
     def milliseconds(self, chip: Chip) -> float | None:
-        """None on a chip whose clock isn't known: see `no_time`."""
+        """The time of a call; None on a chip whose clock isn't known: see `no_time`."""
         return None if chip.clock_ghz is None else self.cycles / chip.clock_ghz / 1e6
 
 
@@ -103,13 +103,13 @@ def kernels(folder: Path, grids: Mapping[str, Sequence[Grid]] | None = None) -> 
 
 
 def read_schedule(name: str, bundles: Path, table: Path, grids: Mapping[str, Sequence[Grid]] | None = None) -> KernelSchedule:
-    """Of the instruction `name`, whose files are `dumped`; `grids` as for `kernels`."""
+    """The schedule of the instruction `name`, whose files are `dumped`; `grids` as for `kernels`."""
     known = (grids or {}).get(re.sub(r"\.\d+$", "", name), ())
     return schedule(name, bundles.read_text(errors="replace"), table.read_text(), known)
 
 
 def dumped(folder: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Of each instruction with a schedule in `folder`, its name in the dump and the files of its bundles and of their slots."""
+    """Each instruction with a schedule in `folder`: its name in the dump and the files of its bundles and of their slots."""
     for path in sorted(folder.glob(f"*-{BUNDLES}.txt")):
         label = re.fullmatch(rf"(\d+)-(.+)-\d+-{BUNDLES}\.txt", path.name)
         if label is None or label[2].endswith("schedule-analysis"):
@@ -146,7 +146,7 @@ _ENTRY = re.compile(r"/\* entry bundle: %(\S+) = custom-call\(")
 
 
 def _kernel_name(path: Path) -> str | None:
-    """Of the custom call that a dump is the schedule of; None for fusions. Reads no further than the first bundle."""
+    """The name of the custom call whose schedule a dump is; None for fusions. Reads no further than the first bundle."""
     with path.open(errors="replace") as lines:
         for line in lines:
             if _BUNDLE.match(line):
@@ -156,7 +156,7 @@ def _kernel_name(path: Path) -> str | None:
 
 
 def schedule(name: str, bundles: str, table: str, grids: Sequence[Grid] = ()) -> KernelSchedule:
-    """From the two texts that libtpu dumps of a kernel: its bundles, and one row per bundle of the slots that each uses."""
+    """Read the two texts that libtpu dumps of a kernel: its bundles, and one row per bundle of the slots that each uses."""
     units, capacity, used = _utilisation(table)
     program = _Program(bundles, grids)
     count = min(len(program.lines), len(used))
@@ -190,7 +190,7 @@ class _Loop:
     start: int
     end: int
     trips: int | None
-    """None where unknown."""
+    """How often it runs; None where unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +311,7 @@ class _Program:
                 yield _Loop(head, next(deeper, len(self.lines)), None)
 
     def _trips(self, predicate: str | None) -> int | None:
-        """From the exit test: the counter's next value against a constant; the counter is the phi of its start and that."""
+        """Trips by an exit test: the counter's next value against a constant; the counter is the phi of its start and that."""
         test = self._define(predicate)
         if test is None or "loop exit test" not in test.comment or not test.operation.startswith("scmp.ge"):
             return None
@@ -433,7 +433,7 @@ class _Program:
         return found[0] if found else None
 
     def _all(self) -> Iterable[_Definition]:
-        """In the program's order."""
+        """All definitions in the program's order."""
         return sorted((d for ds in self._definitions.values() for d in ds), key=lambda d: d.line)
 
 

@@ -37,7 +37,7 @@ class Compiled:
     path: Path
     bytes: int
     programs: list[dict[str, Any]]
-    """Of each: stage, name, bytes in the pack, seconds to compile."""
+    """The stage, name, bytes in the pack and seconds to compile of each program."""
 
 
 def compile_pack(

@@ -54,13 +54,13 @@ KERNEL = "tpu_custom_call"
 class Part:
     seconds: float | None
     hbm_bound_seconds: float | None
-    """Of them, in instructions that HBM's bandwidth holds up."""
+    """The part of `seconds` in instructions that HBM's bandwidth holds up."""
     estimated_seconds: float | None
-    """Of them, by XLA's estimate for want of a counted schedule."""
+    """The part of `seconds` that XLA estimates, for want of a counted schedule."""
     flops: float
-    """Per device."""
+    """FLOPs per device."""
     hbm_bytes: float
-    """Per device; the least that move."""
+    """Bytes per device; the least that move."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Collective:
     """Devices that work together."""
     count: int
     bytes: int
-    """Per device and run: what is reduced, exchanged or sent; of an all-gather its result."""
+    """Bytes per device and run: what is reduced, exchanged or sent; of an all-gather its result."""
     sent_bytes: float
-    """By a device in one run."""
+    """Bytes that a device sends in one run."""
     seconds: float
-    """Of all runs, before overlap."""
+    """The seconds of all runs, before overlap."""
     exposed_seconds: float | None
-    """Of them, those in which the core waits."""
+    """The part of `seconds` in which the core waits."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Prediction:
     reason: str | None
     """Why there are no seconds."""
     parts: Mapping[str, Part]
-    """By name, of `PARTS`."""
+    """The parts by their names in `PARTS`."""
     collectives: tuple[Collective, ...]
     flops: float
-    """That each device executes, padding included."""
+    """FLOPs that each device executes, padding included."""
     hbm_bytes: float
     share_of_peak: float | None
     """`flops` over what the chip could execute in `seconds`: an MFU that counts executed rather than useful work."""
@@ -105,11 +105,11 @@ class Prediction:
 
     @property
     def collective_seconds(self) -> float:
-        """Before overlap."""
+        """The seconds of all collectives, before overlap."""
         return sum(c.seconds for c in self.collectives)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The prediction, JSON-ready."""
         return asdict(self) | {"collective_seconds": self.collective_seconds}
 
 
@@ -172,7 +172,7 @@ class _Tally:
 
 @dataclass
 class _Runs:
-    """Of one collective."""
+    """All runs of one collective."""
 
     kind: str
     instruction: hlo.Instruction
@@ -219,7 +219,7 @@ class _Pricer:
     collectives: dict[str, _Runs] = field(default_factory=dict)
     unpriced: set[str] = field(default_factory=set)
     notes: dict[str, None] = field(default_factory=dict)
-    """In order, each once."""
+    """The notes in order, each once."""
     _bodies: dict[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -245,7 +245,7 @@ class _Pricer:
 
     @property
     def clock(self) -> float | None:
-        """Hz."""
+        """The clock in Hz."""
         return self.topology.chip.clock_ghz and self.topology.chip.clock_ghz * 1e9
 
     def run(self, computation: hlo.Computation, times: int) -> float:
@@ -395,7 +395,7 @@ class _Pricer:
         return read + self._written_bytes(inner, inner.instructions[inner.root], instruction.outputs)
 
     def _used_bytes(self, computation: hlo.Computation, value: hlo.Instruction) -> int:
-        """Of `value`, what its users read."""
+        """The bytes of `value` that its users read."""
         used = 0
         for user in computation.users[value.name]:
             place = user.operands.index(value.name)
@@ -417,7 +417,7 @@ class _Pricer:
         return used
 
     def _written_bytes(self, computation: hlo.Computation, root: hlo.Instruction, outputs: Sequence[hlo.Array]) -> int:
-        """Of `outputs`, where `root` makes them."""
+        """The bytes written to `outputs`, where `root` makes them."""
         if not any(array.hbm_bytes for array in outputs):
             return 0
         if root.opcode == "tuple":
@@ -431,7 +431,7 @@ class _Pricer:
 
 
 def _moved_bytes(start: hlo.Instruction) -> int:
-    """Of HBM, by a transfer: what arrives, once for each side that is in HBM."""
+    """The bytes of HBM that a transfer moves: what arrives, once for each side that is in HBM."""
     arrays = [array for array in start.outputs if array.shape]
     if not arrays:
         return 0

@@ -38,8 +38,8 @@ from tpuvid.plan.bundles import Grid, pallas_grids
 OUT_OF_HBM = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 """What libtpu says it would need, arguments included."""
 PROMPT = 'a sign that says "tpuvid"'
-"""For dry runs. It quotes a word, since HunyuanVideo's second text encoder runs for nothing else; prompts are padded, so that
-any other gives the same programs."""
+"""The prompt of dry runs. It quotes a word, since HunyuanVideo's second text encoder runs for nothing else; prompts are
+padded, so that any other gives the same programs."""
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -84,11 +84,11 @@ class Ledger:
         self._alive[next(self._numbers)] = array
 
     def array(self, like: Any, sharding: Sharding) -> AbsentArray:
-        """For something with a shape and a dtype."""
+        """An absent array for something with a shape and a dtype."""
         return AbsentArray(like.shape, like.dtype, sharding, self)
 
     def bytes(self, without: Iterable[Any] = ()) -> int:
-        """Per device, of all that are alive but those `without`."""
+        """The bytes per device of all arrays that are alive but those `without`."""
         left_out = {id(array) for array in without}
         return sum(array.nbytes for array in self._alive.values() if id(array) not in left_out)
 
@@ -100,7 +100,7 @@ class Footprint:
     arguments: int
     outputs: int
     aliased: int
-    """Of the outputs, what takes the place of arguments."""
+    """The part of the outputs that takes the place of arguments."""
     temporary: int
     code: int
 
@@ -121,13 +121,13 @@ class DryProgram:
     """Shape structs, or host arrays."""
     out_info: Any
     grids: dict[str, list[Grid]] = field(default_factory=dict)
-    """Of its Pallas kernels, by name."""
+    """The grids of its Pallas kernels, by name."""
     compiled: jax.stages.Compiled | None = None
-    """None where its stage isn't compiled, or where the compiler found that it doesn't fit."""
+    """The compiled program; None where its stage isn't compiled, or where the compiler found that it doesn't fit."""
     needed: int | None = None
     """Bytes per device that the compiler asked for where it doesn't fit."""
     compile_seconds: float = 0.0
-    """Tracing and lowering included."""
+    """The seconds to compile, tracing and lowering included."""
     calls: int = 0
     around: int = 0
     """Most bytes per device of other arrays that were alive at a call."""
@@ -217,12 +217,12 @@ def _needed_hbm(message: str) -> int | None:
 @dataclass(frozen=True)
 class DryRuntime(Runtime):
     stage: str = ""
-    """The one that runs with it."""
+    """The stage that runs with it."""
     compiled_stages: tuple[str, ...] = tuple(STAGES)
-    """Of the others, programs are traced for the shapes that they return."""
+    """The stages that are compiled; programs of the others are traced for the shapes that they return."""
     ledger: Ledger = field(default_factory=Ledger)
     on_program: Callable[[DryProgram], None] = lambda program: None
-    """Told of each program once it is compiled."""
+    """Called with each program once it is compiled."""
 
     def put(self, tree: Any, sharding: Sharding) -> Any:
         return jax.tree.map(lambda x: self.ledger.array(x, sharding), tree)

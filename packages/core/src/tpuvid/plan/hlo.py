@@ -39,7 +39,7 @@ class Array:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
-    """As it lies in memory: padded to whole tiles."""
+    """The size as it lies in memory: padded to whole tiles."""
     space: int = HBM
 
     @property
@@ -59,7 +59,7 @@ class Instruction:
     attributes: str
     """What follows the operands."""
     literal: str
-    """Between the parentheses: the value of a constant, the number of a parameter."""
+    """What stands between the parentheses: the value of a constant, the number of a parameter."""
 
     @property
     def op_name(self) -> str:
@@ -68,13 +68,13 @@ class Instruction:
 
     @property
     def estimated_cycles(self) -> int | None:
-        """By XLA's cost model, which chooses tile sizes by it."""
+        """The cycles by XLA's cost model, which chooses tile sizes by it."""
         found = self.attribute(r'"estimated_cycles":"(\d+)"')
         return None if found is None else int(found)
 
     @property
     def target(self) -> str | None:
-        """Of a custom call; "tpu_custom_call" is a Pallas kernel."""
+        """The target of a custom call; "tpu_custom_call" is a Pallas kernel."""
         return self.attribute(r'custom_call_target="([^"]*)"')
 
     @property
@@ -85,7 +85,7 @@ class Instruction:
 
     @property
     def own_attributes(self) -> str:
-        """Without the names of others, of channels and of its origin."""
+        """The attributes without the names of others, of channels and of its origin."""
         return _ORIGIN.sub("", self.attributes)
 
     def attribute(self, pattern: str) -> str | None:
@@ -93,7 +93,7 @@ class Instruction:
         return found[1] if found else None
 
     def dims(self, name: str) -> tuple[int, ...]:
-        """Of an attribute such as ``dimensions={0,2}``; empty where it is missing."""
+        """The numbers in an attribute such as ``dimensions={0,2}``; empty where it is missing."""
         found = self.attribute(rf"\b{name}=\{{([\d,]*)\}}")
         return tuple(map(int, filter(None, (found or "").split(","))))
 
@@ -103,7 +103,7 @@ class Instruction:
         return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", found)]
 
     def groups(self, devices: int) -> list[list[int]]:
-        """Of a collective: the places in the mesh that work together; all `devices` where it names none.
+        """The places in the mesh that work together in a collective; all `devices` where it names none.
 
         Raises `ValueError` for a form that isn't known.
         """
@@ -130,7 +130,7 @@ class Instruction:
 class Computation:
     name: str
     instructions: Mapping[str, Instruction]
-    """By name, in order."""
+    """The instructions by name, in order."""
     root: str
 
     @cached_property
@@ -157,7 +157,7 @@ class Module:
     computations: Mapping[str, Computation]
     entry: Computation = field(repr=False)
     devices: int = 1
-    """That the program runs on together."""
+    """The number of devices that the program runs on together."""
 
     def called(self, instruction: Instruction) -> list[Computation]:
         return [self.computations[name] for name in instruction.called if name in self.computations]
@@ -166,8 +166,8 @@ class Module:
         return self.computations[loop.attribute(r"\bbody=%?([^\s,]+)") or ""]
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """Of a while, by the compiler's note or its condition ``i < constant``, where JAX's loops count from zero by one;
-        None where neither tells."""
+        """The trips of a while, by the compiler's note or its condition ``i < constant``, where JAX's loops count from zero
+        by one; None where neither tells."""
         if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(known)
         condition = self.computations[loop.attribute(r"\bcondition=%?([^\s,]+)") or ""]

@@ -39,7 +39,7 @@ class Task:
 
 
 def jobs_at_once(bytes_each: int) -> int:
-    """As many as there are cores, as far as free memory goes; at least one."""
+    """How many jobs may run at once: as many as there are cores, as far as free memory goes; at least one."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

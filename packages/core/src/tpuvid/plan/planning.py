@@ -38,10 +38,10 @@ class StagePlan:
     name: str
     weights: int
     layout: str | None
-    """As `--mesh` takes it; None for a stage that lies as a plugin has laid it."""
+    """The layout as `--mesh` takes it; None for a stage that lies as a plugin has laid it."""
     programs: list[dict[str, Any]]
     usable: int | None
-    """None where the backend doesn't tell."""
+    """The bytes that programs may use on each device; None where the backend doesn't tell."""
 
     @property
     def peak(self) -> int:
@@ -49,7 +49,7 @@ class StagePlan:
 
     @property
     def fits(self) -> bool | None:
-        """None where the backend doesn't say how much there is."""
+        """Whether it fits; None where the backend doesn't say how much memory there is."""
         return None if self.usable is None else self.peak <= self.usable
 
     @property
@@ -67,7 +67,7 @@ class StagePlan:
 
     @property
     def seconds(self) -> float | None:
-        """Of all calls for one video, predicted; None where any is not."""
+        """The predicted seconds of all calls for one video; None where any is not predicted."""
         seconds = [p["prediction"] and p["prediction"]["seconds"] for p in self.programs]
         return None if None in seconds else sum(s * p["calls"] for s, p in zip(seconds, self.programs, strict=True))
 
@@ -91,7 +91,7 @@ class Plan:
     mesh_asked: str | None
     stages: dict[str, StagePlan]
     versions: dict[str, str]
-    """Of what compiled it."""
+    """The versions of what compiled it."""
 
     @property
     def fits(self) -> bool | None:
@@ -100,13 +100,13 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of one video, predicted; None where those of any stage are not."""
+        """The predicted seconds of one video; None where those of any stage are not predicted."""
         known = [seconds for stage in self.stages.values() if (seconds := stage.seconds) is not None]
         return sum(known) if len(known) == len(self.stages) else None
 
     @property
     def layout(self) -> str:
-        """Of the denoiser, and why."""
+        """The denoiser's layout, and why."""
         text = self.stages["denoise"].layout
         if self.devices == 1 or text is None:
             return "one device" if self.devices == 1 else "the plugin's own"
@@ -189,7 +189,7 @@ class Planner:
         step, most = rules.frame_step, (rules.max_frames - 1) // rules.frame_step
 
         def compile_with(n: int) -> StagePlan:
-            """Of the stages, with step·n + 1 frames, the one that comes closest to what is usable, or is most beyond it."""
+            """The stage that, with step·n + 1 frames, comes closest to what is usable, or is most beyond it."""
             (found,) = self._compile([(topology, stages, config.override(num_frames=step * n + 1), self.options)])
             return max(_stages(found).values(), key=lambda stage: stage.peak)
 
@@ -303,7 +303,7 @@ def _settings(config: GenerationConfig) -> dict[str, Any]:
 
 
 def _environment(topology: str, dump: Path | None) -> dict[str, str]:
-    """Of a job; libtpu leaves its schedules in `dump`."""
+    """The environment variables of a job; libtpu leaves its schedules in `dump`."""
     match topology:
         case "cpu":
             return {"JAX_PLATFORMS": "cpu"}

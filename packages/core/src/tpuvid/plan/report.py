@@ -103,7 +103,7 @@ def _collective_row(kind: str, found: list[dict[str, Any]]) -> list[str]:
 
 
 def _short(number: float, digits: int = 3) -> str:
-    """With so many decimals; where they would show less than two figures, with two."""
+    """The number with so many decimals; where they would show less than two figures, with two."""
     return f"{number:.{digits}f}" if number == 0 or number >= 10 ** (1 - digits) else f"{number:.2g}"
 
 

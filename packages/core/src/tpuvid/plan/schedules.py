@@ -9,7 +9,7 @@ from tpuvid.plan.bundles import Grid, dumped, read_schedule
 
 
 def schedule_cycles(folder: Path, grids: Mapping[str, Sequence[Grid]] | None = None) -> dict[str, float]:
-    """By instruction, of Pallas kernels and XLA's own fusions alike: what `tpuvid.plan.cost.predict` takes.
+    """The cycles of each instruction, Pallas kernels and XLA's own fusions alike: what `tpuvid.plan.cost.predict` takes.
 
     `folder` is what `tpuvid.plan.bundles.dump_flags` named to the process, which must have compiled one program alone: the
     dumps don't say which program an instruction is of. `grids` are those of its Pallas kernels, as `pallas_grids` finds them.

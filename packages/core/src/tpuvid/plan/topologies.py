@@ -22,7 +22,7 @@ SHAPES: dict[int, dict[int, tuple[int, ...]]] = {
     2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
     3: {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)},
 }
-"""By the interconnect's dimensions: chips → the slice that is rented under that number."""
+"""The slice that is rented under each number of chips, by the interconnect's dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """As JAX counts them."""
+        """The number of devices, as JAX counts them."""
         return self.chips * self.chip.devices_per_chip
 
     @property
@@ -54,8 +54,8 @@ class Topology:
         return tuple(min(a, b) for a, b in zip(host, padded, strict=True))
 
     def environment(self, flags: str = "") -> dict[str, str]:
-        """For a process in which libtpu compiles for this slice: it must not look for a cloud machine, nor be kept from
-        running beside another compile. `flags` are libtpu's own."""
+        """The variables of a process in which libtpu compiles for this slice: it must not look for a cloud machine, nor be
+        kept from running beside another compile. `flags` are libtpu's own."""
         accelerator = "v5litepod" if self.chip.name == "v5e" else self.chip.name
         return {
             "JAX_PLATFORMS": "cpu",
@@ -76,7 +76,7 @@ class Topology:
 
 
 def parse_topology(text: str, *, also: Sequence[str] = LOCAL) -> Topology:
-    """From "v6e-8" (as slices are rented: chips, or for v5p and tpu7x cores) or "v6e:2x4" (as libtpu says it).
+    """Read "v6e-8" (as slices are rented: chips, or for v5p and tpu7x cores) or "v6e:2x4" (as libtpu says it).
 
     Raises `InputError` for what no slice is called; `also` are names that it offers beside those of slices.
     """

@@ -41,7 +41,7 @@ COARSE = [
 ]  # fmt: skip
 """Where a search starts: the best of earlier searches (2026-11, v6e), and around."""
 STRIDES = (1.5, 1.2, 1.08)
-"""From the best of those it goes to neighbours that are larger or smaller by this, the next one where none is better."""
+"""A search goes from the best of `COARSE` to neighbours larger or smaller by this, the next one where none is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Found:
 
     blocks: Blocks
     cycles: float | None
-    """None where the kernel can't be compiled with these blocks."""
+    """The cycles of the kernel; None where it can't be compiled with these blocks."""
     reason: str | None = None
 
 
@@ -214,7 +214,7 @@ def _neighbours(shape: AttentionShape, blocks: Blocks, stride: float) -> list[Bl
 
 
 def compile_candidates(topology: Topology, shape: AttentionShape, candidates: Sequence[Blocks], jobs: int) -> Iterator[Found]:
-    """Each as it gets ready; `jobs` at a time."""
+    """What became of each candidate, as it gets ready; `jobs` at a time."""
     with scratch_folder() as scratch, Jobs(scratch) as running:
 
         def tasks() -> Iterator[Task]:
@@ -276,7 +276,7 @@ def _is_cut_off(path: Path) -> bool:
 
 
 def _predicted_ms(found: Found, chip: Chip) -> float:
-    """Of a candidate that fits."""
+    """The predicted milliseconds of a candidate that fits."""
     assert found.cycles is not None and chip.clock_ghz is not None, "see `check_tunable`"
     return found.cycles / chip.clock_ghz / 1e6
 

@@ -80,7 +80,7 @@ def check_origin(what: str, made: Conditioning | Latents, spec: ModelSpec, check
 
 
 def _registered_checkpoint(name: str, checkpoint: str) -> Checkpoint:
-    """Of a `ModelSpec` or a `DecoderSpec`."""
+    """The checkpoint of a `ModelSpec` or a `DecoderSpec`."""
     package, colon, folder = checkpoint.partition(":")
     if colon:
         return Checkpoint(name, folder=Path(str(files(package))) / folder)

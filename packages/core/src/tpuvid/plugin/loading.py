@@ -1,4 +1,4 @@
-"""From entry points to what their modules register. Whatever goes wrong in one is a line about that one."""
+"""The way from entry points to what their modules register. Whatever goes wrong in one is a line about that one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Plugin:
 
     @property
     def provides(self) -> list[str]:
-        """For people: what it registers."""
+        """What it registers, for people."""
         found = [spec.model_id for spec in self.models]
         found += [f"decoder {decoder.name}" for decoder in self.decoders]
         found += [f"step cache {step_cache.name}" for step_cache in self.step_caches]
@@ -73,7 +73,7 @@ def installed_points() -> Iterator[EntryPoint | Plugin]:
 
 
 def loaded(points: Iterable[EntryPoint]) -> list[Plugin]:
-    """Each on its own."""
+    """The plugins of these entry points, each loaded on its own."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     return [_loaded(manager, point) for point in points]

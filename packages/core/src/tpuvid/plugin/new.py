@@ -113,7 +113,7 @@ def _compatible(package: str) -> str:
 
 
 def _make_checkpoint(source: Path, module: str) -> None:
-    """By the package's own maker, in a process of its own: it imports torch and diffusers."""
+    """Make the checkpoint with the package's own maker, in a process of its own: it imports torch and diffusers."""
     path = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
     folder = source / module / "checkpoint"
     command = [sys.executable, "-W", "ignore", "-m", f"{module}.conformance", str(folder)]

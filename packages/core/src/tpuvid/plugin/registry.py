@@ -57,7 +57,7 @@ class Registry:
 
     @property
     def problems(self) -> list[str]:
-        """For people: a line for each plugin that doesn't load, and for each conflict."""
+        """A line, for people, for each plugin that doesn't load, and for each conflict."""
         broken = [f"plugin {p.name} ({p.package} {p.version}) does not load: {p.error}" for p in self.broken]
         return broken + [str(conflict) for conflict in self.conflicts]
 
@@ -156,7 +156,7 @@ def load_plugins(found: Iterable[EntryPoint | Plugin], selection: str | None = N
 
 
 def _named(plugin: Plugin) -> dict[str, tuple[str, dict[str, list[Any]]]]:
-    """By the plugin's field: what kind of thing it registers there, and those things by every name that they take."""
+    """What kind of thing the plugin registers in each field, and those things by every name that they take."""
     found: dict[str, tuple[str, dict[str, list[Any]]]] = {}
     for name, kind, names in (
         ("models", "model id", lambda spec: [spec.model_id]),
@@ -201,7 +201,7 @@ def _knowing(plugin: Plugin, step_caches: Mapping[str, type[StepCache]]) -> Plug
 
 
 def _words(selection: str | None) -> tuple[set[str], set[str]]:
-    """Of "wan,tiny" (only these, and core) or "-wan" (all but these): (allowed, denied)."""
+    """Read "wan,tiny" (only these, and core) or "-wan" (all but these) as (allowed, denied)."""
     words = {word.strip() for word in (selection or "").split(",")} - {""}
     denied = {word.removeprefix("-") for word in words if word.startswith("-")}
     return {word for word in words if not word.startswith("-")}, denied

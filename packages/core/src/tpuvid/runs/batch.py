@@ -50,7 +50,7 @@ class Batch:
     """A failure is raised, not noted."""
     control: Control = field(default_factory=Control)
     failed: dict[int, Exception] = field(default_factory=dict)
-    """By number of the job."""
+    """What failed, by number of the job."""
 
     def run(self) -> dict[int, Exception]:
         """What failed, by number of the job. Raises `KeyboardInterrupt`, between two parts of the work, once cancelled."""
@@ -74,7 +74,7 @@ class Batch:
         return self.failed
 
     def _try(self, numbers: Sequence[int], work: Callable[[Sequence[int]], None]) -> None:
-        """`work` of the jobs that have not failed yet; what stops it is theirs alone."""
+        """Do `work` for the jobs that have not failed yet; what stops it is theirs alone."""
         raise_if_stopped(self.control.cancel)
         numbers = [i for i in numbers if i not in self.failed]
         if not numbers:
@@ -89,7 +89,7 @@ class Batch:
             self.failed |= dict.fromkeys(numbers, error)
 
     def _encode(self, numbers: Sequence[int]) -> None:
-        """Every prompt once, whatever the number of its videos."""
+        """Encode every prompt once, whatever the number of its videos."""
         same: dict[Path, list[int]] = {}
         for i in numbers:
             same.setdefault(self.work.embeddings(self.jobs[i].config), []).append(i)
@@ -112,7 +112,7 @@ class Batch:
                 yield alike[start : start + self.batch_size]
 
     def _denoise(self, group: Sequence[int]) -> None:
-        """In one batch; where that fails, one by one."""
+        """Denoise in one batch; where that fails, one by one."""
         group = [i for i in group if i not in self.failed]
         if len(group) < 2:
             self._try(group, self._denoise_together)

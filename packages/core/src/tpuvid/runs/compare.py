@@ -23,7 +23,7 @@ SSIM_WINDOW = 11
 """Pixels: Gaussian weights of sigma 1.5, as in Wang et al., "Image quality assessment" (2004)."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""As safetensors names them."""
+"""The floating-point dtypes, as safetensors names them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +40,13 @@ class Comparison:
     """1 for frames; for latents the largest value of `a` less its smallest."""
     identical: bool
     psnr: float
-    """dB, of the mean squared error over all values; infinite where identical."""
+    """The PSNR in dB, of the mean squared error over all values; infinite where identical."""
     ssim: float | None
     """Mean over frames; None where a side is below `SSIM_WINDOW`."""
     largest_difference: float
     mean_difference: float
     worst_frame: int | None
-    """Where the mean squared error is largest, from 0; None where identical."""
+    """The frame where the mean squared error is largest, from 0; None where identical."""
     worst_frame_psnr: float
 
     def to_dict(self) -> dict[str, Any]:

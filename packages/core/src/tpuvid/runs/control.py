@@ -65,7 +65,7 @@ class CancelToken:
 
 
 def raise_if_stopped(token: CancelToken) -> None:
-    """Between two parts of the work."""
+    """Raise if the run was stopped; called between two parts of the work."""
     if token.cancelled:
         raise Terminated if token.reason == signal.SIGTERM else KeyboardInterrupt
 

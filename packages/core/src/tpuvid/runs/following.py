@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Follower:
-    """Of one run of so many `steps`; `checkpoints` and `preview` are None where nothing is kept or shown."""
+    """The follower of one run of so many `steps`; `checkpoints` and `preview` are None where nothing is kept or shown."""
 
     def __init__(
         self,

@@ -27,11 +27,11 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Of one video."""
+    """The files that are written of one video."""
 
     video: Path
     request: str | None = None
-    """Kept in the record, by which a later run knows the video again."""
+    """The key in the record, by which a later run knows the video again."""
     overwrite: bool = False
     save_frames: bool = False
     metadata: bool = True

@@ -320,7 +320,7 @@ class Pipeline:
         return self._opened[name]
 
     def _serve_kept(self, name: str, stage: Any, runtime: Runtime) -> None:
-        """Programs of earlier processes to the stage `name`."""
+        """Serve programs of earlier processes to the stage `name`."""
         tables = [file_sha256(path) for path in plugin_tables()]
         modules = traced_modules(stage)  # without the stage, which would keep its weights by referring to itself
         runtime.kept.serve(

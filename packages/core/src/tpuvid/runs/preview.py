@@ -105,7 +105,7 @@ def _kept(path: Path) -> np.ndarray:
 
 
 def _fitted(stock_vae: Any, folder: Path, kept: Path) -> np.ndarray:
-    """By least squares, of what the VAE makes of clips."""
+    """The weights, fitted by least squares to what the VAE makes of clips."""
     vae = stock_vae.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     known: tuple[list, list] = [], []
     colours: tuple[list, list] = [], []

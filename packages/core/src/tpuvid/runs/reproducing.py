@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Of what the video was made with."""
+    """A difference in what the video was made with."""
 
     what: str
     then: str | None
@@ -41,14 +41,14 @@ class Reproduction:
     video: Path
     differences: tuple[Difference, ...]
     same_latents: bool
-    """Bit for bit."""
+    """Whether the latents are the same, bit for bit."""
     same_frames: bool
-    """Before they were compressed."""
+    """Whether the frames were the same before they were compressed."""
     comparison: Comparison | None
-    """With the original mp4; None where only its record is there."""
+    """The comparison with the original mp4; None where only its record is there."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The reproduction, JSON-ready."""
         return {
             "video": str(self.video),
             "differences": [asdict(difference) for difference in self.differences],
@@ -100,7 +100,7 @@ class Recorded:
         return cls(path=path, record=record, model=name, spec=spec, checkpoint=checkpoint, config=config, options=given)
 
     def differences(self) -> list[Difference]:
-        """In versions and weights, before anything is loaded."""
+        """The differences in versions and weights, found before anything is loaded."""
         then = self.record.get("versions", {})
         now = versions(*registry().packages_of(self.spec))
         found = [(name, then.get(name), now.get(name)) for name in sorted({*then, *now})]
@@ -132,7 +132,7 @@ class Recorded:
         )
 
     def _differences_of_run(self, record: Mapping[str, Any]) -> list[Difference]:
-        """Known once it has run: the commit of the Hub, devices and layout."""
+        """The differences known once it has run: the commit of the Hub, devices and layout."""
         then, now = self.record.get("history", {}), record["history"]
         found = [("revision", self.record.get("revision"), record["revision"])]
         for stage in now:
@@ -163,7 +163,7 @@ def _differing(found: list[tuple[str, Any, Any]]) -> list[Difference]:
 
 
 def render(found: Reproduction) -> str:
-    """For people."""
+    """What was found, for people."""
     lines = [f"differs: {difference}" for difference in found.differences] or [
         "differs: nothing in versions, weights or devices"
     ]

@@ -11,7 +11,7 @@ MARKS = {True: "pass", False: "FAIL", None: "----"}
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of one check."""
+    """The result of one check."""
 
     check: str
     passed: bool | None
@@ -46,5 +46,5 @@ class Sheet:
         return "\n".join([self.title, *map(str, self.results), self.summary()])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The sheet, JSON-ready."""
         return {"title": self.title, "passed": self.passed, "results": [asdict(result) for result in self.results]}

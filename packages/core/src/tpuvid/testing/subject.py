@@ -49,13 +49,13 @@ class Subject:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Of a small video."""
+        """The settings of a small video."""
         if self.spec.conformance is not None:
             return dict(self.spec.conformance.settings)
         return {"num_inference_steps": 3, "num_frames": 1 + 2 * self.spec.rules.frame_step}
 
     def pipeline(self, folder: Path | None = None, *, devices: int = 1, mesh: str | None = None) -> Pipeline:
-        """In float32; of a folder in the place of `folder`."""
+        """The pipeline in float32, of `folder` where it is given, else of the subject's own."""
         folder = folder or self.folder
         runtime = Runtime.create(
             dtype="float32", devices=jax.devices()[:devices], mesh_config=None if mesh is None else MeshConfig.parse(mesh)

@@ -42,13 +42,14 @@ from tpuvid.testing.subject import NEGATIVE_PROMPT, OTHER_PROMPT, PROMPT, Subjec
 
 HEAVY = ("jax", "torch", "torchax", "diffusers", "transformers")
 CLOSE = 1e-4
-"""Of the largest value: float32 sums in another order differ by some 1e-6, another computation by far more."""
+"""The error that is allowed, relative to the largest value: float32 sums in another order differ by some 1e-6, another
+computation by far more."""
 METHODS = {
     "text_encoder": ("verify", "load", "encode"),
     "denoiser": ("verify", "load", "resolve", "check", "denoise"),
     "decoder": ("verify", "load", "check", "decode"),
 }
-"""By stage, of its protocol in `tpuvid.contract.stages`."""
+"""The methods of each stage's protocol in `tpuvid.contract.stages`."""
 MESHES = (None, "dp=2,tp=4", "sp=8", "dp=2,sp=4,fsdp")
 """None: what eight devices get by themselves."""
 
@@ -190,7 +191,7 @@ def check_bad_input(subject: Subject) -> str:
 
 
 def _embeddings(conditioning: Conditioning) -> dict[str, np.ndarray]:
-    """Of its tensors, those that a text encoder made."""
+    """The tensors that a text encoder made."""
     return {name: x for name, x in conditioning.tensors.items() if x.dtype.kind not in "biu" and "mask" not in name}
 
 
@@ -210,7 +211,7 @@ def _damaged(subject: Subject, component: str, edit: Callable[[dict[str, np.ndar
 
 
 def _drop_half(tensors: dict[str, np.ndarray]) -> None:
-    """Not one: it might be among those that the model has no use for."""
+    """Drop every second tensor, not only one: it might be among those that the model has no use for."""
     for name in sorted(tensors)[::2]:
         del tensors[name]
 
@@ -220,7 +221,7 @@ def _reshape_all(tensors: dict[str, np.ndarray]) -> None:
 
 
 def check_shapes(subject: Subject) -> str:
-    """Of what passes between the stages, and of the video."""
+    """What passes between the stages has the right shapes, and so has the video."""
     for name, tensor in subject.conditioning.tensors.items():
         assert tensor.shape[0] == 1, f"{name} is {list(tensor.shape)}, not [1, …]"
     assert "prompt_embeds" in subject.conditioning.tensors, "the text encoder gives no prompt_embeds"
@@ -234,7 +235,7 @@ def check_shapes(subject: Subject) -> str:
 
 
 def _check_frames(video: Video, height: int, width: int, num_frames: int) -> None:
-    """Of the size that was asked for, and as many (CogVideoX may make a few more of as many latents)."""
+    """The frames have the size that was asked for, and are as many (CogVideoX may make a few more of as many latents)."""
     frames = video.frames
     as_asked = frames.shape[0] == 1 and frames.shape[1] >= num_frames and frames.shape[2:] == (height, width, 3)
     assert as_asked, f"frames are {list(frames.shape)} for {num_frames} of {width}×{height}"
@@ -265,7 +266,7 @@ def check_determinism(subject: Subject) -> str:
 
 
 def check_staged(subject: Subject) -> str:
-    """Each stage in a pipeline of its own, with nothing between them but files: the same video, bit for bit."""
+    """Each stage in a pipeline of its own, with nothing between them but files, gives the same video, bit for bit."""
     folder = subject.scratch / "stages"
     path = save_conditioning(folder, subject.conditioning, overwrite=False)
     conditioning = load_conditioning(path)
@@ -388,7 +389,7 @@ def check_decoders(subject: Subject) -> str:
 
 
 def check_parity(subject: Subject) -> str:
-    """With the pipeline that the model is a port of: embeddings, latents and frames."""
+    """Embeddings, latents and frames agree with those of the pipeline that the model is a port of."""
     conformance = subject.spec.conformance
     if conformance is None or conformance.reference is None:
         raise NothingToCheck("the spec's conformance names no reference")

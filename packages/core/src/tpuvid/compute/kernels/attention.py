@@ -49,7 +49,7 @@ def local_attention(
     band: Band | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N T D"]:
-    """On each device what it has: outside of `shard_map` for one device, and for what XLA partitions by itself."""
+    """Attention among what each device has: outside of `shard_map` for one device, and for what XLA partitions by itself."""
     place = placement()
     mask = None if kv_mask is None else kv_mask[:, None, None]
     match _choose(place, query, mask, band):

@@ -35,7 +35,7 @@ class Row(NamedTuple):
     """The best blocks found for one shape, bfloat16, on one chip."""
 
     chip: str
-    """As JAX names the device's kind: "TPU v6 lite"."""
+    """The device's kind, as JAX names it: "TPU v6 lite"."""
     heads: int
     queries: int
     keys: int
@@ -60,11 +60,12 @@ class Row(NamedTuple):
 
 LANES = 128
 TABLE = Path(__file__).with_name("block_sizes.json")
-"""Written by `tpuvid tune attention`; not there until it has been."""
+"""The table that `tpuvid tune attention` writes; not there until it has done so."""
 VARIABLE = "TPUVID_BLOCK_SIZES"
 _tables: ContextVar[tuple[Path, ...]] = ContextVar("tables", default=())
 LONG = Blocks(q=2048, kv=4096, kv_compute=1024)
-"""Where no row is of the shape. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 26.2 ms per call (2026-11)."""
+"""The blocks where no row is of the shape. Wan 2.1 720p on v6e-8 (5 heads, S = 75,600, D = 128): predicted 26.2 ms per call
+(2026-11)."""
 
 
 def flash_blocks(queries: int, keys: int, dim: int, *, heads: int | None = None, chip: str | None = None) -> Blocks:
@@ -136,5 +137,5 @@ def _cached_rows(path: Path) -> tuple[Row, ...]:
 
 
 def round_up(length: int) -> int:
-    """To whole lanes."""
+    """Round up to whole lanes."""
     return -(-length // LANES) * LANES

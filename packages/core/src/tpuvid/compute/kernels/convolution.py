@@ -19,7 +19,7 @@ def convolution_2d(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
 ) -> Float[Array, "B K H2 W2"]:
-    """As `torch.nn.functional.conv2d` with dilation 1 and one group."""
+    """What `torch.nn.functional.conv2d` computes with dilation 1 and one group."""
     if placement().platform == "cpu":
         out = jnp.moveaxis(_channels_last(jnp.moveaxis(x, 1, -1), jnp.transpose(weight, (2, 3, 1, 0)), stride, padding), -1, 1)
     else:
@@ -35,7 +35,7 @@ def convolution_3d(
     stride: tuple[int, int, int] = (1, 1, 1),
     padding: tuple[int, int, int] = (0, 0, 0),
 ) -> Float[Array, "B K T2 H2 W2"]:
-    """As `torch.nn.functional.conv3d` with dilation 1 and one group."""
+    """What `torch.nn.functional.conv3d` computes with dilation 1 and one group."""
     if placement().platform == "cpu" and stride[0] == 1:
         out = _taps_as_channels(x, weight, stride, padding)
     else:

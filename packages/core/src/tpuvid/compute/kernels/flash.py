@@ -53,11 +53,11 @@ CHUNK = LANES
 ONES = 16
 """Rows that V gets for the sums: as many as one bfloat16 register has sublanes."""
 LIMIT = 2.0**48
-"""Of a row's sum within one block; above it the block is computed exactly."""
+"""The limit of a row's sum within one block; above it the block is computed exactly."""
 SCORES_AHEAD, VALUES_BEHIND = 2, 1
 """Tiles between the scores of a tile and its 2^x, and between that and its PV."""
 LEAST_SCALE = 1e-4
-"""Of scores with a window: with less, what is hidden isn't far enough below what is seen."""
+"""The least scale of scores with a window: with less, what is hidden isn't far enough below what is seen."""
 VMEM_BYTES = 32 * 2**20
 """What a call may take; 13 MiB is what D = 128 takes, and the rest of the 64 to 128 of a chip is XLA's."""
 
@@ -80,7 +80,8 @@ def attention_flash(
     out_dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N T D"]:
-    """As `attention_reference` with a mask over keys, and with `Band.mask`. Inputs must be finite where `kv_mask` keeps them.
+    """What `attention_reference` computes with a mask over keys, and with `Band.mask`. Inputs must be finite where `kv_mask`
+    keeps them.
 
     `smooth_k` takes K's mean away; `int8` rounds Q and K to 8 bits. Raises `ValueError` for what a `band` can't be combined
     with: `int8`, which can't hold its columns, a scale below `LEAST_SCALE`, and larger blocks than a window's own.
@@ -163,7 +164,7 @@ def _own_scores(query: Array, key: Array, kv_mask: Array | None, band: Band) -> 
 
 
 def _smoothed(key: Float[Array, "B N S D"], kv_mask: Bool[Array, "B S"] | None) -> Float[Array, "B N S D"]:
-    """Without the mean of the keys that count: that adds the same to all scores of a query."""
+    """The keys without the mean of those that count, which adds the same to all scores of a query."""
     where = None if kv_mask is None else kv_mask[:, None, :, None]
     mean = jnp.mean(key.astype(jnp.float32), axis=2, keepdims=True, where=where)
     return (key - jnp.nan_to_num(mean)).astype(key.dtype)
@@ -172,7 +173,7 @@ def _smoothed(key: Float[Array, "B N S D"], kv_mask: Bool[Array, "B S"] | None) 
 def _quantized(
     query: Float[Array, "B N T D"], key: Float[Array, "B N S D"]
 ) -> tuple[Int[Array, "B N T D"], Int[Array, "B N S D"], Float[Array, "B N 1 T"]]:
-    """Both in int8, and by what a query's products are to be multiplied."""
+    """Queries and keys in int8, and by what a query's products are to be multiplied."""
 
     def rounded(x: Float[Array, " ..."], axis: int) -> tuple[Int[Array, " ..."], Float[Array, " ..."]]:
         step = jnp.maximum(jnp.abs(x).max(axis=axis, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
@@ -301,7 +302,7 @@ def _kernel(
     )
 
     def scores(keys: pl.Slice | slice, queries: pl.Slice | slice) -> Float[Array, "k q"]:
-        """In powers of two, which are what the hardware computes."""
+        """The scores in powers of two, which are what the hardware computes."""
         if steps_ref is None:
             return multiply(k_ref[keys, :], q_ref[queries, :], NT) * scale
         products = lax.dot_general(k_ref[keys, :], q_ref[queries, :], NT, preferred_element_type=jnp.int32)
@@ -354,7 +355,7 @@ def _kernel(
         return real & ~((total < LIMIT) & finite)
 
     def exact(length: int) -> None:
-        """As `block`, by the block's own maximum."""
+        """Do what `block` does, by the block's own maximum."""
 
         def one_tile(t, _):
             columns = pl.ds(pl.multiple_of(t * tile, tile), tile)

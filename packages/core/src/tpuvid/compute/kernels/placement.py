@@ -20,7 +20,7 @@ ATTENTION_BACKENDS = {
     "cudnn": "gpu",
 }
 WINDOWED_BACKENDS = ("auto", "xla", "flash", "flash-smooth-k")
-"""Of them, those that can hide what is outside an attention window."""
+"""The attention backends that can hide what is outside an attention window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class TokenSplit:
 
     parts: int
     lengths: Mapping[str, int]
-    """By the name of a block's argument, its tokens in all, without padding."""
+    """How many tokens each argument of a block has in all, without padding, by its name."""
 
     def padding(self, name: str, count: int) -> int:
         """Tokens that were added to those of `name` so that each part has `count`."""
@@ -59,7 +59,7 @@ class Placement:
     spatial: SpatialSplit | None = None
     """Either is set where what is traced runs inside a `shard_map` over all axes of the mesh."""
     window: Window | None = None
-    """Of the attention among a video's tokens."""
+    """The window of the attention among a video's tokens."""
 
     @property
     def is_local(self) -> bool:

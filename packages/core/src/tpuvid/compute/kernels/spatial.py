@@ -48,7 +48,7 @@ def take_halo(x: Array, pads: Pads, *, repeat: bool = False) -> tuple[Array, Pad
 
 
 def spatial_mean(x: Float[Array, " ..."], axes: Sequence[int]) -> Float[Array, " ..."]:
-    """Over the whole picture; dimensions stay. `axes`, all ≥ 0, have the side that is split among them."""
+    """The mean over the whole picture; dimensions stay. `axes`, all ≥ 0, have the side that is split among them."""
     split = placement().spatial
     if split is None:
         return jnp.mean(x, axes, keepdims=True)
@@ -60,7 +60,7 @@ def spatial_mean(x: Float[Array, " ..."], axes: Sequence[int]) -> Float[Array, "
 def gather_keys(
     key: Float[Array, "B N S D"], value: Float[Array, "B N S D"], mask: Bool[Array, "#B #N #T S"] | None
 ) -> tuple[Float[Array, "B N S2 D"], Float[Array, "B N S2 D"], Bool[Array, "#B #N #T S2"] | None]:
-    """Those of all strips, where every latent pixel is a token. Attention doesn't care in which order keys stand."""
+    """Keys, values and mask of all strips, where every latent pixel is a token. Attention doesn't care for the keys' order."""
     split = placement().spatial
     assert split is not None, "frames are in strips"
     if split.length < split.size * split.parts:

@@ -26,7 +26,7 @@ def attention_splash(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N T D"]:
-    """As `attention_reference` with a mask over keys alone.
+    """What `attention_reference` computes with a mask over keys alone.
 
     `blocks`: by default `BLOCKS`, shrunk to the lengths and to VMEM. `interpret` runs the kernel on a CPU.
     """

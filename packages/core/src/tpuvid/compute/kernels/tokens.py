@@ -38,7 +38,7 @@ class Stream(NamedTuple):
     """Tokens of one kind that take part in an attention: a video's, a prompt's."""
 
     name: str
-    """Of the argument of the block that they are."""
+    """The name of the block's argument that holds these tokens."""
     query: Float[Array, "B N T D"]
     key: Float[Array, "B N T D"]
     value: Float[Array, "B N T D"]
@@ -85,11 +85,11 @@ class Exchange:
 
     @property
     def ways(self) -> int:
-        """Among how many parts the heads are dealt out."""
+        """How many parts the heads are dealt out among."""
         return math.gcd(self.heads, self.parts)
 
     def part_of_queries(self) -> tuple[int, int | Array]:
-        """In how many parts all queries still are, and which one is here."""
+        """How many parts all queries are still in, and which one is here."""
         parts = self.parts // self.ways
         return parts, lax.axis_index(AXIS) // self.ways if parts > 1 else 0
 
@@ -119,7 +119,7 @@ class Exchange:
         return lax.all_to_all(shares, AXIS, 0, 0, tiled=True, axis_index_groups=groups)
 
     def _gather(self, x: Float[Array, "B n T D"]) -> Float[Array, "B n S D"]:
-        """Of the parts that have the same heads."""
+        """The tokens of all parts that have the same heads."""
         if self.ways == self.parts:
             return x
         groups = np.arange(self.parts).reshape(-1, self.ways).T.tolist()
@@ -127,7 +127,7 @@ class Exchange:
 
 
 def _joined(streams: Sequence[Stream]) -> Stream:
-    """One after the other, in each part."""
+    """The streams one after the other, in each part."""
     each = [s.query for s in streams], [s.key for s in streams], [s.value for s in streams]
     query, key, value = (jnp.concatenate(parts, axis=2) for parts in each)
     return Stream(streams[0].name, query, key, value)

@@ -19,12 +19,12 @@ from tpuvid.compute.kernels.block_sizes import LANES, Blocks
 COLUMNS = LANES
 """More channels of Q and K that say what is hidden; half of the matrix units' contraction of 256 is free for them."""
 HIDDEN = COLUMNS - 1
-"""Of them, the one of keys that no query sees."""
+"""The column of the keys that no query sees."""
 FORBIDDING = -(2.0**24)
 """What is added to q·k of a pair that doesn't see each other: with any usual scale more than a million below what is seen, and
 still so near that a difference of two such scores is exact to a fraction."""
 BLOCKS = Blocks(q=1024, kv=2048, kv_compute=1024)
-"""Of a windowed call: smaller than without, since what of a block is hidden is computed all the same."""
+"""The blocks of a windowed call: smaller than without a window, since what of a block is hidden is computed all the same."""
 
 
 class Window(NamedTuple):
@@ -35,12 +35,12 @@ class Window(NamedTuple):
 
     @classmethod
     def of_frames(cls, frames: int, *, tokens_per_frame: int, total: int) -> Window | None:
-        """At least `frames` frames of tokens to either side; None where that is all `total` tokens."""
+        """A window of at least `frames` frames of tokens to either side; None where that is all `total` tokens."""
         return cls._coarse_enough(frames * tokens_per_frame, tokens_per_frame, total)
 
     @classmethod
     def of_tokens(cls, tokens: int, *, total: int) -> Window | None:
-        """At least `tokens` tokens to either side; None where that is all `total` tokens."""
+        """A window of at least `tokens` tokens to either side; None where that is all `total` tokens."""
         return cls._coarse_enough(tokens, LANES, total)
 
     @classmethod
@@ -57,7 +57,7 @@ class Window(NamedTuple):
         return runs <= HIDDEN or met <= HIDDEN
 
     def seen(self, place: int | np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of `places` tokens, the first that one at `place` sees, and the one after the last."""
+        """The first of `places` tokens that the one at `place` sees, and the one after the last."""
         run = np.asarray(place) // self.run
         return np.clip((run - self.reach) * self.run, 0, places), np.clip((run + self.reach + 1) * self.run, 0, places)
 
@@ -101,13 +101,13 @@ class Visit(NamedTuple):
     """Number of its block."""
     key: int
     number: int
-    """Of the visit, among those of its queries."""
+    """The visit's number among those of its queries."""
     last: int
-    """1 where it is their last one."""
+    """1 where it is the last visit of its queries."""
 
 
 def visits(band: Band, queries: int, keys: int, blocks: Blocks) -> Int[np.ndarray, "P 4 V"]:
-    """For each part, the visits of its blocks that hold anything seen, first those that all queries see as a whole."""
+    """The visits of each part's blocks that hold anything seen, first those that all queries see as a whole."""
     tables = [list(_visits_of(band._replace(part=part), queries, keys, blocks)) for part in range(band.parts)]
     most = max(map(len, tables))
     for table in tables:  # what is only there to make parts alike does the last visit's work on a number of its own

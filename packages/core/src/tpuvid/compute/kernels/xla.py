@@ -22,7 +22,8 @@ def attention_xla(
     mask: Bool[Array, "#B #N #T #S"] | Float[Array, "#B #N #T #S"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N T D"]:
-    """As `attention_reference`; softmax statistics in float32, weights in the dtype of `value` for the second product."""
+    """What `attention_reference` computes; softmax statistics in float32, weights in the dtype of `value` for the second
+    product."""
     batch, heads, length, dim = query.shape
     scale = dim**-0.5 if scale is None else scale
     chunks = min(length, math.ceil(batch * heads * length * key.shape[2] * 4 / SCORE_BYTES))
@@ -52,7 +53,8 @@ def attention_xla_windowed(
     kv_mask: Bool[Array, "B S"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N T D"]:
-    """As `attention_reference` with `Band.mask` and a mask over keys; what no query of a few neighbours sees isn't touched."""
+    """What `attention_reference` computes with `Band.mask` and a mask over keys; what no query of a few neighbours sees isn't
+    touched."""
     batch, heads, length, dim = query.shape
     (run, reach), places = band.window, band.places
     kept = jnp.ones((batch, key.shape[2]), bool) if kv_mask is None else jnp.broadcast_to(kv_mask, (batch, key.shape[2]))
@@ -66,7 +68,7 @@ def attention_xla_windowed(
         first = jnp.clip((start // run - reach) * run, 0, places - span)
 
         def seen(x: Array, axis: int) -> Array:
-            """Of all keys, the span around the chunk and those that all see."""
+            """The keys (along `axis` of `x`) in the span around the chunk, and those that all see."""
             rest = jax.lax.slice_in_dim(x, places, x.shape[axis], axis=axis)
             return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, first, span, axis), rest], axis)
 

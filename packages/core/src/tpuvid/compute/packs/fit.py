@@ -15,7 +15,7 @@ VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def mismatch(key: Mapping[str, Any], run: Mapping[str, Any]) -> str | None:
-    """In which of its fields `run` differs from what a pack's `key` says, and what to do; None where it fits."""
+    """The fields in which `run` differs from what a pack's `key` says, and what to do; None where it fits."""
     differ = {}
     for name, value in run.items():
         found = _difference(name, key.get(name), value)

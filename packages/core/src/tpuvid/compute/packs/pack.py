@@ -54,9 +54,9 @@ class PackedProgram:
     out_tree: Any
     """See `tree_to_json`."""
     sha256: str
-    """Of the compressed bytes."""
+    """The hash of the compressed bytes."""
     bytes: int
-    """Compressed."""
+    """The compressed size."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class PackWriter:
         return program
 
     def write(self, path: Path, key: Mapping[str, Any]) -> None:
-        """To a path of the caller's own: not atomic."""
+        """Write the pack to a path of the caller's own: not atomic."""
         from safetensors.numpy import save_file
 
         fields, programs = json.dumps(key), json.dumps([asdict(program) for program in self.programs])

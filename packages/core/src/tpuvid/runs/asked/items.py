@@ -32,18 +32,18 @@ class Item:
 
     settings: Mapping[str, Any]
     where: str = ""
-    """For messages: "prompts.csv, line 3"."""
+    """Where it was asked for, for messages: "prompts.csv, line 3"."""
     output: str | None = None
     """Name of the mp4."""
     swept: Mapping[str, Any] = field(default_factory=dict)
-    """Of `settings`, those that a sweep gave."""
+    """Those of `settings` that a sweep gave."""
 
     def raise_as(self, error: InputError) -> None:
         raise InputError(f"{self.where}: {error}" if self.where else str(error)) from None
 
 
 def read_prompts(path: str) -> list[Item]:
-    """Of a text file each line is a prompt; a CSV file has a heading with ``prompt`` and names of settings; each line of a
+    """Each line of a text file is a prompt; a CSV file has a heading with ``prompt`` and names of settings; each line of a
     JSONL file is an object of the same names. ``output`` names the mp4. "-" reads text or JSONL from stdin.
 
     Raises `InputError`, naming the line, for anything else.
@@ -145,7 +145,7 @@ def _numbered(item: Item, number: int) -> str | None:
 
 
 def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
-    """From "seed=0..7" (both ends) and "guidance_scale=4,5,6"; raises `InputError`."""
+    """Read "seed=0..7" (both ends) and "guidance_scale=4,5,6"; raises `InputError`."""
     axes: dict[str, list[Any]] = {}
     for word in words:
         name, equals, text = word.partition("=")

@@ -61,7 +61,7 @@ class Wanted:
     item: Item
     config: GenerationConfig
     key: str
-    """Of everything that the video depends on."""
+    """The hash of everything that the video depends on."""
     work: Work
     outputs: Outputs
 
@@ -81,7 +81,7 @@ class Generation:
     keeping: Keeping
     items: Sequence[Item]
     settings: Mapping[str, Any]
-    """For items that give none of their own."""
+    """The settings for items that give none of their own."""
     many: bool
     """Names are the same each time, and what is done is kept track of."""
     batch_size: int = 1
@@ -136,7 +136,7 @@ class Generation:
         return config
 
     def _with_seeds(self, asked: Sequence[GenerationConfig], manifest: Manifest | None, work: Work) -> list[GenerationConfig]:
-        """With a drawn one where −1 is asked for, which stays the same for the same request."""
+        """The configs, with a drawn seed where −1 is asked for, which stays the same for the same request."""
         drawn: Counter = Counter()
         configs = []
         for config in asked:

@@ -38,7 +38,7 @@ class Cell:
     prompt: str
     values: Mapping[str, Any]
     video: Path | None
-    """None where it failed."""
+    """The video; None where it failed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,14 +40,14 @@ class RunIdentity:
     checkpoint: str | None
     """The repository of weights that are no folder's."""
     revision: str | None = None
-    """Known once the weights are there."""
+    """The repository's revision, known once the weights are there."""
     fingerprint: str | None
     loras: Sequence[Mapping[str, Any]]
     others: Mapping[str, str]
     """The components that another checkpoint has, with its hash."""
     options: Options
     configs: tuple[GenerationConfig, ...] = ()
-    """Those of the videos that are made together."""
+    """The configs of the videos that are made together."""
     conditioning: str | None = None
     """The hash of the embeddings."""
     metadata: bool = True

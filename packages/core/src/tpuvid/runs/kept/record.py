@@ -43,7 +43,7 @@ def make_record(
     request: str | None,
     with_prompt: bool,
 ) -> dict[str, Any]:
-    """Of a video decoded from `latents`; `with_prompt` False leaves out what is private."""
+    """The record of a video decoded from `latents`; `with_prompt` False leaves out what is private."""
     settings = {name: value for name, value in config.to_dict().items() if with_prompt or name not in PRIVATE}
     denoised = history.get("denoise", {})
     record = {
@@ -107,5 +107,5 @@ def is_written_as(video: Path, request: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """For a terminal, what a stranger's file says: control characters are replaced."""
+    """What a stranger's file says, for a terminal: control characters are replaced."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

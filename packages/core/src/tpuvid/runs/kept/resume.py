@@ -24,7 +24,7 @@ KEPT = 2
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """Those of one run, in `folder`."""
+    """The checkpoints of one run, in `folder`."""
 
     folder: Path
     run: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Checkpoints:
         return digest_of(self.run)[:16]
 
     def files(self) -> list[Path]:
-        """Newest first."""
+        """The files of the checkpoints, newest first."""
         return sorted(self.folder.glob(f"denoising-{self.key}-*.safetensors"), reverse=True)
 
     def save(self, state: LoopState) -> Path:
@@ -68,6 +68,6 @@ class Checkpoints:
         return LoopState(int(step), file.tensors["state"], file.tensors["generators"])
 
     def clear(self) -> None:
-        """Once the run is done and its result is kept elsewhere."""
+        """Remove the checkpoints, once the run is done and its result is kept elsewhere."""
         for path in self.files():
             path.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ class Work:
     output_dir: Path
     name: str
     identity: RunIdentity
-    """All but the config, which each video has its own of."""
+    """The run's identity but for the config, which each video has its own of."""
     private: bool = False
     """Whether no file may say the prompts. The names don't depend on it: either kind of run goes on from the other's."""
 
@@ -65,7 +65,7 @@ class Work:
         return not video.exists() and self._begun().get("video") == video.name
 
     def seed(self) -> int | None:
-        """That of a video alone which was begun."""
+        """The seed of a video alone which was begun."""
         return self._begun().get("seed")
 
     def _begun(self) -> dict[str, Any]:
@@ -89,11 +89,11 @@ class Work:
         return self.folder / f"{kind}-{self.identity.key(kind, config)}"
 
     def load_embeddings(self, config: GenerationConfig) -> Conditioning | None:
-        """None where there are none, or none that are whole."""
+        """The embeddings kept for `config`; None where there are none, or none that are whole."""
         return _whole(lambda path: read_conditioning(path, config), self.embeddings(config) / EMBEDDINGS)
 
     def load_latents(self, config: GenerationConfig) -> Latents | None:
-        """None where there are none, or none that are whole."""
+        """The latents kept for `config`; None where there are none, or none that are whole."""
         return _whole(lambda path: read_latents(path, config), self.latents(config) / LATENTS)
 
     def save_embeddings(self, config: GenerationConfig, conditioning: Conditioning) -> None:
@@ -109,7 +109,7 @@ class Work:
         return any(self.folder.glob("denoising-*")) or any(self.folder.glob("latents-*/*.safetensors"))
 
     def drop(self, *folders: Path) -> None:
-        """What is not needed any more."""
+        """Remove folders that are not needed any more."""
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         remove_if_empty(self.folder)
@@ -155,7 +155,7 @@ class Manifest:
         return self.drawn.setdefault(digest_of(request)[:16], drawn)
 
     def names(self) -> dict[str, str]:
-        """By key, of videos that are done."""
+        """The names of the videos that are done, by key."""
         return {entry["key"]: name for name, entry in self.videos.items() if "sha256" in entry and "key" in entry}
 
     def is_done(self, name: str, key: str) -> bool:
@@ -177,7 +177,7 @@ class Manifest:
         self.save()
 
     def note(self, name: str, key: str, **about: Any) -> None:
-        """What has become of a video, kept at once."""
+        """Note what has become of a video, and keep it at once."""
         self.videos[name] = {"key": key, **about}
         self.save()
 
