@@ -11,9 +11,9 @@ import tpuvid
 from cogvideox.conftest import SMALL
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.numpy import save_file
+from shared.decoding import chunks_of
 from tpuvid import InputError
 from tpuvid.cli.main import run
-from tpuvid.contract import Latents
 from tpuvid.family import Runtime
 from tpuvid.plugin.finding import resolve_model
 from tpuvid_cogvideox.conformance import RandomCogVideoX
@@ -46,7 +46,7 @@ def test_chunks_come_as_in_diffusers(checkpoint, pipe, frames):
     vae = AutoencoderKLCogVideoX.from_pretrained(checkpoint, subfolder="vae")
     with torch.no_grad():
         expected = (vae.decode(z / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
-    chunks = list(pipe.decode_chunks(Latents(model_id=pipe.spec.model_id, latents=z.numpy(), config=pipe.spec.defaults)))
+    chunks = chunks_of(pipe, z)
     assert [c.shape[1] for c in chunks] == {1: [1], 2: [8], 3: [9], 7: [9, 8, 8]}[frames]
     np.testing.assert_allclose(np.concatenate(chunks, axis=1), expected, atol=1e-4)
     decoder = pipe._opened["decode"]
@@ -83,7 +83,7 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, forbid
     with pytest.raises(InputError, match="num_frames=8: needs 4n.1 frames up to 161; nearest: 5 and 9"):
         pipe.denoise(conditioning, **SMALL | {"num_frames": 8})
     with pytest.raises(InputError, match=r"takes \[B, 4, f, h, w\]"):
-        pipe.decode(replace(latents, latents=np.zeros((1, 16, 3, 4, 6), np.float32)))
+        pipe.decode(replace(latents, tensors={"latents": np.zeros((1, 16, 3, 4, 6), np.float32)}))
     lora = tmp_path / "lora.safetensors"
     save_file({"a": np.zeros(1, np.float32)}, lora)
     with pytest.raises(InputError, match="merges no LoRA files"):

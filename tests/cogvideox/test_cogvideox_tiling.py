@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import tpuvid
 from diffusers import AutoencoderKLCogVideoX
-from shared.decoding import check_tiles, chunks_of, random_latents, stock_frames
-from tpuvid.contract import Latents
+from shared.decoding import check_tiles, chunks_of, latents_of, random_latents, stock_frames
 from tpuvid_cogvideox.conformance import RandomCogVideoX
 
 
@@ -64,5 +63,5 @@ def test_what_fits_one_tile_is_decoded_whole(small_tiles, tiled, vae):
 
 def test_the_record_says_so(tiled):
     latents = random_latents(1, 4, 1, 4, 4)
-    video = tiled.decode(Latents(model_id=tiled.spec.model_id, latents=latents.numpy(), config=tiled.spec.defaults))
+    video = tiled.decode(latents_of(tiled, latents))
     assert video.history["decode"]["vae_tiling"] is True

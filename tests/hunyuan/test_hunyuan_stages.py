@@ -12,10 +12,10 @@ from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from hunyuan.conftest import SMALL
 from safetensors.numpy import save_file
+from shared.decoding import chunks_of
 from tpuvid import InputError
 from tpuvid.cli.main import run
 from tpuvid.compute.kernels import attention
-from tpuvid.contract import Latents
 from tpuvid.family import Runtime
 from tpuvid.files.stage_files import load_conditioning
 from tpuvid.plugin.finding import resolve_model
@@ -168,7 +168,7 @@ def test_every_number_of_latent_frames_decodes_as_in_diffusers(checkpoint, pipe,
     vae = AutoencoderKLHunyuanVideo15.from_pretrained(checkpoint, subfolder="vae")
     with torch.no_grad():
         expected = (vae.decode(z / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
-    chunks = list(pipe.decode_chunks(Latents(model_id=pipe.spec.model_id, latents=z.numpy(), config=pipe.spec.defaults)))
+    chunks = chunks_of(pipe, z)
     assert [c.shape[1] for c in chunks] == {1: [1], 2: [1, 4], 5: [1, 16], 13: [1, 24, 24]}[frames]
     np.testing.assert_allclose(np.concatenate(chunks, axis=1), expected, atol=1e-4)
 
@@ -208,7 +208,7 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, unread
     with pytest.raises(InputError, match="height=40: needs a multiple of 16"):
         pipe.denoise(conditioning, **SMALL | {"height": 40})
     with pytest.raises(InputError, match=r"takes \[B, 4, f, h, w\]"):
-        pipe.decode(replace(latents, latents=np.zeros((1, 16, 3, 4, 6), np.float32)))
+        pipe.decode(replace(latents, tensors={"latents": np.zeros((1, 16, 3, 4, 6), np.float32)}))
     lora = tmp_path / "lora.safetensors"
     save_file({"a": np.zeros(1, np.float32)}, lora)
     with pytest.raises(InputError, match="merges no LoRA files"):

@@ -11,9 +11,14 @@ def random_latents(*shape: int) -> torch.Tensor:
     return torch.randn(shape)
 
 
+def latents_of(pipe: Pipeline, latents: torch.Tensor) -> Latents:
+    """The latents as a file of the pipeline's model would have them."""
+    return Latents(model_id=pipe.spec.model_id, tensors={"latents": latents.numpy()}, config=pipe.spec.defaults)
+
+
 def chunks_of(pipe: Pipeline, latents: torch.Tensor) -> list[np.ndarray]:
     """The chunks of frames [1, n, H, W, 3] that the pipeline decodes."""
-    return list(pipe.decode_chunks(Latents(model_id=pipe.spec.model_id, latents=latents.numpy(), config=pipe.spec.defaults)))
+    return [chunk["frames"] for chunk in pipe.decode_chunks(latents_of(pipe, latents))]
 
 
 def stock_frames(vae: torch.nn.Module, z: torch.Tensor) -> np.ndarray:

@@ -43,7 +43,7 @@ def compare_stages(
 ) -> Fidelity:
     """Each stage on the reference's input, and the whole from prompt to frames; `latents` and `frames` are the reference's."""
     found = pipe.denoise(conditioning, **{k: v for k, v in case.settings.items() if k != "max_sequence_length"})
-    decoded = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=latents, config=found.config)).frames
+    decoded = pipe.decode(Latents(model_id=pipe.spec.model_id, tensors={"latents": latents}, config=found.config)).frames
     whole = pipe.generate(case.prompt, negative_prompt=case.negative_prompt, **case.settings).frames
     return Fidelity(
         embeds=embeds,

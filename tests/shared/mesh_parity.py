@@ -108,7 +108,8 @@ def in_strips(model: str, decoder: str | None, sizes: Sequence[Sequence[int]]) -
     results = {}
     for size in sizes:
         latents = np.random.default_rng(0).standard_normal((1, decoders[0].channels, 3, *size), np.float32)
-        found, expected = (np.concatenate(list(decoder.decode(latents)), axis=1) for decoder in decoders)
+        chunks = [[chunk["frames"] for chunk in decoder.decode({"latents": latents})] for decoder in decoders]
+        found, expected = (np.concatenate(frames, axis=1) for frames in chunks)
         assert found.shape == expected.shape
         error = float(np.abs(found - expected).max() / np.abs(expected).max())
         results[str(tuple(size))] = {"error": error, "parts": decoders[0].mesh.size}

@@ -40,7 +40,7 @@ def latents(preview) -> Latents:
 
 def noise(preview, *shape: int) -> Latents:
     values = np.random.default_rng(0).standard_normal(shape, np.float32)
-    return Latents(model_id="wan-tiny", latents=values, config=preview.spec.defaults)
+    return Latents(model_id="wan-tiny", tensors={"latents": values}, config=preview.spec.defaults)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -215,7 +215,8 @@ def test_a_stage_file_of_another_model_is_refused_before_anything_is_fetched(tmp
     conditioning = Conditioning(prompt="", negative_prompt="", max_sequence_length=4, tensors={"prompt_embeds": embeds}, **made)
     save_conditioning(tmp_path, conditioning, overwrite=False)
     config = registry().get("wan-tiny").configure()
-    save_latents(tmp_path, Latents(latents=np.zeros((1, 16, 1, 4, 4), np.float32), config=config, **made), overwrite=False)
+    tensors = {"latents": np.zeros((1, 16, 1, 4, 4), np.float32)}
+    save_latents(tmp_path, Latents(tensors=tensors, config=config, **made), overwrite=False)
     for command, what in (("denoise", "embeddings"), ("decode", "latents")):
         code, err = fails(
             capsys, command, "--model", "wan2.1-t2v-14b", "--input-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")

@@ -176,7 +176,7 @@ def test_latents_that_are_not_finite_fail_alone(tmp_path, capsys, monkeypatch):
         on_result = control.on_result
 
         def spoil(found):
-            on_result([found[0], replace(found[1], latents=found[1].latents * np.nan), found[2]])
+            on_result([found[0], replace(found[1], tensors={"latents": found[1].latents * np.nan}), found[2]])
 
         return denoise(self, conditionings, configs, control=replace(control, on_result=spoil))
 
@@ -378,11 +378,11 @@ def test_decoding_holds_a_bounded_number_of_frames(tmp_path, monkeypatch):
             chunk = np.full((1, 4, 64, 64, 3), i / 40, np.float32)
             seen.append(weakref.ref(chunk))
             most = max(most, sum(chunk() is not None for chunk in seen))
-            yield chunk
+            yield {"frames": chunk}
 
     monkeypatch.setattr(Pipeline, "decode_chunks", chunks)
     config = pipe.spec.configure(prompt="x", num_frames=157)
-    latents = Latents(model_id="wan-tiny", latents=np.zeros((1, 16, 40, 8, 8), np.float32), config=config)
+    latents = Latents(model_id="wan-tiny", tensors={"latents": np.zeros((1, 16, 40, 8, 8), np.float32)}, config=config)
     written = Outputs(video=tmp_path / "clip.mp4", save_frames=True).write(pipe, latents)
     assert written.frames == 160 and most <= 3
     file = read_stage_file(tmp_path / "stage3_frames.safetensors")

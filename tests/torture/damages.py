@@ -63,7 +63,7 @@ def samples(work: Path) -> dict[str, tuple[Path, Read]]:
     weights = next((work / "model" / "vae").glob("*.safetensors"))
     return {
         "embeddings": (folder / EMBEDDINGS, lambda p: vars_of(load_conditioning(p))),
-        "latents": (folder / LATENTS, lambda p: (load_latents(p)[0].tobytes(), load_latents(p)[1].settings)),
+        "latents": (folder / LATENTS, lambda p: (load_latents(p).tensors["latents"].tobytes(), load_latents(p).settings)),
         "frames": (folder / FRAMES, lambda p: read_stage_file(p).tensors["frames"].tobytes()),
         "denoising checkpoint": (folder / checkpoint.name, _checkpoint),
         "settings": (folder / "generation_config.json", read_config),

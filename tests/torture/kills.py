@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tpuvid.files.digests import tensors_digest
+from tpuvid.contract.digests import tensors_digest
 from tpuvid.files.stage_files import LATENTS, read_stage_file
 from tpuvid.runs.kept.record import read_record
 

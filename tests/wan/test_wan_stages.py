@@ -268,7 +268,7 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, forbid
         pipe.denoise(positive, **SMALL)
     with pytest.raises(InputError, match="num_frames=8: needs 4n.1 frames up to 4093; nearest: 5 and 9"):
         pipe.denoise(conditioning, **SMALL | {"num_frames": 8})
-    foreign = replace(latents, latents=np.zeros((1, 32, 3, 4, 6), np.float32))
+    foreign = replace(latents, tensors={"latents": np.zeros((1, 32, 3, 4, 6), np.float32)})
     with pytest.raises(InputError, match=r"takes \[B, 4, f, h, w\]"):
         pipe.decode(foreign)
     with pytest.raises(InputError, match="these latents were made by other"):
@@ -279,7 +279,7 @@ def test_inputs_are_refused_before_weights_are_read(checkpoint, tmp_path, forbid
         np.zeros((1, 4, 3, 4, 6), np.int64),
     ):
         with pytest.raises(InputError, match="denoise again"):
-            pipe.decode(replace(latents, latents=damage))
+            pipe.decode(replace(latents, tensors={"latents": damage}))
 
 
 def test_second_process_run_compiles_nothing(checkpoint, tmp_path, tpuvid_command):
@@ -309,7 +309,7 @@ def test_wan_2_2_vae_is_refused(checkpoint, tmp_path):
     config = json.loads((folder / "vae" / "config.json").read_text())
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"patch_size": 2}))
     pipe = tpuvid.load(str(folder))
-    latents = Latents(model_id="", latents=np.zeros((1, 4, 1, 2, 2), np.float32), config=pipe.spec.defaults)
+    latents = Latents(model_id="", tensors={"latents": np.zeros((1, 4, 1, 2, 2), np.float32)}, config=pipe.spec.defaults)
     with pytest.raises(InputError, match="Wan 2.2"):
         pipe.decode(latents)
 

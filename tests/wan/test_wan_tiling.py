@@ -5,8 +5,7 @@ import pytest
 import torch
 import tpuvid
 from diffusers import AutoencoderKLWan
-from shared.decoding import check_tiles, chunks_of, random_latents, stock_frames
-from tpuvid.contract import Latents
+from shared.decoding import check_tiles, chunks_of, latents_of, random_latents, stock_frames
 
 
 @pytest.fixture(scope="module")
@@ -56,5 +55,5 @@ def test_what_fits_one_tile_is_decoded_whole(checkpoint, tiled, vae):
 def test_the_record_says_so(tiled, checkpoint):
     latents = random_latents(1, 4, 1, 4, 4)
     for pipe, tiling in ((tiled, True), (tpuvid.load(str(checkpoint)), False)):
-        video = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=latents.numpy(), config=pipe.spec.defaults))
+        video = pipe.decode(latents_of(pipe, latents))
         assert video.history["decode"]["vae_tiling"] is tiling

@@ -119,9 +119,7 @@ class CogVideoXDenoiser:
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         check_embeds(tensors, self.config.text_embed_dim)
 
-    def denoise(
-        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop
-    ) -> Float[np.ndarray, "B C f h w"]:
+    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop) -> Mapping[str, np.ndarray]:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps)
         scales = dynamic_scales(config, schedule) if config.use_dynamic_cfg else guidance_scales(config)
         text = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
@@ -135,11 +133,12 @@ class CogVideoXDenoiser:
         noise = make_noise(shape, generators)
         patch, patch_t = self.config.patch_size, self.config.patch_size_t or 1
         grid = frames // patch_t, shape[2] // patch, shape[3] // patch
-        return self.sampler.sample(
+        latents = self.sampler.sample(
             self.params, inputs, noise, schedule, scales=scales, generators=generators, cache=step_cache(config), loop=loop,
             window=self.sampler.window(config, grid, video_frames=VAE_TIME * patch_t),
             to_latents=lambda sample: np.moveaxis(sample[:, additional:], 1, 2),
         )  # fmt: skip
+        return {"latents": latents}
 
     def _predict(
         self, params, latents: Float[Array, "B2 f C h w"], timesteps: Float[Array, " B2"], inputs: Inputs

@@ -122,19 +122,18 @@ class HunyuanDenoiser:
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         check_streams(tensors, self.config.text_embed_dim, self.config.text_embed_2_dim)
 
-    def denoise(
-        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop
-    ) -> Float[np.ndarray, "B C f h w"]:
+    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop) -> Mapping[str, np.ndarray]:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, config.flow_shift)
         scales = self.guidance.scales(config)
         shape = self._latent_shape(config)
         inputs = self._inputs(tensors, shape[1:], scales)
         generators = make_generators(loop.seeds)
         noise = make_noise(shape, generators)
-        return self.sampler.sample(
+        latents = self.sampler.sample(
             self.params, inputs, noise, schedule, scales=scales, generators=generators, cache=step_cache(config), loop=loop,
             window=self.sampler.window(config, shape[1:], video_frames=VAE_TIME),
         )  # fmt: skip
+        return {"latents": latents}
 
     def _predict(
         self, params, latents: Float[Array, "B2 C f h w"], timesteps: Float[Array, " B2"], inputs: Inputs

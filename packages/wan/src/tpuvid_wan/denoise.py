@@ -97,9 +97,7 @@ class WanDenoiser:
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         check_embeds(tensors, self.traced.config.text_dim)
 
-    def denoise(
-        self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop
-    ) -> Float[np.ndarray, "B C f h w"]:
+    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop) -> Mapping[str, np.ndarray]:
         schedule = self._schedule(config.num_inference_steps, config.flow_shift)
         scales = guidance_scales(config)
         embeds = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
@@ -108,10 +106,11 @@ class WanDenoiser:
         noise = make_noise(self._latent_shape(config), generators)
         patches = self.traced.config.patch_size
         grid = tuple(size // patch for size, patch in zip(noise.shape[2:], patches, strict=True))
-        return self.sampler.sample(
+        latents = self.sampler.sample(
             self.params, text, noise, schedule, scales=scales, generators=generators, cache=step_cache(config), loop=loop,
             window=self.sampler.window(config, grid, video_frames=VAE_TIME * patches[0]),
         )  # fmt: skip
+        return {"latents": latents}
 
     def _predict(
         self,

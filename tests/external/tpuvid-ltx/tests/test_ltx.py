@@ -59,7 +59,7 @@ def test_tiles_are_those_of_stock_diffusers(checkpoint):
     pipe = tpuvid.load(str(checkpoint), dtype="float32", vae_tiling=True)
     latents = np.random.default_rng(0).standard_normal((1, 8, 2, 18, 17), np.float32)  # tiles of 16 that begin every 14
     config = pipe.spec.configure(**SMALL | dict(height=576, width=544, num_frames=9))
-    found = pipe.decode(Latents(model_id=pipe.spec.model_id, latents=latents, config=config)).frames
+    found = pipe.decode(Latents(model_id=pipe.spec.model_id, tensors={"latents": latents}, config=config)).frames
     vae = AutoencoderKLLTXVideo.from_pretrained(checkpoint / "vae")
     vae.enable_tiling()
     z = torch.from_numpy(pipe._open("decode").denormalise(latents))

@@ -296,11 +296,11 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
     from tpuvid.plugin.finding import check_origin
     from tpuvid.runs.outputs import Outputs
 
-    array, file = load_latents(input_dir / LATENTS)
+    file = load_latents(input_dir / LATENTS)
     beside = {} if file.checked else read_config(input_dir / CONFIG)  # a file with a checksum says all itself
     beside_model = beside.pop("model_id", None)
-    if len(array) != 1:
-        raise InputError(f"{file.path}: holds {len(array)} videos; decode takes one, split the file")
+    if (count := len(file.tensors["latents"])) != 1:
+        raise InputError(f"{file.path}: holds {count} videos; decode takes one, split the file")
     given_settings, options = split(given)
     model, spec, checkpoint = _stage_model(model, file.path, file.model_id or beside_model, decoder=options.decoder)
     options = _with_pack(options)
@@ -314,14 +314,8 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
         video=(output_dir or input_dir) / "output_video.mp4", overwrite=overwrite, save_frames=save_frames,
         metadata=not no_metadata, prompt_in_metadata=not no_prompt_in_metadata,
     )  # fmt: skip
-    latents = Latents(
-        model_id=file.model_id or beside_model or "",
-        latents=array,
-        config=config,
-        history=file.history,
-        fingerprint=file.fingerprint,
-        prompts_sha256=file.prompts_sha256,
-    )
+    made = file.result() | {"model_id": file.model_id or beside_model or ""}
+    latents = Latents(**made, config=config, prompts_sha256=file.prompts_sha256)
     with locked(outputs.video):
         outputs.check()
         check_origin("latents", latents, spec, checkpoint)

@@ -6,7 +6,7 @@ Frames reach the host chunk by chunk, while the next are computed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -89,10 +89,14 @@ class VaeDecoder(ABC):
         weights, dtype = self.checkpoint.weights(self.component), self.runtime.dtype
         self.params = load_parameters(self.traced, weights, mesh=self.mesh, dtype=dtype, ignore=self.unused)
 
-    def check(self, latents: np.ndarray) -> None:
-        check_latents(latents, self.channels)
+    def check(self, tensors: Mapping[str, np.ndarray]) -> None:
+        check_latents(tensors["latents"], self.channels)
 
-    def decode(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
+    def decode(self, tensors: Mapping[str, np.ndarray]) -> Iterator[Mapping[str, np.ndarray]]:
+        for frames in self._frames(tensors["latents"]):
+            yield {"frames": frames}
+
+    def _frames(self, latents: Float[np.ndarray, "B C f h w"]) -> Iterator[Float[np.ndarray, "B n H W 3"]]:
         z = self.denormalise(latents.astype(np.float32)).astype(self.runtime.dtype)
         if self.tiling:
             yield from self.tiling.decode(z, self._host_chunks)

@@ -42,16 +42,16 @@ class Denoiser(Stage, Protocol):
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Raise `InputError` if these conditioning tensors, of one prompt, do not fit this model."""
 
-    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop) -> np.ndarray:
-        """Noise of ``loop.seeds`` → latents [B, C, f, h, w], float32.
+    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop) -> Mapping[str, np.ndarray]:
+        """Noise of ``loop.seeds`` → `Latents.tensors`: "latents" [B, C, f, h, w], float32, and what else the model makes.
 
         `tensors` are of B prompts, [B, …] each; of `config` all holds for each of them but prompts and seed.
         """
 
 
 class Decoder(Stage, Protocol):
-    def check(self, latents: np.ndarray) -> None:
-        """Raise `InputError` if latents of this shape do not fit this model."""
+    def check(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Raise `InputError` if `Latents.tensors` of these shapes do not fit this model."""
 
-    def decode(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """Latents [B, C, f, h, w] → chunks of frames [B, n, H, W, C], float32 in [0, 1], first to last."""
+    def decode(self, tensors: Mapping[str, np.ndarray]) -> Iterator[Mapping[str, np.ndarray]]:
+        """`Latents.tensors` → chunks, first to last: "frames" [B, n, H, W, C], float32 in [0, 1], and what goes with them."""

@@ -22,10 +22,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tpuvid.contract.digests import digest_of, tensors_digest
 from tpuvid.errors import TpuvidError
 from tpuvid.files.atomic import atomic_path
 from tpuvid.files.cache_folder import cache_folder
-from tpuvid.files.digests import digest_of, tensors_digest
 
 if TYPE_CHECKING:
     import numpy as np

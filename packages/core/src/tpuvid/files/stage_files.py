@@ -23,12 +23,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from tpuvid.contract.digests import canonical, digest_of, raw_bytes, tensors_digest
 from tpuvid.contract.parsing import parse_settings
 from tpuvid.contract.settings import EMBEDDED, PRIVATE, GenerationConfig
 from tpuvid.contract.values import Conditioning, History, Latents
 from tpuvid.errors import InputError
 from tpuvid.files.atomic import atomic_path, write_json
-from tpuvid.files.digests import canonical, check_seal, digest_of, raw_bytes, sealed, tensors_digest
+from tpuvid.files.digests import check_seal, sealed
 from tpuvid.files.reading import readable_safetensors
 
 EMBEDDINGS = "stage1_embeddings.safetensors"
@@ -92,6 +93,12 @@ class StageFile:
     model_id: str | None
     fingerprint: str | None
     history: History
+
+    def result(self) -> dict[str, Any]:
+        """The fields of `StageResult`. Those of a run that was private are left to whoever knows the prompts."""
+        return {
+            "model_id": self.model_id or "", "tensors": self.tensors, "history": self.history, "fingerprint": self.fingerprint
+        }  # fmt: skip
 
     @property
     def prompts_sha256(self) -> str | None:
@@ -204,14 +211,8 @@ def load_conditioning(path: Path) -> Conditioning:
     file = read_stage_file(path)
     if "prompt_embeds" not in file.tensors:
         raise InputError(f"{path}: holds {_names(file)}, not prompt_embeds; run tpuvid encode first")
-    return Conditioning(
-        model_id=file.model_id or "",
-        **{name: file.settings.get(name, "" if name in PRIVATE else None) for name in EMBEDDED},
-        tensors=file.tensors,
-        history=file.history,
-        fingerprint=file.fingerprint,
-        prompts_sha256=file.prompts_sha256,
-    )
+    settings = {name: file.settings.get(name, "" if name in PRIVATE else None) for name in EMBEDDED}
+    return Conditioning(**file.result(), **settings, prompts_sha256=file.prompts_sha256)
 
 
 def read_conditioning(path: Path, config: GenerationConfig) -> Conditioning:
@@ -227,30 +228,28 @@ def read_conditioning(path: Path, config: GenerationConfig) -> Conditioning:
 def save_latents(folder: Path, latents: Latents, *, overwrite: bool) -> Path:
     path = folder / LATENTS
     about = said_in_files(latents) | {"fingerprint": latents.fingerprint}
-    write_tensors(path, {"latents": latents.latents}, about | _history(latents), overwrite=overwrite)
+    write_tensors(path, latents.tensors, about | _history(latents), overwrite=overwrite)
     write_json(folder / CONFIG, sealed(about | {"format_version": FORMAT_VERSION}), overwrite=True)
     return path
 
 
-def load_latents(path: Path) -> tuple[np.ndarray, StageFile]:
-    """Latents [B, C, f, h, w] and their file; raises `InputError` if `path` holds none."""
+def load_latents(path: Path) -> StageFile:
+    """The file, whose "latents" are [B, C, f, h, w]; raises `InputError` if `path` holds none."""
     file = read_stage_file(path)
     latents = file.tensors.get("latents")
     if latents is None:
         raise InputError(f"{path}: holds {_names(file)}, not latents; run tpuvid denoise first")
     if latents.ndim != 5:
         raise InputError(f"{path}: latents have shape {list(latents.shape)}, not [B, C, f, h, w]; run tpuvid denoise again")
-    return latents, file
+    return file
 
 
 def read_latents(path: Path, config: GenerationConfig) -> Latents:
     """The latents of a stage file that `config` is known to have made; raises `InputError` where it is not whole."""
-    latents, file = load_latents(path)
+    file = load_latents(path)
     if not file.checked:
         raise InputError(f"{path}: has no checksum")
-    return Latents(
-        model_id=file.model_id or "", latents=latents, config=config, history=file.history, fingerprint=file.fingerprint
-    )
+    return Latents(**file.result(), config=config)
 
 
 def save_frames(folder: Path, frames: np.ndarray, settings: Mapping[str, Any], *, overwrite: bool) -> Path:

@@ -210,7 +210,7 @@ def _check_one(path: Path, shape: Any) -> None:
 
 
 def _latents(path: Path) -> _Source:
-    latents, _ = load_latents(path)
+    latents = load_latents(path).tensors["latents"]
     _check_one(path, latents.shape)
     if 0 in latents.shape or (latents.dtype.kind != "f" and latents.dtype.name != "bfloat16"):
         raise InputError(f"{path}: latents are {latents.dtype} {list(latents.shape)}; make the file again")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tpuvid.errors import TpuvidError
 from tpuvid.files.atomic import atomic_path, check_output
 from tpuvid.files.digests import file_sha256, sealed
 from tpuvid.files.stage_files import FRAMES, FramesWriter, private, said_in_files
@@ -75,12 +76,15 @@ class Outputs:
                 if self.save_frames:
                     frames = writers.enter_context(FramesWriter(temporary["frames"], said_in_files(latents)))
                 for chunk in pipe.decode_chunks(latents):
-                    video.write(chunk[0])
-                    sheet.add(chunk[0])
+                    if unknown := sorted(set(chunk) - {"frames"}):
+                        raise TpuvidError(f"the decoder makes {', '.join(unknown)} too, which no file here can hold")
+                    drawn = chunk["frames"]
+                    video.write(drawn[0])
+                    sheet.add(drawn[0])
                     if frames:
-                        frames.write(chunk)
+                        frames.write(drawn)
                     on_chunk()
-            shape = 1, video.frames, *chunk.shape[2:]
+            shape = 1, video.frames, *drawn.shape[2:]
             config, history = pipe.decoded(latents, shape)
             record = make_record(
                 pipe,

@@ -18,6 +18,7 @@ from tpuvid.compute.packs.pack import with_pack
 from tpuvid.compute.progress import current
 from tpuvid.compute.run_key import run_key, stages_key, traced_modules
 from tpuvid.compute.runtime import Runtime, enable_compilation_cache, plugin_tables
+from tpuvid.contract.digests import tensors_digest
 from tpuvid.contract.models import ModelSpec
 from tpuvid.contract.options import Options
 from tpuvid.contract.settings import EMBEDDED, GenerationConfig
@@ -25,7 +26,7 @@ from tpuvid.contract.stages import STAGES
 from tpuvid.contract.values import Conditioning, History, Latents, StepCallback, check_finite
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.checkpoint import Checkpoint
-from tpuvid.files.digests import file_sha256, tensors_digest
+from tpuvid.files.digests import file_sha256
 from tpuvid.files.kept import Kept
 from tpuvid.files.lora import read_loras
 from tpuvid.files.versions import distribution_version
@@ -110,14 +111,15 @@ class Pipeline:
         negative = config.do_classifier_free_guidance if negative is None else negative
         with self._stage("encode") as encoder:
             tensors = encoder.encode(config, negative=negative)
-        check_finite("embeddings", *tensors.values())
-        return Conditioning(
+        conditioning = Conditioning(
             model_id=self.spec.model_id,
             **{name: getattr(config, name) for name in EMBEDDED},
             tensors=tensors,
             history={"encode": self._record("encode")},
             fingerprint=self.checkpoint.fingerprint(),
         )
+        conditioning.check()
+        return conditioning
 
     def denoise(
         self,
@@ -182,12 +184,12 @@ class Pipeline:
         tensors = _side_by_side([conditioning.tensors for conditioning in conditionings])
         follower = self._follower(control or Control(), on_step, configs, tensors)
         with self._stage("denoise") as denoiser:
-            latents = denoiser.denoise(tensors, config, follower.loop(tuple(c.seed for c in configs)))
+            found = denoiser.denoise(tensors, config, follower.loop(tuple(c.seed for c in configs)))
         record = self._record("denoise") | ({"batch_size": len(configs)} if len(configs) > 1 else {})
         results = [
             Latents(
                 model_id=self.spec.model_id,
-                latents=latents[i : i + 1],
+                tensors={name: value[i : i + 1] for name, value in found.items()},
                 config=configs[i],
                 history={**conditioning.history, "denoise": record},
                 fingerprint=self.checkpoint.fingerprint(),
@@ -219,9 +221,10 @@ class Pipeline:
 
     def decode(self, latents: Latents) -> Video:
         """Stage 3: latents → frames."""
-        frames = np.concatenate(list(self.decode_chunks(latents)), axis=1)
-        config, history = self.decoded(latents, frames.shape)
-        return Video(model_id=self.spec.model_id, frames=frames, config=config, history=history)
+        chunks = list(self.decode_chunks(latents))
+        tensors = {name: np.concatenate([chunk[name] for chunk in chunks], axis=1) for name in chunks[0]}
+        config, history = self.decoded(latents, tensors["frames"].shape)
+        return Video(model_id=self.spec.model_id, tensors=tensors, config=config, history=history)
 
     def decoded(self, latents: Latents, shape: tuple[int, ...]) -> tuple[GenerationConfig, History]:
         """Settings and history of the video that `decode_chunks` has made of `latents`: frames of `shape` [B, F, H, W, C]."""
@@ -231,7 +234,7 @@ class Pipeline:
         config = latents.config.override(num_frames=num_frames, height=height, width=width)
         return config, {**latents.history, "decode": self._record("decode") | {"vae_tiling": self.runtime.vae_tiling}}
 
-    def decode_chunks(self, latents: Latents) -> Iterator[np.ndarray]:
+    def decode_chunks(self, latents: Latents) -> Iterator[Mapping[str, np.ndarray]]:
         """Stage 3, as chunks of frames [B, n, H, W, C] in [0, 1] that come while the next ones are computed."""
         check_origin("latents", latents, self.spec, self.checkpoint)
         if not (np.issubdtype(latents.latents.dtype, np.floating) or latents.latents.dtype.name == "bfloat16"):
@@ -239,10 +242,10 @@ class Pipeline:
         if 0 in latents.latents.shape or not np.isfinite(latents.latents.astype(np.float32)).all():
             raise InputError(f"latents {list(latents.latents.shape)} are empty or hold NaN or infinity; denoise again")
         self.check_pack(latents.config, "decode")
-        with self._stage("decode", lambda decoder: decoder.check(latents.latents)) as decoder:
-            for frames in decoder.decode(latents.latents):
-                check_finite("frames", frames)
-                yield frames
+        with self._stage("decode", lambda decoder: decoder.check(latents.tensors)) as decoder:
+            for chunk in decoder.decode(latents.tensors):
+                check_finite(chunk)
+                yield chunk
 
     def verify(self) -> None:
         """Raise `InputError` unless all three stages are complete and their weights fit, by names and shapes: quick."""

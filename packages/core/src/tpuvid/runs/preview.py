@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tpuvid.contract.digests import digest_of
 from tpuvid.contract.models import imported
 from tpuvid.errors import InputError
 from tpuvid.files.atomic import atomic_path, write_json
 from tpuvid.files.cache_folder import cache_folder
 from tpuvid.files.checkpoint import Checkpoint
-from tpuvid.files.digests import digest_of
 from tpuvid.files.mp4 import to_uint8
 from tpuvid.files.weights import weight_files
 

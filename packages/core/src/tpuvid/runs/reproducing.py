@@ -17,7 +17,7 @@ from tpuvid.files.versions import versions
 from tpuvid.plugin.finding import resolve_model
 from tpuvid.plugin.registry import registry
 from tpuvid.runs.compare import Comparison, compare
-from tpuvid.runs.kept.record import latents_digest, read_record
+from tpuvid.runs.kept.record import read_record
 from tpuvid.runs.outputs import Outputs
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Recorded:
         return Reproduction(
             video=outputs.video,
             differences=(*before, *self._differences_of_run(record)),
-            same_latents=latents_digest(latents) == self.record.get("latents_sha256"),
+            same_latents=latents.sha256() == self.record.get("latents_sha256"),
             same_frames=record["frames_sha256"] == self.record.get("frames_sha256"),
             comparison=compare(original, outputs.video) if original.is_file() else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """Frames [B, F, H, W, C], float32 in [0, 1], with the settings that made them."""
+    """A video in memory, with the settings that made it."""
 
     model_id: str
-    frames: np.ndarray
+    tensors: Mapping[str, np.ndarray]
+    """What the decoder makes, by name."""
     config: GenerationConfig
     history: History = field(default_factory=dict)
+
+    @property
+    def frames(self) -> np.ndarray:
+        """The frames [B, F, H, W, C], float32 in [0, 1]."""
+        return self.tensors["frames"]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write an H.264 mp4; raise `InputError` where `path` exists and `overwrite` is false."""

@@ -179,7 +179,7 @@ def check_bad_input(subject: Subject) -> str:
                 pipe.denoise(replace(known, tensors=positive), **subject.denoising)
         for what, array in (("latents of other channels", channels), ("latents of NaN", np.full_like(latents.latents, np.nan))):
             with _refused(what):
-                pipe.decode(replace(latents, latents=array))
+                pipe.decode(replace(latents, tensors={**latents.tensors, "latents": array}))
         damaged = 0
         for what, edit in (("missing weights", _drop_half), ("weights of other shapes", _reshape_all)):
             for component in ("transformer", "text_encoder", "vae"):
@@ -273,11 +273,9 @@ def check_staged(subject: Subject) -> str:
     for name, tensor in subject.conditioning.tensors.items():
         assert np.array_equal(conditioning.tensors[name], tensor), f"{name} came back otherwise from its file"
     path = save_latents(folder, subject.pipeline().denoise(conditioning, **subject.denoising), overwrite=False)
-    array, file = load_latents(path)
-    pipe = subject.pipeline()
-    config = pipe.spec.defaults.override(**file.settings)
+    file, pipe = load_latents(path), subject.pipeline()
     assert file.model_id is not None, "the file of latents doesn't say of which model they are"
-    video = pipe.decode(Latents(model_id=file.model_id, latents=array, config=config, fingerprint=file.fingerprint))
+    video = pipe.decode(Latents(**file.result(), config=pipe.spec.defaults.override(**file.settings)))
     assert video.config == subject.video.config, f"settings changed on the way: {video.config} and {subject.video.config}"
     assert np.array_equal(video.frames, subject.video.frames), "staged and one-shot videos differ"
     return "files between the stages; equal to one shot, bit for bit"

@@ -93,7 +93,7 @@ class LTXDenoiser:
             if mask.shape != (1, length) or not np.isin(mask, (0, 1)).all() or not mask.any():
                 raise InputError(f"{mask_name} is no mask [1, {length}] of 0 and 1 that keeps a token; encode with this model")
 
-    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop) -> np.ndarray:
+    def denoise(self, tensors: Mapping[str, np.ndarray], config: GenerationConfig, loop: Loop) -> Mapping[str, np.ndarray]:
         scales, grid = guidance_scales(config), latent_grid(config)
         text = with_negative(tensors, "prompt_embeds", scales).astype(self.runtime.dtype)
         mask = with_negative(tensors, "prompt_attention_mask", scales)[:, None, None] != 0
@@ -104,10 +104,11 @@ class LTXDenoiser:
         schedule = make_schedule(self.scheduler_config, config.num_inference_steps, grid)
         generators = make_generators(loop.seeds)
         noise = make_noise((self.config.in_channels, *grid), generators)
-        return self.sampler.sample(
+        latents = self.sampler.sample(
             self.params, inputs, noise, schedule, scales=scales, generators=generators, cache=step_cache(config), loop=loop,
             window=self.sampler.window(config, grid, video_frames=VAE_TIME),
         )  # fmt: skip
+        return {"latents": latents}
 
     def _predict(self, params, latents: Float[Array, "B C f h w"], timesteps: Float[Array, " B"], inputs):
         """The velocity. `inputs`, by the forward's names: embeddings [B, L, E], a mask over them, rotary tables [1, T, C]."""

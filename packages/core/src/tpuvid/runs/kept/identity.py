@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from tpuvid.contract.digests import digest_of
 from tpuvid.contract.models import ModelSpec
 from tpuvid.contract.options import Options
 from tpuvid.contract.settings import GenerationConfig
 from tpuvid.contract.stages import STAGES
 from tpuvid.files.checkpoint import Checkpoint
-from tpuvid.files.digests import digest_of
 
 WEIGHTS = ("model_id", "checkpoint", "revision", "fingerprint", "loras")
 VIEWS = {

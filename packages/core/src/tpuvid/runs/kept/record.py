@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpuvid.contract.settings import PRIVATE
 from tpuvid.errors import InputError
-from tpuvid.files.digests import check_seal, file_sha256, sealed, tensors_digest
+from tpuvid.files.digests import check_seal, file_sha256, sealed
 from tpuvid.files.versions import versions
 from tpuvid.plugin.registry import registry
 
@@ -57,16 +57,12 @@ def make_record(
         "options": pipe.runtime.asked().recorded() | {"decoder": pipe.spec.decoder},
         "versions": versions(*registry().packages_of(pipe.spec)),
         "history": history,
-        "latents_sha256": latents_digest(latents),
+        "latents_sha256": latents.sha256(),
         "frames_sha256": frames_sha256,
         "request": request,
         "record_version": RECORD_VERSION,
     }
     return sealed(record)
-
-
-def latents_digest(latents: Latents) -> str:
-    return tensors_digest({"latents": latents.latents})
 
 
 def read_record(path: Path) -> dict[str, Any]:

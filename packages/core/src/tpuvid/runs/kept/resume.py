@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpuvid.contract.digests import digest_of
 from tpuvid.contract.loop import LoopState
 from tpuvid.errors import InputError
-from tpuvid.files.digests import digest_of
 from tpuvid.files.stage_files import read_stage_file, write_tensors
 
 KEPT = 2

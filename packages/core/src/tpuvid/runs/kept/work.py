@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpuvid.contract.digests import digest_of
 from tpuvid.contract.settings import GenerationConfig
 from tpuvid.contract.values import Conditioning, Latents
 from tpuvid.errors import InputError
 from tpuvid.files.atomic import write_json
-from tpuvid.files.digests import check_seal, digest_of, file_sha256, sealed
+from tpuvid.files.digests import check_seal, file_sha256, sealed
 from tpuvid.files.locks import WORK_FOLDER, remove_if_empty
 from tpuvid.files.reading import read_json
 from tpuvid.files.stage_files import (
