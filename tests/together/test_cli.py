@@ -175,6 +175,14 @@ def test_yaml_values_have_the_flags_types(tmp_path, capsys):
             assert f"'{value}' is not a valid integer" in fails(capsys, "generate", "--config", str(tmp_path / "c.yaml"))[1]
 
 
+@pytest.mark.parametrize("name", ["savepoint", "checkpoint"])  # the old name too
+def test_either_name_of_savepoints_is_taken(tmp_path, capsys, name):
+    (tmp_path / "c.yaml").write_text(f"model: wan-tiny\nprompt: x\n{name}_every: 0\n")
+    for given in (["--config", str(tmp_path / "c.yaml")], ["--model", "wan-tiny", "--prompt", "x", f"--{name}-every", "0"]):
+        code, err = fails(capsys, "generate", *given)
+        assert code == 2 and "0 is not in the range x>=1" in err
+
+
 def test_one_yaml_serves_all_commands(tmp_path, capsys):
     """What a command doesn't have is another's; an empty value is not given."""
     (tmp_path / "c.yaml").write_text(

@@ -491,7 +491,7 @@ def test_adding_prompts_remakes_nothing(tmp_path, capsys):
     assert len(names(tmp_path / "out")) == 2
 
 
-def test_latents_for_which_there_is_no_room_keep_their_checkpoints(tmp_path, monkeypatch, capsys):
+def test_latents_for_which_there_is_no_room_keep_their_savepoints(tmp_path, monkeypatch, capsys):
     from tpuvid.errors import TpuvidError
     from tpuvid.runs.kept.work import Work
 
@@ -504,7 +504,7 @@ def test_latents_for_which_there_is_no_room_keep_their_checkpoints(tmp_path, mon
         2,
         "--output-dir",
         tmp_path,
-        "--checkpoint-every",
+        "--savepoint-every",
         1,
         "--steps",
         3,

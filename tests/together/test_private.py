@@ -16,7 +16,7 @@ from tpuvid.runs.pipeline import Pipeline
 SECRET = "a zqxwred circle moving right"
 PROMPTS = ["--prompt", SECRET, "--negative-prompt", "no zqxwblue, please"]
 QUICK = ["--steps", "3", "--num-frames", "5"]
-PRIVATE, EVERY = "--no-prompt-in-metadata", ["--checkpoint-every", "1", "--preview", "1"]
+PRIVATE, EVERY = "--no-prompt-in-metadata", ["--savepoint-every", "1", "--preview", "1"]
 
 
 @pytest.fixture(autouse=True)

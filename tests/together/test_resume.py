@@ -12,7 +12,7 @@ from tpuvid.contract import LoopState
 from tpuvid.errors import InputError
 from tpuvid.files.stage_files import read_stage_file, write_tensors
 from tpuvid.runs.control import Cancelled, CancelToken, Control
-from tpuvid.runs.kept.resume import Checkpoints
+from tpuvid.runs.kept.savepoints import Savepoints
 
 PROMPT = "a red circle growing on a black background"
 SMALL = dict(num_inference_steps=8, num_frames=5, seed=3)
@@ -37,14 +37,14 @@ def stop_after(pipe, conditioning, folder, step, settings=SMALL, **control):
             token.cancel()
 
     with pytest.raises(Cancelled) as stopped:
-        pipe.denoise(conditioning, on_step=on_step, control=Control(cancel=token, checkpoint_dir=folder, **control), **settings)
+        pipe.denoise(conditioning, on_step=on_step, control=Control(cancel=token, savepoint_dir=folder, **control), **settings)
     return stopped.value
 
 
 def go_on(pipe, conditioning, folder, settings=SMALL):
     """The latents, and the steps that were computed."""
     steps = []
-    control = Control(checkpoint_dir=folder, resume=True)
+    control = Control(savepoint_dir=folder, resume=True)
     latents = pipe.denoise(conditioning, on_step=lambda done, total: steps.append(done), control=control, **settings)
     return latents, steps
 
@@ -55,12 +55,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(pipe, conditioning, tmp_path, setting
     expected = pipe.denoise(conditioning, **settings).latents
     for stopped, step in zip([1, 4, 7], kept, strict=True):
         error = stop_after(pipe, conditioning, tmp_path, stopped, settings)
-        assert (error.done, error.total, error.seed) == (stopped, 8, 3) and error.checkpoint.exists()
+        assert (error.done, error.total, error.seed) == (stopped, 8, 3) and error.savepoint.exists()
         latents, steps = go_on(pipe, conditioning, tmp_path, settings)
         assert steps == list(range(step + 1, 9))
         assert np.array_equal(latents.latents, expected)
         assert latents.history["denoise"]["resumed"] == f"after step {step}"
-        assert list(tmp_path.iterdir()) == [], "checkpoints are removed once the result is there"
+        assert list(tmp_path.iterdir()) == [], "savepoints are removed once the result is there"
 
 
 def test_steps_of_another_attention_are_not_gone_on_with(pipe, conditioning, tmp_path):
@@ -81,19 +81,19 @@ def test_the_noise_of_a_stochastic_scheduler_goes_on_too(tmp_path):
     assert steps == [4, 5] and np.array_equal(latents.latents, expected)
 
 
-def test_checkpoints_come_every_so_many_steps_and_two_are_kept(pipe, conditioning, tmp_path):
+def test_savepoints_come_every_so_many_steps_and_two_are_kept(pipe, conditioning, tmp_path):
     seen = {}
 
     def on_step(done, total):
         seen[done] = sorted(int(path.stem[-5:]) for path in tmp_path.glob("denoising-*"))
 
-    control = Control(checkpoint_dir=tmp_path, checkpoint_every=2)
+    control = Control(savepoint_dir=tmp_path, savepoint_every=2)
     pipe.denoise(conditioning, on_step=on_step, control=control, **SMALL)
     assert [seen[step] for step in (1, 2, 3, 5, 7, 8)] == [[], [], [2], [2, 4], [4, 6], [4, 6]]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_is_of_one_run_alone(pipe, conditioning, tmp_path):
+def test_a_savepoint_is_of_one_run_alone(pipe, conditioning, tmp_path):
     """Another seed, other steps, another prompt: each begins at its own first step."""
     stop_after(pipe, conditioning, tmp_path, 4)
     for settings in (SMALL | {"seed": 4}, SMALL | {"num_inference_steps": 9}, SMALL | {"guidance_scale": 2.0}):
@@ -119,12 +119,12 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "step renamed"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(pipe, conditioning, tmp_path, how):
+def test_a_damaged_savepoint_is_refused_and_the_one_before_is_used(pipe, conditioning, tmp_path, how):
     expected = pipe.denoise(conditioning, **SMALL).latents
-    stop_after(pipe, conditioning, tmp_path, 7, checkpoint_every=2)
+    stop_after(pipe, conditioning, tmp_path, 7, savepoint_every=2)
     newest, before = sorted(tmp_path.glob("denoising-*"), reverse=True)
     newest.unlink()  # that of step 7; of step 6 it shall be
-    stop_after(pipe, conditioning, tmp_path, 6, checkpoint_every=2)
+    stop_after(pipe, conditioning, tmp_path, 6, savepoint_every=2)
     newest, before = sorted(tmp_path.glob("denoising-*"), reverse=True)
     assert newest.stem.endswith("00006") and before.stem.endswith("00004")
     damage(newest, how)
@@ -135,19 +135,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(pipe, condit
 
 def test_a_whole_file_with_another_runs_content_is_refused(tmp_path):
     state = LoopState(3, np.zeros((1, 1, 2), np.float32), np.zeros((1, 8), np.uint8))
-    run = Checkpoints(tmp_path, {"seed": 1})
+    run = Savepoints(tmp_path, {"seed": 1})
     path = run.save(state)
     assert run.latest(8).step == 3 and run.latest(3) is None, "no step is left"
     file = read_stage_file(path)
     metadata = {key: value for key, value in file.metadata.items() if key != "checksum"}
     write_tensors(path, file.tensors, metadata | {"run": "another"}, overwrite=True)
-    with pytest.warns(UserWarning, match="is no checkpoint of this run"):
+    with pytest.warns(UserWarning, match="is no savepoint of this run"):
         assert run.latest(8) is None
 
 
 def test_a_state_of_another_shape_is_refused(pipe, conditioning, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        Checkpoints, "latest", lambda self, steps: LoopState(2, np.zeros((1, 2), np.float32), np.zeros((1, 8), np.uint8))
+        Savepoints, "latest", lambda self, steps: LoopState(2, np.zeros((1, 2), np.float32), np.zeros((1, 8), np.uint8))
     )
     with pytest.raises(InputError, match="is not of this run"):
         go_on(pipe, conditioning, tmp_path)
@@ -157,7 +157,7 @@ def test_cancelling_without_a_place_keeps_nothing(pipe, conditioning):
     token = CancelToken()
     with pytest.raises(Cancelled, match="^stopped after step 1 of 8$") as stopped:
         pipe.denoise(conditioning, on_step=lambda *_: token.cancel(), control=Control(cancel=token), **SMALL)
-    assert stopped.value.checkpoint is None and not token.in_loop
+    assert stopped.value.savepoint is None and not token.in_loop
 
 
 def test_what_is_cancelled_before_it_begins_does_not_begin(pipe, conditioning, monkeypatch):
@@ -176,12 +176,12 @@ def test_a_video_cancelled_at_the_last_step_is_not_decoded(pipe, monkeypatch):
         )
 
 
-def test_checkpoints_of_a_run_that_was_not_gone_on_with_do_not_crowd_out_new_ones(pipe, conditioning, tmp_path):
-    stop_after(pipe, conditioning, tmp_path, 7, checkpoint_every=3)
+def test_savepoints_of_a_run_that_was_not_gone_on_with_do_not_crowd_out_new_ones(pipe, conditioning, tmp_path):
+    stop_after(pipe, conditioning, tmp_path, 7, savepoint_every=3)
     for path in tmp_path.glob("denoising-*"):
         damage(path, "flipped")
     error = stop_after(pipe, conditioning, tmp_path, 2)
-    assert error.checkpoint.exists()
+    assert error.savepoint.exists()
     with pytest.warns(UserWarning, match="passed over"):
         assert go_on(pipe, conditioning, tmp_path)[1][0] == 3
 
@@ -212,9 +212,9 @@ def test_cancelling_at_the_last_step_is_too_late(pipe, conditioning):
 @pytest.mark.parametrize(
     "control, says",
     [
-        (dict(checkpoint_every=0, checkpoint_dir=Path("x")), "checkpoint_every=0"),
-        (dict(checkpoint_every=2), "needs checkpoint_dir"),
-        (dict(resume=True), "resume: needs checkpoint_dir"),
+        (dict(savepoint_every=0, savepoint_dir=Path("x")), "savepoint_every=0"),
+        (dict(savepoint_every=2), "needs savepoint_dir"),
+        (dict(resume=True), "resume: needs savepoint_dir"),
         (dict(preview_every=0), "preview_every=0"),
     ],
 )
@@ -243,10 +243,10 @@ def test_a_stopped_batch_goes_on_bit_for_bit(pipe, tmp_path):
     conditionings = [pipe.encode_config(config) for config in configs]
     expected = pipe.denoise_batch(conditionings, configs)
     token = CancelToken()
-    control = Control(cancel=token, checkpoint_dir=tmp_path)
+    control = Control(cancel=token, savepoint_dir=tmp_path)
     with pytest.raises(Cancelled):
         pipe.denoise_batch(conditionings, configs, on_step=lambda d, n: d == 2 and token.cancel(), control=control)
-    found = pipe.denoise_batch(conditionings, configs, control=Control(checkpoint_dir=tmp_path, resume=True))
+    found = pipe.denoise_batch(conditionings, configs, control=Control(savepoint_dir=tmp_path, resume=True))
     assert all(np.array_equal(a.latents, b.latents) for a, b in zip(expected, found, strict=True))
 
 

@@ -14,7 +14,7 @@ from tpuvid.files.checkpoint import Checkpoint
 from tpuvid.files.reading import read_json
 from tpuvid.files.stage_files import EMBEDDINGS, FRAMES, LATENTS, load_conditioning, load_latents, read_config, read_stage_file
 from tpuvid.runs.kept.record import read_record
-from tpuvid.runs.kept.resume import Checkpoints
+from tpuvid.runs.kept.savepoints import Savepoints
 from tpuvid.runs.kept.work import Manifest
 
 from torture.audit import check_silence
@@ -49,15 +49,15 @@ def samples(work: Path) -> dict[str, tuple[Path, Read]]:
     ):
         outcome = run(command, work)
         assert outcome.code == 0, outcome.err
-    denoise = ["denoise", "--input-dir", str(folder), "--num-frames", "5", "--steps", "9", "--checkpoint-every", "2"]
+    denoise = ["denoise", "--input-dir", str(folder), "--num-frames", "5", "--steps", "9", "--savepoint-every", "2"]
     made = run(
         [*denoise, "--overwrite"],
         work,
         until=lambda seconds: len(list((folder / ".tpuvid").glob("denoising-*-00004*"))) > 0,
     )
     assert made.code is None, "it ended before it was killed"
-    (checkpoint,) = (folder / ".tpuvid").glob("denoising-*-00004.safetensors")
-    shutil.copy(checkpoint, folder)
+    (savepoint,) = (folder / ".tpuvid").glob("denoising-*-00004.safetensors")
+    shutil.copy(savepoint, folder)
     tiny = Checkpoint("x", folder=Path(__import__("tpuvid_tiny").__file__).parent / "checkpoint").folder
     shutil.copytree(tiny, work / "model")
     weights = next((work / "model" / "vae").glob("*.safetensors"))
@@ -65,7 +65,7 @@ def samples(work: Path) -> dict[str, tuple[Path, Read]]:
         "embeddings": (folder / EMBEDDINGS, lambda p: vars_of(load_conditioning(p))),
         "latents": (folder / LATENTS, lambda p: (load_latents(p).tensors["latents"].tobytes(), load_latents(p).settings)),
         "frames": (folder / FRAMES, lambda p: read_stage_file(p).tensors["frames"].tobytes()),
-        "denoising checkpoint": (folder / checkpoint.name, _checkpoint),
+        "savepoint": (folder / savepoint.name, _savepoint),
         "settings": (folder / "generation_config.json", read_config),
         "record in an mp4": (folder / "output_video.mp4", _record_in),
         "record beside it": (folder / "output_video.json", read_record),
@@ -85,8 +85,8 @@ def vars_of(conditioning: Any) -> Any:
     return tensors, conditioning.prompt, conditioning.negative_prompt, conditioning.max_sequence_length, conditioning.model_id
 
 
-def _checkpoint(path: Path) -> Any:
-    state = Checkpoints(path.parent, {})._read  # as `latest` reads it, whose key is that of the run
+def _savepoint(path: Path) -> Any:
+    state = Savepoints(path.parent, {})._read  # as `latest` reads it, whose key is that of the run
     file = read_stage_file(path)
     if not file.checked:
         raise InputError("has no checksum")

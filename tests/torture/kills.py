@@ -35,7 +35,7 @@ class Scenario:
 def scenarios(work: Path) -> list[Scenario]:
     """Each with the result and the time of a run that nobody disturbs."""
     common = ["--model", "wan-tiny"]
-    quick = ["--num-frames", "5", "--checkpoint-every", "2"]
+    quick = ["--num-frames", "5", "--savepoint-every", "2"]
     (work / "prompts.txt").write_text("\n".join(PROMPTS))
     stages = work / "stages"
     for command in (

@@ -132,8 +132,8 @@ class Generating:
     def _control(self, cancel: CancelToken, work: Work, missing: Sequence[Wanted]) -> Control:
         return Control(
             cancel=cancel,
-            checkpoint_dir=work.folder,
-            checkpoint_every=self.request.checkpoint_every,
+            savepoint_dir=work.folder,
+            savepoint_every=self.request.savepoint_every,
             resume=self.request.goes_on,
             preview=self._preview(missing[0]),
             preview_every=self.request.preview_every or 1,

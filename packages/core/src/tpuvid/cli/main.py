@@ -158,7 +158,7 @@ def list_models(as_json: bool) -> None:
 @load_options_of("encode")
 @runtime_options
 def generate(model: str, prompt: str | None, prompts: str | None, num_videos: int, batch_size: int, sweep: tuple[str, ...],
-             more_sweep: tuple[str, ...], checkpoint_every: int | None, resume: bool, preview_every: int | None,
+             more_sweep: tuple[str, ...], savepoint_every: int | None, resume: bool, preview_every: int | None,
              output: Path | None, output_dir: Path | None, save_frames: bool, no_metadata: bool, no_prompt_in_metadata: bool,
              overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Prompt → mp4, in one go; or many prompts, or a sweep over settings."""
@@ -175,7 +175,7 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
     )  # fmt: skip
     generation = plan_generation(
         model, prompt=prompt, prompts=prompts, num_videos=num_videos, sweep=sweep + more_sweep, settings=settings,
-        options=options, keeping=keeping, batch_size=batch_size, checkpoint_every=checkpoint_every, resume=resume,
+        options=options, keeping=keeping, batch_size=batch_size, savepoint_every=savepoint_every, resume=resume,
         preview_every=preview_every,
     )  # fmt: skip
     return Generating(request=generation, load=lambda: _load(model, options)).run()
@@ -224,7 +224,7 @@ def encode(model: str, output_dir: Path, no_prompt_in_metadata: bool, overwrite:
 @pack_options
 @overwrite_option
 @runtime_options
-def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpoint_every: int | None, resume: bool,
+def denoise(model: str | None, input_dir: Path, output_dir: Path | None, savepoint_every: int | None, resume: bool,
             preview_every: int | None, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Stage 2: stage1_embeddings.safetensors → stage2_latents.safetensors."""
     from tpuvid.cli.saying import say_how
@@ -257,7 +257,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, checkpo
                     save_latents(output_dir, latents, overwrite=overwrite)
 
             control = Control(
-                cancel=cancel, checkpoint_dir=output_dir / WORK_FOLDER, checkpoint_every=checkpoint_every, resume=resume,
+                cancel=cancel, savepoint_dir=output_dir / WORK_FOLDER, savepoint_every=savepoint_every, resume=resume,
                 preview=preview if preview_every else None, preview_every=preview_every or 1,
                 on_result=keep,
             )  # fmt: skip

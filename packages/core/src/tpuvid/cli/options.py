@@ -153,7 +153,8 @@ size_options = setting_options(lambda each: each.name in ("height", "width", "nu
 save_frames_option = click.option("--save-frames", is_flag=True, help="Also write stage3_frames.safetensors.")
 control_options = _options(
     click.option(
-        "--checkpoint-every", type=click.IntRange(1), help="Keep the state of denoising every so many steps, for --resume."
+        "--savepoint-every", "--checkpoint-every", type=click.IntRange(1),
+        help="Keep the state of denoising every so many steps, for --resume.",
     ),
     click.option("--resume", is_flag=True, help="Go on where the same command was stopped or killed."),
     click.option(

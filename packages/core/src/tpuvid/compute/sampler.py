@@ -103,12 +103,12 @@ class Sampler:
             return 0, self.runtime.put(initial, replicated(self.mesh))
         fits = start.state.shape == initial.shape and start.state.dtype == initial.dtype and np.isfinite(start.state).all()
         if not (fits and 0 < start.step < len(is_full) and is_full[start.step]):
-            raise InputError(f"the checkpoint after step {start.step} is not of this run; start without it")
+            raise InputError(f"the savepoint after step {start.step} is not of this run; start without it")
         try:
             restore_generators(generators, start.generators)
         except ValueError as error:
             raise InputError(
-                f"the checkpoint after step {start.step} holds no random state ({error}); start without it"
+                f"the savepoint after step {start.step} holds no random state ({error}); start without it"
             ) from None
         return start.step, self.runtime.put(start.state, replicated(self.mesh))
 

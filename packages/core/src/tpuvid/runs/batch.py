@@ -139,7 +139,7 @@ class Batch:
         return found
 
     def _keep(self, group: Sequence[int], found: Sequence[Latents]) -> None:
-        """Raises `NotKept` where a file can't be written, so that the checkpoints stay."""
+        """Raises `NotKept` where a file can't be written, so that the savepoints stay."""
         unsaved = {}
         for i, latents in zip(group, found, strict=True):
             config = self.jobs[i].config

@@ -30,10 +30,10 @@ class Cancelled(TpuvidError):
 
     exit_code = EXIT_INTERRUPTED
 
-    def __init__(self, done: int, total: int, checkpoint: Path | None, seed: int):
-        self.done, self.total, self.checkpoint, self.seed = done, total, checkpoint, seed
+    def __init__(self, done: int, total: int, savepoint: Path | None, seed: int):
+        self.done, self.total, self.savepoint, self.seed = done, total, savepoint, seed
         """Steps, the file that keeps them (None where none was asked for), and the (first) video's seed."""
-        super().__init__(f"stopped after step {done} of {total}" + (f"; kept in {checkpoint}" if checkpoint else ""))
+        super().__init__(f"stopped after step {done} of {total}" + (f"; kept in {savepoint}" if savepoint else ""))
 
 
 class CancelToken:
@@ -74,31 +74,31 @@ def raise_if_stopped(token: CancelToken) -> None:
 class Control:
     """How a denoising run is watched, kept and stopped.
 
-    Raises `InputError` for numbers of steps below 1, and for checkpoints without a place for them.
+    Raises `InputError` for numbers of steps below 1, and for savepoints without a place for them.
     """
 
     cancel: CancelToken = field(default_factory=CancelToken)
-    checkpoint_dir: Path | str | None = None
+    savepoint_dir: Path | str | None = None
     """Where the state of the run is kept; None: nowhere."""
-    checkpoint_every: int | None = None
-    """Steps from one checkpoint to the next; None: one is made only when the run is cancelled."""
+    savepoint_every: int | None = None
+    """Steps from one savepoint to the next; None: one is made only when the run is cancelled."""
     resume: bool = False
-    """Go on from the last checkpoint of the very same run in `checkpoint_dir`, where there is one."""
+    """Go on from the last savepoint of the very same run in `savepoint_dir`, where there is one."""
     preview: Path | str | None = None
     """An animated PNG, renewed while the run goes on."""
     preview_every: int = 1
     """Steps from one preview to the next."""
     on_result: Callable[[Sequence[Latents]], None] = lambda latents: None
-    """Called with the latents of a run that is done, before its checkpoints are removed."""
+    """Called with the latents of a run that is done, before its savepoints are removed."""
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint_dir", "preview"):
+        for name in ("savepoint_dir", "preview"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(value))
-        for name in ("checkpoint_every", "preview_every"):
+        for name in ("savepoint_every", "preview_every"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name}={value!r}: needs a whole number of steps ≥ 1")
-        if self.checkpoint_dir is None and (self.resume or self.checkpoint_every is not None):
-            asked = "resume" if self.resume else f"checkpoint_every={self.checkpoint_every}"
-            raise InputError(f"{asked}: needs checkpoint_dir, the folder of the checkpoints")
+        if self.savepoint_dir is None and (self.resume or self.savepoint_every is not None):
+            asked = "resume" if self.resume else f"savepoint_every={self.savepoint_every}"
+            raise InputError(f"{asked}: needs savepoint_dir, the folder of the savepoints")

@@ -1,4 +1,4 @@
-"""Carrying out a `Control`: checkpoints, previews and cancelling, after each step of a denoising run."""
+"""Carrying out a `Control`: savepoints, previews and cancelling, after each step of a denoising run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tpuvid.contract.loop import Loop, LoopState, StepDone
 from tpuvid.runs.control import Cancelled, Control
-from tpuvid.runs.kept.resume import Checkpoints
+from tpuvid.runs.kept.savepoints import Savepoints
 
 if TYPE_CHECKING:
     from tpuvid.contract.values import Latents
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 class Follower:
-    """The follower of one run of so many `steps`; `checkpoints` and `preview` are None where nothing is kept or shown."""
+    """The follower of one run of so many `steps`; `savepoints` and `preview` are None where nothing is kept or shown."""
 
     def __init__(
         self,
         control: Control,
         steps: int,
         on_step: Callable[[int, int], None] | None,
-        checkpoints: Checkpoints | None,
+        savepoints: Savepoints | None,
         preview: Preview | None,
     ):
         self.control, self.steps, self.on_step = control, steps, on_step
-        self.checkpoints, self.preview = checkpoints, preview
+        self.savepoints, self.preview = savepoints, preview
 
     def loop(self, seeds: tuple[int, ...]) -> Loop:
         """What the denoiser is given. Raises `Cancelled` where that was asked for already."""
@@ -52,7 +52,7 @@ class Follower:
                     self.preview.close()
 
     def _start(self) -> LoopState | None:
-        return self.checkpoints.latest(self.steps) if self.checkpoints and self.control.resume else None
+        return self.savepoints.latest(self.steps) if self.savepoints and self.control.resume else None
 
     def _shows(self, done: int) -> bool:
         return self.preview is not None and (done % self.control.preview_every == 0 or done == self.steps)
@@ -64,16 +64,16 @@ class Follower:
             self.on_step(at.done, at.total)
         if at.done == at.total:
             return
-        cancelled, every = self.control.cancel.cancelled, self.control.checkpoint_every
+        cancelled, every = self.control.cancel.cancelled, self.control.savepoint_every
         kept = None
-        if self.checkpoints and (cancelled or (every and at.done % every == 0)):
+        if self.savepoints and (cancelled or (every and at.done % every == 0)):
             state = at.state()
-            kept = self.checkpoints.save(state) if state.step else None
+            kept = self.savepoints.save(state) if state.step else None
         if cancelled:
             raise Cancelled(at.done, at.total, kept, self.seed)
 
     def finish(self, latents: Sequence[Latents]) -> None:
         """The run is done."""
         self.control.on_result(latents)
-        if self.checkpoints:
-            self.checkpoints.clear()
+        if self.savepoints:
+            self.savepoints.clear()

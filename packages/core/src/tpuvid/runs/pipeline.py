@@ -34,7 +34,7 @@ from tpuvid.plugin.finding import check_origin, resolve_model
 from tpuvid.runs.control import Cancelled, Control
 from tpuvid.runs.following import Follower
 from tpuvid.runs.kept.identity import RunIdentity
-from tpuvid.runs.kept.resume import Checkpoints
+from tpuvid.runs.kept.savepoints import Savepoints
 from tpuvid.runs.video import Video
 
 
@@ -87,7 +87,7 @@ class Pipeline:
     ) -> Video:
         """A video of `prompt`. `settings` are the fields of `GenerationConfig`; what is not given is the model's default.
 
-        `control` cancels the run, keeps checkpoints and shows previews. Raises `InputError` for settings that break the
+        `control` cancels the run, keeps savepoints and shows previews. Raises `InputError` for settings that break the
         model's rules, before anything is loaded, and `Cancelled`.
         """
         config = self.spec.configure(prompt=prompt, **settings).with_drawn_seed()
@@ -209,7 +209,7 @@ class Pipeline:
     ) -> Follower:
         """Carries out `control`; what a checkpoint is good for is this very run."""
         run = replace(self.identity(), configs=tuple(configs), conditioning=tensors_digest(tensors)).view("denoising")
-        checkpoints = Checkpoints(Path(control.checkpoint_dir), run) if control.checkpoint_dir else None
+        savepoints = Savepoints(Path(control.savepoint_dir), run) if control.savepoint_dir else None
         preview = None
         if control.preview:
             from tpuvid.runs.preview import Preview
@@ -217,7 +217,7 @@ class Pipeline:
             self.checkpoint.require(("vae",))  # also where another decoder runs
             with current().phase("fit preview"):
                 preview = Preview.fit(self.checkpoint, self._open("decode"), Path(control.preview))
-        return Follower(control, configs[0].num_inference_steps, on_step, checkpoints, preview)
+        return Follower(control, configs[0].num_inference_steps, on_step, savepoints, preview)
 
     def decode(self, latents: Latents) -> Video:
         """Stage 3: latents → frames."""

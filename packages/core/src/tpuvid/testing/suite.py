@@ -315,13 +315,13 @@ def check_resume(subject: Subject) -> str:
     if steps < 2:
         raise NothingToCheck("conformance.settings have one step")
     cancel, folder = CancelToken(), subject.scratch / "resume"
-    stop = Control(cancel=cancel, checkpoint_dir=folder)
+    stop = Control(cancel=cancel, savepoint_dir=folder)
     try:
         subject.pipe.denoise(subject.conditioning, control=stop, on_step=lambda *_: cancel.cancel(), **subject.denoising)
         raise AssertionError("a cancelled run went on to its end; pass `loop` on to Sampler.sample")
     except Cancelled:
         pass
-    again = subject.pipe.denoise(subject.conditioning, control=Control(checkpoint_dir=folder, resume=True), **subject.denoising)
+    again = subject.pipe.denoise(subject.conditioning, control=Control(savepoint_dir=folder, resume=True), **subject.denoising)
     assert again.history["denoise"].get("resumed"), "the resumed run began anew"
     assert np.array_equal(again.latents, subject.latents.latents), "the resumed run gave other latents"
     return f"stopped after 1 of {steps} steps, gone on with: the same latents"

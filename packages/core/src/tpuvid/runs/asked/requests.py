@@ -86,7 +86,7 @@ class Generation:
     """Names are the same each time, and what is done is kept track of."""
     batch_size: int = 1
     resume: bool = False
-    checkpoint_every: int | None = None
+    savepoint_every: int | None = None
     preview_every: int | None = None
 
     @property

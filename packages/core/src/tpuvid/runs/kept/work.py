@@ -4,7 +4,7 @@
                             video-<key>/                    of a video that is made alone:
                                         embeddings-<key>/   stage 1
                                         latents-<key>/      stage 2
-                                        denoising-*         checkpoints, see `tpuvid.runs.kept.resume`
+                                        denoising-*         savepoints, see `tpuvid.runs.kept.savepoints`
     <output folder>/batch.json    of batches: names, seeds that were drawn, what is done, what failed
 
 The keys say everything that the content depends on. Imports neither jax nor torch.
@@ -106,7 +106,7 @@ class Work:
         save_latents(self.latents(config), latents, overwrite=True)
 
     def holds_latents(self) -> bool:
-        """Whether anything of a denoising is kept, be it a checkpoint."""
+        """Whether anything of a denoising is kept, be it a savepoint."""
         return any(self.folder.glob("denoising-*")) or any(self.folder.glob("latents-*/*.safetensors"))
 
     def drop(self, *folders: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a denoising run: files from which the same run goes on, bit for bit.
+"""Savepoints of a denoising run: files from which the same run goes on, bit for bit.
 
     denoising-<key>-<step>.safetensors    "state" [K, B, …], "generators" [B, n]; two of a run are kept
 
@@ -23,8 +23,8 @@ KEPT = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoints:
-    """The checkpoints of one run, in `folder`."""
+class Savepoints:
+    """The savepoints of one run, in `folder`."""
 
     folder: Path
     run: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Checkpoints:
         return digest_of(self.run)[:16]
 
     def files(self) -> list[Path]:
-        """The files of the checkpoints, newest first."""
+        """The files of the savepoints, newest first."""
         return sorted(self.folder.glob(f"denoising-{self.key}-*.safetensors"), reverse=True)
 
     def save(self, state: LoopState) -> Path:
@@ -56,7 +56,7 @@ class Checkpoints:
             try:
                 return self._read(path, steps)
             except InputError as error:
-                warnings.warn(f"{error} (checkpoint passed over)", stacklevel=2)
+                warnings.warn(f"{error} (savepoint passed over)", stacklevel=2)
         return None
 
     def _read(self, path: Path, steps: int) -> LoopState:
@@ -64,10 +64,10 @@ class Checkpoints:
         step = file.metadata.get("step", "")
         whole = {"state", "generators"} <= set(file.tensors) and file.checked and step.isdecimal() and 0 < int(step) < steps
         if not whole or file.metadata.get("run") != self.key:
-            raise InputError(f"{path}: is no checkpoint of this run; remove it")
+            raise InputError(f"{path}: is no savepoint of this run; remove it")
         return LoopState(int(step), file.tensors["state"], file.tensors["generators"])
 
     def clear(self) -> None:
-        """Remove the checkpoints, once the run is done and its result is kept elsewhere."""
+        """Remove the savepoints, once the run is done and its result is kept elsewhere."""
         for path in self.files():
             path.unlink(missing_ok=True)
