@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from tpuvid.compute.bridge import environment
 from tpuvid.compute.mesh import make_mesh
 from tpuvid.contract import MeshConfig
 from tpuvid.family import Scan, TracedModule, Weights, build, load_parameters, map_rows
@@ -66,6 +67,7 @@ class Slow(nn.Module):
 
 
 def test_threads_trace_one_after_the_other():
+    environment()  # torchax can be imported by it alone
     from torchax.tensor import Tensor
     from torchax.view import NarrowInfo
 

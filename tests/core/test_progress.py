@@ -72,6 +72,6 @@ def test_a_terminal_shows_them(monkeypatch, capsys):
         console(event)
     said = capsys.readouterr().err
     assert said.startswith(
-        "denoising 2 of 4\na batch of 2 failed\nload denoiser …\rload denoiser: 1.2 s\033[K\ncompile denoiser"
+        "denoising 2 of 4\ntpuvid: a batch of 2 failed\nload denoiser …\rload denoiser: 1.2 s\033[K\ncompile denoiser"
     )
     assert "kept for later runs) …\ndenoise:" in said.replace("\r", "") and "4/4" in said

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 WARM = (
-    "tpuvid.cli.generate", "tpuvid.runs.batch", "tpuvid.runs.asked.requests", "tpuvid.runs.outputs", "tpuvid.runs.pipeline",
+    "tpuvid.cli.generate", "tpuvid.runs.batch", "tpuvid.runs.execution", "tpuvid.runs.outputs", "tpuvid.runs.pipeline",
     "tpuvid_wan.encode", "tpuvid_wan.denoise", "tpuvid_wan.decode",
     "transformers.models.auto.tokenization_auto", "transformers.models.t5.tokenization_t5",
 )  # fmt: skip

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import click
+
 from tpuvid.compute.progress import Progress
 from tpuvid.contract.events import Event, Noticed, Progressed, Reached
 
@@ -15,20 +17,22 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """Shows events as lines and a bar on stderr, with s/step and ETA; silent where stderr is no terminal."""
+    """Shows progress on stderr, as lines and a bar with s/step and ETA, where that is a terminal; notices always."""
 
     def __init__(self) -> None:
         self._visible = sys.stderr.isatty()
         self._bar: tqdm | None = None
 
     def __call__(self, event: Event) -> None:
-        if not self._visible:
-            return
+        if isinstance(event, Noticed):
+            click.echo(f"tpuvid: {event.text}", err=True)
+        elif self._visible:
+            self._draw(event)
+
+    def _draw(self, event: Event) -> None:
         match event:
             case Reached():
                 self._show(f"{event.what} {event.number} of {event.total}\n")
-            case Noticed():
-                self._show(f"{event.text}\n")
             case Progressed(total=int()):
                 self._steps(event)
             case Progressed(failed=True):

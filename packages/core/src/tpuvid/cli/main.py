@@ -162,7 +162,7 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
              output: Path | None, output_dir: Path | None, save_frames: bool, no_metadata: bool, no_prompt_in_metadata: bool,
              overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Prompt → mp4, in one go; or many prompts, or a sweep over settings."""
-    from tpuvid.cli.generate import Generating
+    from tpuvid.cli.generate import carry_out
     from tpuvid.runs.asked.requests import Keeping, plan_generation
 
     if more_sweep and not sweep:
@@ -178,7 +178,7 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
         options=options, keeping=keeping, batch_size=batch_size, savepoint_every=savepoint_every, resume=resume,
         preview_every=preview_every,
     )  # fmt: skip
-    return Generating(request=generation, load=lambda: _load(model, options)).run()
+    return carry_out(generation, lambda: _load(model, options))
 
 
 @cli.command()
@@ -288,7 +288,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, savepoi
 def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_frames: bool, no_metadata: bool,
            no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> None:  # fmt: skip
     """Stage 3: stage2_latents.safetensors → output_video.mp4."""
-    from tpuvid.cli.saying import say_how, say_written
+    from tpuvid.cli.saying import say_files, say_how
     from tpuvid.contract.settings import check_sampling
     from tpuvid.contract.values import Latents
     from tpuvid.files.locks import locked
@@ -321,7 +321,7 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
         check_origin("latents", latents, spec, checkpoint)
         checkpoint.require(spec.components["decode"])
         written = outputs.write(_load(model, options), latents)
-    say_written(outputs, written)
+    say_files(outputs.files, written.record, written.frames)
     say_how(written.record["history"], "decode")
 
 

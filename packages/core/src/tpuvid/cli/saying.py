@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import click
 
 from tpuvid.contract.values import History
-from tpuvid.runs.outputs import Outputs, Written
 
 
-def say_written(outputs: Outputs, written: Written) -> None:
-    for name, path in outputs.files.items():
+def say_files(files: Mapping[str, Path], record: Mapping[str, Any], frames: int) -> None:
+    for name, path in files.items():
         click.echo(f"{name}: {path}")
-    asked = written.record["num_frames"]
-    if written.frames != asked:
-        click.echo(f"frames: {written.frames}; {asked} were asked for, and this VAE makes {written.frames} of as many latents")
+    if frames != (asked := record["num_frames"]):
+        click.echo(f"frames: {frames}; {asked} were asked for, and this VAE makes {frames} of as many latents")
 
 
 def say_how(history: History, *stages: str) -> None:

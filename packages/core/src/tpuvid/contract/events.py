@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,5 +41,57 @@ class Noticed:
     text: str
 
 
-Event = Progressed | Reached | Noticed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoMade:
+    """A video stands there, with all its files."""
+
+    files: Mapping[str, Path]
+    """The files by what they are; "video" is the mp4."""
+    seed: int
+    frames: int
+    record: Mapping[str, Any]
+    """How it was made: see `tpuvid.runs.kept.record`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoFailed:
+    """A video of several could not be made; the others go on."""
+
+    video: Path
+    prompt: str
+    where: str
+    """Where it was asked for, "prompts.csv, line 3"; "" where only one place asks."""
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """The run was stopped by its user."""
+
+    done: int | None
+    """The denoising steps that were done; None: it was not denoising."""
+    total: int | None
+    kept: bool
+    """Whether the same request goes on where this run ended."""
+    terminated: bool
+    """Whether it was SIGTERM."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What has become of a request."""
+
+    made: int = 0
+    there: int = 0
+    """The videos that stood there already."""
+    failed: int = 0
+    videos: tuple[Path, ...] = ()
+    """The mp4s that were asked for, whatever has become of each."""
+    pages: Mapping[str, Path] = field(default_factory=dict)
+    """What shows a sweep, by what it is."""
+    stopped: Stopped | None = None
+    """Set where the run did not come to its end; the counts are then of no use."""
+
+
+Event = Progressed | Reached | Noticed | VideoMade | VideoFailed
 Emit = Callable[[Event], None]

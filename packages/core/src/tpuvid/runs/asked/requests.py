@@ -99,6 +99,11 @@ class Generation:
         return self.resume or self.many
 
     @property
+    def how_to_go_on(self) -> str:
+        """What its user does after a run that was stopped or has failed, where something is kept."""
+        return f"what is done is kept; the same command {'' if self.many else 'with --resume '}goes on"
+
+    @property
     def is_sweep(self) -> bool:
         return any(item.swept for item in self.items)
 
