@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from shared.pipes import kept
 from tpuvid import CancelToken
-from tpuvid.contract.events import Noticed, Progressed, Reached, VideoFailed, VideoMade
+from tpuvid.contract.events import Noticed, Progressed, Reached, Stopped, VideoFailed, VideoMade
 from tpuvid.contract.options import Options
 from tpuvid.runs.asked.requests import Keeping, plan_generation
 from tpuvid.runs.execution import Execution
@@ -75,12 +75,7 @@ def test_a_stop_is_an_outcome_that_says_how_far_it_came(execute):
             cancel.cancel()
 
     outcome, _ = execute("a red circle", emit=emit, cancel=cancel)
-    assert (outcome.stopped.done, outcome.stopped.total, outcome.stopped.kept, outcome.stopped.terminated) == (
-        2,
-        4,
-        True,
-        False,
-    )
+    assert outcome.stopped == Stopped(done=2, total=4, kept=True, terminated=False)
     outcome, events = execute("a red circle")
     assert outcome.made == 1 and kinds(events, VideoMade)[0].record["history"]["denoise"]["resumed"] == "after step 2"
     assert not kinds(events, Noticed)
