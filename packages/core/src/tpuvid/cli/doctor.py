@@ -7,15 +7,12 @@ import platform
 import sys
 from typing import Any
 
-from tpuvid.files.versions import FORK, diffusers_kind, distribution_version
+from tpuvid.files.versions import FORK, LIBRARIES, diffusers_kind, distribution_version
 from tpuvid.plugin.registry import registry
 
 TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")  # of older and of newer TPU machines
 
-PACKAGES = (
-    "tpuvid-core", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", FORK, "transformers",
-    "safetensors", "pluggy", "av",
-)  # fmt: skip
+PACKAGES = ("tpuvid-core", *LIBRARIES, FORK, "safetensors", "pluggy", "av")
 
 
 def examine() -> dict[str, Any]:

@@ -23,7 +23,6 @@ from tpuvid.cli.leaving import leave
 from tpuvid.cli.options import (
     config_option,
     denoising_options,
-    echo_table,
     load_options,
     load_options_of,
     many_options,
@@ -44,6 +43,7 @@ from tpuvid.cli.options import (
     stage_model_option,
 )
 from tpuvid.compute.progress import current
+from tpuvid.contract.wording import table
 from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.plugin.checks import OWN
 from tpuvid.plugin.registry import registry
@@ -127,7 +127,8 @@ def list_models(as_json: bool) -> None:
     if not rows:
         click.echo("no models installed; try: pip install tpuvid-wan")
     else:
-        echo_table([list(rows[0]), *([", ".join(v) if isinstance(v, list) else str(v) for v in row.values()] for row in rows)])
+        cells = ([", ".join(v) if isinstance(v, list) else str(v) for v in row.values()] for row in rows)
+        click.echo("\n".join(table(list(rows[0]), cells)))
     for problem in registry().problems:
         click.echo(f"warning: {problem}", err=True)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tpuvid.contract.options import OPTIONS, Options
 from tpuvid.contract.settings import SETTINGS
 from tpuvid.contract.stages import STAGES
 from tpuvid.contract.table import Setting
+from tpuvid.contract.wording import suggestion
 from tpuvid.errors import InputError
 
 
@@ -42,9 +42,7 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
     for key, value in values.items():
         flag = str(key).replace("_", "-")
         if flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise InputError(f"{path}: {key!r} is no flag of tpuvid; {hint}")
+            raise InputError(f"{path}: {key!r} is no flag of tpuvid; {suggestion(flag, sorted(known))}")
         if isinstance(value, (dict, list)) or (isinstance(value, bool) and not known[flag].is_flag):
             raise InputError(f"{path}: {key}={value!r}: needs one {known[flag].type.name}, as on the command line")
         if flag in own and value is not None:
@@ -206,10 +204,3 @@ def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], Options]:
     """Flags as (settings that were given, options for `tpuvid.load`)."""
     settings = {name: value for name, value in given.items() if name in SETTINGS and value is not None}
     return settings, Options(**{name: value for name, value in given.items() if name not in SETTINGS})
-
-
-def echo_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; the first row is the heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -13,7 +13,6 @@ import click
 
 from tpuvid.cli.options import (
     config_option,
-    echo_table,
     load_options,
     load_options_of,
     model_option,
@@ -27,6 +26,7 @@ from tpuvid.cli.options import (
     split,
     topology_option,
 )
+from tpuvid.contract.wording import table
 from tpuvid.errors import InputError
 
 
@@ -154,7 +154,7 @@ def tune_attention_command(
         click.echo(json.dumps([row._asdict() for row in rows], indent=2))
     else:
         columns = ("heads", "queries", "keys", "head_dim", "block_q", "block_kv", "block_kv_compute", "predicted_ms")
-        echo_table([columns, *([str(getattr(row, name)) for name in columns] for row in rows)])
+        click.echo("\n".join(table(columns, ([str(getattr(row, name)) for name in columns] for row in rows))))
 
 
 def _flag(name: str) -> str:

@@ -20,14 +20,14 @@ from torch import nn
 
 from tpuvid.compute.inputs import check_latents
 from tpuvid.compute.kernels.placement import SpatialSplit, picture_split
-from tpuvid.compute.kernels.spatial import AXIS, choose_split
+from tpuvid.compute.kernels.spatial import choose_split
 from tpuvid.compute.mesh import make_mesh
 from tpuvid.compute.parameters import load_parameters, match_parameters
 from tpuvid.compute.progress import current
 from tpuvid.compute.runtime import LEAST_EFFORT, Runtime, replicated
 from tpuvid.compute.tiling import Tiling
 from tpuvid.compute.traced import TracedModule, build
-from tpuvid.contract.layout import MeshConfig
+from tpuvid.contract.layout import SP, MeshConfig
 from tpuvid.files.checkpoint import Checkpoint
 
 EFFORT = -0.5
@@ -175,7 +175,7 @@ class VaeDecoder(ABC):
 
 def _spec(split: SpatialSplit, layout: str) -> PartitionSpec:
     side = "H" if split.axis == -2 else "W"
-    return PartitionSpec(*(AXIS if name.upper() == side else None for name in layout.split()))
+    return PartitionSpec(*(SP if name.upper() == side else None for name in layout.split()))
 
 
 def split_evenly(count: int, most: int) -> int:

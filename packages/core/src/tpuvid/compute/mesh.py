@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpuvid.contract.layout import AXES, MeshConfig
+from tpuvid.contract.layout import AXES, SP, MeshConfig
 from tpuvid.errors import InputError
 
 Rule = tuple[str, tuple[str | None, ...]]
@@ -51,10 +51,10 @@ def layout_of(stage: Any) -> MeshConfig | None:
     mesh = getattr(stage, "mesh", None)
     if mesh is None or tuple(mesh.shape) != AXES:
         return None
-    return MeshConfig(**mesh.shape, fsdp=stage.traced.fsdp if mesh.shape["sp"] > 1 else None)
+    return MeshConfig(**mesh.shape, fsdp=stage.traced.fsdp if mesh.shape[SP] > 1 else None)
 
 
-FSDP = ("dp", "sp")
+FSDP = ("dp", SP)
 """The axes over which the weights of blocks are split, to be gathered block by block. Paper: arXiv:2304.11277."""
 
 

@@ -22,6 +22,7 @@ from tpuvid.compute.bridge import Params, environment
 from tpuvid.compute.kernels.placement import TokenSplit, placement, tokens_split
 from tpuvid.compute.kernels.tokens import padded_length
 from tpuvid.compute.mesh import FSDP, fsdp_axis, fsdp_spec
+from tpuvid.contract.layout import SP
 
 Carry = tuple[jax.Array, ...]
 """What passes from block to block of a scanned stack."""
@@ -80,7 +81,7 @@ class ScannedBlocks(nn.Module):
         stacked = {name: p.jax() for name, p in self.layer.named_parameters()}
         carry = tuple(shared.pop(name) for name in self._names[: self.carries])
         mesh = placement().mesh
-        if self.tokens and mesh is not None and mesh.shape.get("sp", 1) > 1:
+        if self.tokens and mesh is not None and mesh.shape.get(SP, 1) > 1:
             carry = self._run_split(carry, shared, stacked, mesh)
         else:
             carry, entered = self._run(self._start(carry), shared, stacked)
@@ -111,7 +112,7 @@ class ScannedBlocks(nn.Module):
         """What leaves the last block, each device having worked on its part of the tokens."""
         names = self._names[: self.carries]
         inputs = dict(zip(names, carry, strict=True)) | shared
-        parts, batch = mesh.shape["sp"], len(carry[0])
+        parts, batch = mesh.shape[SP], len(carry[0])
         dp = "dp" if batch % mesh.shape["dp"] == 0 else None
         lengths = {name: jax.tree.leaves(inputs[name])[0].shape[axis] for name, axis in self.tokens.items()}
 
@@ -121,7 +122,7 @@ class ScannedBlocks(nn.Module):
             if leaf.ndim > first and leaf.shape[first] == batch:
                 axes[first] = dp
             if name in self.tokens:
-                axes[self.tokens[name]] = "sp"
+                axes[self.tokens[name]] = SP
             return PartitionSpec(*axes)
 
         def pad(name: str, leaf: jax.Array) -> jax.Array:

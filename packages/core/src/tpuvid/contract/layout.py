@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from tpuvid.errors import InputError
 
-AXES = ("dp", "sp", "tp")
+SP = "sp"
+AXES = ("dp", SP, "tp")
 """``dp`` splits the batch (the two halves of classifier-free guidance), ``sp`` the tokens, ``tp`` heads and widths."""
 
 

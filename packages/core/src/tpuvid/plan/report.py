@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tpuvid.contract.wording import table
 from tpuvid.plan.planning import GIB, Plan, StagePlan
 from tpuvid.plan.topologies import LOCAL
 
@@ -24,6 +24,7 @@ def render(plan: Plan) -> str:
         *table(
             ["stage", "layout", "weights GiB", "activations GiB", "peak GiB", "fits", "compile s", "s per video"],
             [_stage_row(stage) for stage in plan.stages.values()],
+            numbers=True,
         ),
     ]
     for program in (p for stage in plan.stages.values() for p in stage.programs):
@@ -82,12 +83,13 @@ def _program(program: dict[str, Any]) -> list[str]:
                     ]
                     for name, part in found["parts"].items()
                 ],
+                numbers=True,
             ),
         ]
     if found["collectives"]:
         kinds = sorted({c["kind"] for c in found["collectives"]})
         rows = [_collective_row(kind, [c for c in found["collectives"] if c["kind"] == kind]) for kind in kinds]
-        lines += table(["  collective", "per run", "GB per device", "s", "s not hidden"], rows)
+        lines += table(["  collective", "per run", "GB per device", "s", "s not hidden"], rows, numbers=True)
     return [*lines, *(f"  {note}" for note in found["notes"])]
 
 
@@ -105,15 +107,3 @@ def _collective_row(kind: str, found: list[dict[str, Any]]) -> list[str]:
 def _short(number: float, digits: int = 3) -> str:
     """The number with so many decimals; where they would show less than two figures, with two."""
     return f"{number:.{digits}f}" if number == 0 or number >= 10 ** (1 - digits) else f"{number:.2g}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell; all but the first to the right."""
-    cells = [list(head), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]

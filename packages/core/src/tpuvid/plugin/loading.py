@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from tpuvid.contract import hookspecs
 from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.models import DecoderSpec, ModelSpec
 from tpuvid.contract.stepcache import StepCache
+from tpuvid.contract.wording import suggestion
 from tpuvid.plugin.checks import CHECKS
 
 ENTRY_POINT_GROUP = "tpuvid"
@@ -192,8 +192,7 @@ def _check_hooks(module: ModuleType) -> None:
         if name in known and callable(value) and not is_marked:
             raise TypeError(f"{name} is not marked with @hookimpl of tpuvid.contract.hookspecs")
         if is_marked and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            raise TypeError(f"hook {name!r} is not known; did you mean {near[0]}?")
+            raise TypeError(f"hook {name!r} is not known; {suggestion(name, known, cutoff=0)}")
         marked += is_marked
     if not marked:
         raise TypeError(

@@ -3,7 +3,6 @@ in a list and nothing more."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.models import DecoderSpec, ModelSpec
 from tpuvid.contract.stepcache import StepCache
+from tpuvid.contract.wording import suggestion
 from tpuvid.errors import InputError
 from tpuvid.plugin.loading import Plugin, about, installed_points, loaded
 
@@ -137,10 +137,8 @@ class Registry:
 
 
 def _suggest(model_id: str, models: dict[str, ModelSpec]) -> str:
-    near = difflib.get_close_matches(model_id, models, n=3, cutoff=0.4)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"installed: {', '.join(sorted(models)) or 'none: pip install tpuvid-wan'}"
+    installed = f"installed: {', '.join(sorted(models)) or 'none: pip install tpuvid-wan'}"
+    return suggestion(model_id, models, installed, most=3, cutoff=0.4)
 
 
 def load_plugins(found: Iterable[EntryPoint | Plugin], selection: str | None = None) -> Registry:

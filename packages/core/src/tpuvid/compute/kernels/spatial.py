@@ -15,8 +15,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from tpuvid.compute.kernels.placement import SpatialSplit, placement
-
-AXIS = "sp"
+from tpuvid.contract.layout import SP
 
 
 def choose_split(height: int, width: int, devices: int) -> SpatialSplit | None:
@@ -54,7 +53,7 @@ def spatial_mean(x: Float[Array, " ..."], axes: Sequence[int]) -> Float[Array, "
         return jnp.mean(x, axes, keepdims=True)
     side = split.axis % x.ndim
     count = math.prod(x.shape[axis] for axis in axes if axis != side) * split.length * _scale(x, split)
-    return lax.psum(jnp.sum(_without_rest(x, split, repeat=False), axes, keepdims=True), AXIS) / count
+    return lax.psum(jnp.sum(_without_rest(x, split, repeat=False), axes, keepdims=True), SP) / count
 
 
 def gather_keys(
@@ -68,8 +67,8 @@ def gather_keys(
         row = (place // split.other if split.axis == -2 else place) % split.size
         real = (row < _rows_here(split))[None, None, None]
         mask = real if mask is None else mask & real
-    key, value = (lax.all_gather(x, AXIS, axis=2, tiled=True) for x in (key, value))
-    return key, value, None if mask is None else lax.all_gather(mask, AXIS, axis=3, tiled=True)
+    key, value = (lax.all_gather(x, SP, axis=2, tiled=True) for x in (key, value))
+    return key, value, None if mask is None else lax.all_gather(mask, SP, axis=3, tiled=True)
 
 
 def _with_halo(x: Array, split: SpatialSplit, before: int, after: int, repeat: bool) -> Array:
@@ -77,10 +76,10 @@ def _with_halo(x: Array, split: SpatialSplit, before: int, after: int, repeat: b
     x = _without_rest(x, split, repeat)
     length = x.shape[axis]
     # what no device sends arrives as zeros: at the picture's edges
-    above = lax.ppermute(_rows(x, length - before, length, axis), AXIS, [(i, i + 1) for i in range(parts - 1)])
-    below = lax.ppermute(_rows(x, 0, after, axis), AXIS, [(i + 1, i) for i in range(parts - 1)])
+    above = lax.ppermute(_rows(x, length - before, length, axis), SP, [(i, i + 1) for i in range(parts - 1)])
+    below = lax.ppermute(_rows(x, 0, after, axis), SP, [(i + 1, i) for i in range(parts - 1)])
     if repeat:
-        part = lax.axis_index(AXIS)
+        part = lax.axis_index(SP)
         above = jnp.where(part == 0, _rows(x, 0, 1, axis), above)
         below = jnp.where(part == parts - 1, _rows(x, length - 1, length, axis), below)
     return jnp.concatenate([above, x, below], axis)
@@ -97,7 +96,7 @@ def _scale(x: Array, split: SpatialSplit) -> int:
 
 def _rows_here(split: SpatialSplit) -> Array:
     """The latents of this device's strip that are the picture's."""
-    return jnp.minimum(split.length - lax.axis_index(AXIS) * split.size, split.size)
+    return jnp.minimum(split.length - lax.axis_index(SP) * split.size, split.size)
 
 
 def _without_rest(x: Array, split: SpatialSplit, repeat: bool) -> Array:

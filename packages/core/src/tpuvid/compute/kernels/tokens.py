@@ -20,8 +20,8 @@ from tpuvid.compute.kernels.attention import attention
 from tpuvid.compute.kernels.block_sizes import LANES
 from tpuvid.compute.kernels.placement import placement
 from tpuvid.compute.kernels.window import Band
+from tpuvid.contract.layout import SP
 
-AXIS = "sp"
 VIDEO = "hidden_states"
 """The stream that windows are about: what diffusers' blocks call the tokens of a video, which stand frame by frame."""
 SUBLANES = 8
@@ -91,7 +91,7 @@ class Exchange:
     def part_of_queries(self) -> tuple[int, int | Array]:
         """How many parts all queries are still in, and which one is here."""
         parts = self.parts // self.ways
-        return parts, lax.axis_index(AXIS) // self.ways if parts > 1 else 0
+        return parts, lax.axis_index(SP) // self.ways if parts > 1 else 0
 
     def all_tokens(self, stream: Stream) -> Stream:
         """Keys and values of all parts."""
@@ -116,14 +116,14 @@ class Exchange:
     def _to_each(self, shares: Float[Array, "ways ..."]) -> Float[Array, "ways ..."]:
         """A share to each of the parts that deal out heads. It is a leading axis: any other costs copies on both sides."""
         groups = np.arange(self.parts).reshape(-1, self.ways).tolist()
-        return lax.all_to_all(shares, AXIS, 0, 0, tiled=True, axis_index_groups=groups)
+        return lax.all_to_all(shares, SP, 0, 0, tiled=True, axis_index_groups=groups)
 
     def _gather(self, x: Float[Array, "B n T D"]) -> Float[Array, "B n S D"]:
         """The tokens of all parts that have the same heads."""
         if self.ways == self.parts:
             return x
         groups = np.arange(self.parts).reshape(-1, self.ways).T.tolist()
-        return lax.all_gather(x, AXIS, axis=2, tiled=True, axis_index_groups=groups)
+        return lax.all_gather(x, SP, axis=2, tiled=True, axis_index_groups=groups)
 
 
 def _joined(streams: Sequence[Stream]) -> Stream:

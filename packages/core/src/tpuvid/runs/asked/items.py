@@ -4,7 +4,6 @@ neither jax nor torch."""
 from __future__ import annotations
 
 import csv
-import difflib
 import itertools
 import json
 import re
@@ -16,6 +15,7 @@ from typing import Any
 
 from tpuvid.contract.parsing import parse_settings
 from tpuvid.contract.settings import SETTINGS
+from tpuvid.contract.wording import suggestion
 from tpuvid.errors import InputError
 
 ALIASES = {flag.lstrip("-"): name for name, each in SETTINGS.items() for flag in each.flags[1:]} | {"output_name": "output"}
@@ -116,9 +116,7 @@ def _setting_name(where: str, given: str, known: Sequence[str]) -> str:
     name = str(given).strip().lstrip("-").replace("-", "_")
     name = ALIASES.get(name, name)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        raise InputError(f"{where}: {given!r} is no setting; {hint}")
+        raise InputError(f"{where}: {given!r} is no setting; {suggestion(name, known)}")
     return name
 
 
