@@ -23,7 +23,7 @@ from tpuvid.contract.options import Options
 from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.bundles import dump_flags, kernels, pallas_grids
 from tpuvid.plan.jobs import Jobs
-from tpuvid.plan.planning import GIB, Planner
+from tpuvid.plan.planner import GIB, Planner
 from tpuvid.plan.topologies import parse_topology
 from tpuvid.plugin.registry import registry
 

@@ -29,11 +29,11 @@ class NoDevice(Exception):
 def run_tpuvid(model: str, platform: str, steps: int) -> dict[str, Any]:
     import jax
     import numpy as np
-    from tpuvid.compute.opening import open_stage
     from tpuvid.compute.runtime import Runtime
+    from tpuvid.compute.stage_loader import open_stage
     from tpuvid.contract.loop import Loop
     from tpuvid.plan.dryrun import configs_checkpoint
-    from tpuvid.plugin.finding import resolve_model
+    from tpuvid.plugin.lookup import resolve_model
 
     try:
         devices = jax.local_devices(backend=platform)[:1]
@@ -61,7 +61,7 @@ def run_diffusers(model: str, platform: str, steps: int) -> dict[str, Any]:
     import diffusers
     import torch
     from tpuvid.plan.dryrun import configs_checkpoint
-    from tpuvid.plugin.finding import resolve_model
+    from tpuvid.plugin.lookup import resolve_model
 
     gpu = platform == "gpu"
     if gpu and not torch.cuda.is_available():

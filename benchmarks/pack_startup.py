@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from tpuvid.contract.options import Options
-from tpuvid.plan.compiling import compile_pack
+from tpuvid.plan.compilation import compile_pack
 
 RUN = """
 import json, sys, time

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import click
 from tpuvid.contract.options import Options
-from tpuvid.plan.planning import GIB, Planner
+from tpuvid.plan.planner import GIB, Planner
 from tpuvid.plugin.registry import registry
 
 MODELS = ("wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "hunyuanvideo-1.5-t2v-720p", "hunyuanvideo-1.5-t2v-480p", "cogvideox1.5-5b")

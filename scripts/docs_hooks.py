@@ -11,7 +11,7 @@ from typing import Any
 import click
 from tpuvid.cli.main import cli
 from tpuvid.contract import OPTIONAL_SETTINGS
-from tpuvid.plugin.loading import Plugin
+from tpuvid.plugin.loader import Plugin
 from tpuvid.plugin.registry import registry
 
 ROOT = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ FAMILIES = [family for family in ("wan", "cogvideox", "hunyuan") if find_spec(f"
 
 CHECKED = [
     f"tpuvid.compute.{module}"
-    for module in ("guidance", "inputs", "kernels", "moment", "noise", "sampler", "schedule", "t5", "tiling")
+    for module in ("guidance", "inputs", "kernels", "moment", "noise", "sampler", "schedule", "t5", "tiles")
 ]
 CHECKED += [f"tpuvid_{family}.{stage}" for family in FAMILIES for stage in ("encode", "denoise", "decode")]
 install_import_hook(CHECKED, "beartype.beartype")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from tpuvid import InputError
-from tpuvid.compute.opening import open_stage
+from tpuvid.compute.stage_loader import open_stage
 from tpuvid.family import Checkpoint, Runtime
 from tpuvid.files.checkpoint import ConfigsOnly
 from tpuvid.plugin.registry import registry

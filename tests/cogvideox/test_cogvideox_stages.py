@@ -15,7 +15,7 @@ from shared.decoding import chunks_of
 from tpuvid import InputError
 from tpuvid.cli.main import run
 from tpuvid.family import Runtime
-from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.lookup import resolve_model
 from tpuvid_cogvideox.conformance import RandomCogVideoX
 from tpuvid_cogvideox.denoise import CogVideoXDenoiser
 from tpuvid_cogvideox.encode import CogVideoXTextEncoder

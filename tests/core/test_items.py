@@ -5,7 +5,7 @@ import io
 import pytest
 from tpuvid.errors import InputError
 from tpuvid.runs.asked.items import Item, parse_sweep, read_prompts, several, swept
-from tpuvid.runs.asked.naming import slug
+from tpuvid.runs.asked.names import slug
 
 
 def prompts(tmp_path, name, text):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 from tpuvid.compute.mesh import make_mesh
-from tpuvid.compute.profiling import PROFILED_STEPS, steady_steps
 from tpuvid.compute.progress import Progress
 from tpuvid.compute.step_caches import DeepCache, Uncached
+from tpuvid.compute.step_profiler import PROFILED_STEPS, steady_steps
 from tpuvid.contract import Loop, MeshConfig
 from tpuvid.family import (
     Runtime,

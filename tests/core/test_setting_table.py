@@ -29,7 +29,7 @@ from tpuvid.compute.packs.fit import FLAGS, mismatch
 from tpuvid.compute.run_key import CONCERNS
 from tpuvid.contract import GenerationConfig
 from tpuvid.contract.options import Options
-from tpuvid.contract.parsing import parse_settings
+from tpuvid.contract.parser import parse_settings
 from tpuvid.contract.settings import check_sampling
 from tpuvid.errors import InputError
 from tpuvid.runs.asked.items import parse_sweep

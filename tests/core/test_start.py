@@ -21,7 +21,7 @@ def test_importing_the_package_takes_no_time():
 
 LEAVING = """
 import atexit, sys, threading, time
-from tpuvid.cli.leaving import leave
+from tpuvid.cli.leave import leave
 atexit.register(lambda: print("at exit"))
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread done"))).start()
 class Slow:

@@ -18,7 +18,7 @@ from tpuvid.cli.main import run
 from tpuvid.compute.kernels import attention
 from tpuvid.family import Runtime
 from tpuvid.files.stage_files import load_conditioning
-from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.lookup import resolve_model
 from tpuvid.plugin.registry import registry
 from tpuvid_hunyuan import encode
 from tpuvid_hunyuan.denoise import HunyuanDenoiser

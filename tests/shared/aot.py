@@ -30,7 +30,7 @@ def compile_steps(model: str, topology: str = "v6e-8", **settings) -> dict:
 
 def _compile(job: Mapping[str, Any], report: Report) -> dict:
     from tpuvid.plan.dryrun import DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
-    from tpuvid.plugin.finding import resolve_model
+    from tpuvid.plugin.lookup import resolve_model
 
     programs: dict[str, dict] = {}
 

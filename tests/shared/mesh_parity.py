@@ -97,9 +97,9 @@ def in_batch(folder: str, settings: dict) -> dict:
 def in_strips(model: str, decoder: str | None, sizes: Sequence[Sequence[int]]) -> dict:
     import jax
     import numpy as np
-    from tpuvid.compute.opening import open_stage
     from tpuvid.compute.runtime import Runtime
-    from tpuvid.plugin.finding import resolve_model
+    from tpuvid.compute.stage_loader import open_stage
+    from tpuvid.plugin.lookup import resolve_model
 
     spec, checkpoint = resolve_model(model, decoder=decoder)
     decoders = [open_stage(spec, "decode", checkpoint, Runtime.create(devices=jax.devices()[:n])) for n in (8, 1)]

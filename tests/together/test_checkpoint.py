@@ -6,9 +6,9 @@ import pytest
 from safetensors.numpy import save_file
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.checkpoint import Checkpoint
-from tpuvid.files.reading import read_json
+from tpuvid.files.readers import read_json
 from tpuvid.files.weights import Weights, weight_files
-from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.lookup import resolve_model
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from tpuvid.cli.main import run
 from tpuvid.contract import Conformance
 from tpuvid.errors import InputError
 from tpuvid.family import Sampler
-from tpuvid.plugin.loading import Plugin
+from tpuvid.plugin.loader import Plugin
 from tpuvid.plugin.registry import Registry, registry
-from tpuvid.testing import checking, suite
+from tpuvid.testing import runner, suite
 from tpuvid.testing.sheet import Result, Sheet
 from tpuvid.testing.subject import Subject
 from tpuvid_wan.conformance import RandomWan
@@ -243,7 +243,7 @@ def test_what_is_not_installed_is_refused(capsys, tmp_path):
 
 def test_a_plugin_that_does_not_load_fails(monkeypatch, capsys):
     broken = Plugin("zoo", "tpuvid-zoo", "1.0", "zoo", error="ImportError: no giraffe")
-    monkeypatch.setattr(checking, "registry", lambda: Registry((broken,)))
+    monkeypatch.setattr(runner, "registry", lambda: Registry((broken,)))
     assert run(["plugin", "check", "zoo"]) == 1
     out = capsys.readouterr().out
     assert (
@@ -257,8 +257,8 @@ def test_a_plugin_that_does_not_load_fails(monkeypatch, capsys):
 def test_models_of_the_same_code_are_one_sheet(monkeypatch):
     other = replace(WAN_1_3B, model_id="other", load_decoder="elsewhere:Decoder")
     plugin = Plugin("wan", "tpuvid-wan", "1", "tpuvid_wan.plugin", models=(WAN_14B, WAN_1_3B, other))
-    monkeypatch.setattr(checking, "registry", lambda: Registry((plugin,)))
-    monkeypatch.setattr(checking, "_in_a_process", lambda ids, checkpoint: iter([Result("spec", True, " ".join(ids))]))
+    monkeypatch.setattr(runner, "registry", lambda: Registry((plugin,)))
+    monkeypatch.setattr(runner, "_in_a_process", lambda ids, checkpoint: iter([Result("spec", True, " ".join(ids))]))
     assert [sheet.results[0].detail for sheet in testing.check("tpuvid_wan")] == ["wan2.1-t2v-14b wan2.1-t2v-1.3b", "other"]
     assert [sheet.results[0].detail for sheet in testing.check("other")] == ["other"]
     assert Sheet("x", [Result("a", None, "")]).passed and not Sheet("x", [Result("a", False, "")]).passed

@@ -9,7 +9,7 @@ from tpuvid.cli.describe import describe, render
 from tpuvid.cli.doctor import examine
 from tpuvid.cli.main import run
 from tpuvid.errors import InputError
-from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.lookup import resolve_model
 
 
 def test_a_stage_file(tmp_path, capsys):

@@ -396,7 +396,7 @@ def test_decoding_holds_a_bounded_number_of_frames(tmp_path, monkeypatch):
 def started(*arguments, steps=40):
     """A generation in a process of its own, which says its steps and takes a while for each."""
     slow = (
-        "import time, tpuvid.runs.following as f\n"
+        "import time, tpuvid.runs.follower as f\n"
         "after = f.Follower._after_step\n"
         "def slow(self, at):\n"
         "    print(at.done, flush=True); time.sleep(0.2); after(self, at)\n"

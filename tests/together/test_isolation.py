@@ -214,7 +214,7 @@ def test_a_folder_stays_with_the_family_that_implements_it(zoo, tmp_path):
         returns("[dataclasses.replace(WAN_1_3B, model_id='aardvark', signature={}, load_denoiser='tpuvid_zoo:Nothing')]"),
         point="aardvark",
     )
-    from tpuvid.plugin.finding import resolve_model
+    from tpuvid.plugin.lookup import resolve_model
 
     made = zoo.run("generate", "--model", str(resolve_model("wan-tiny")[1].folder), "--steps", "1", *ONE_FRAME)
     assert made.returncode == 0, made.stderr

@@ -23,15 +23,15 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tpuvid.cli.main import run
 from tpuvid.compute import run_key as keys
-from tpuvid.compute.opening import open_stage
 from tpuvid.compute.packs import pack as packs
 from tpuvid.compute.packs.pack import HEADER, PackWriter, read_pack, signature, tree_from_json, tree_to_json
+from tpuvid.compute.stage_loader import open_stage
 from tpuvid.contract.options import Options
 from tpuvid.contract.stages import STAGES
 from tpuvid.errors import InputError
 from tpuvid.family import Runtime
-from tpuvid.plan.compiling import compile_pack
-from tpuvid.plugin.finding import resolve_model
+from tpuvid.plan.compilation import compile_pack
+from tpuvid.plugin.lookup import resolve_model
 
 SIZE = dict(height=32, width=32, num_frames=5)
 PROMPT = "a red circle moving right on a black background"

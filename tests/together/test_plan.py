@@ -24,9 +24,9 @@ from tpuvid.family import replicated
 from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.dryrun import AbsentArray, DryRuntime, Ledger, _needed_hbm, configs_checkpoint, dry_generate
 from tpuvid.plan.jobs import Jobs
-from tpuvid.plan.planning import GIB, Planner
+from tpuvid.plan.planner import GIB, Planner
 from tpuvid.plan.report import _short, render
-from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.lookup import resolve_model
 from tpuvid.plugin.registry import registry
 
 OPTIONS = Options(dtype="float32")

@@ -10,7 +10,7 @@ from shared.pipes import kept
 from tpuvid.cli.main import run
 from tpuvid.files.mp4 import read_metadata
 from tpuvid.files.stage_files import EMBEDDINGS, LATENTS, read_stage_file
-from tpuvid.runs.following import Follower
+from tpuvid.runs.follower import Follower
 from tpuvid.runs.pipeline import Pipeline
 
 SECRET = "a zqxwred circle moving right"

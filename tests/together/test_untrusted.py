@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 from tpuvid.cli.main import run
 from tpuvid.errors import InputError
-from tpuvid.files.reading import read_json
+from tpuvid.files.readers import read_json
 from tpuvid.files.untrusted import MOST_HEADER, check_links
 from tpuvid.files.weights import Weights
 

@@ -44,9 +44,9 @@ def torture(work: Path, count: int, start: int) -> Counter:
         before = _listing(work)
         out, err = io.StringIO(), io.StringIO()
         heavy = (
-            "tpuvid.load", "tpuvid.plan.planning.Planner.plan", "tpuvid.plan.compiling.compile_pack",
+            "tpuvid.load", "tpuvid.plan.planner.Planner.plan", "tpuvid.plan.compilation.compile_pack",
             "tpuvid.plan.tune.tune_attention", "tpuvid.plan.tune.attention_shapes", "tpuvid.cli.doctor.examine",
-            "tpuvid.files.checkpoint.download", "tpuvid.testing.checking._in_a_process", "tpuvid.plugin.new._make_checkpoint",
+            "tpuvid.files.checkpoint.download", "tpuvid.testing.runner._in_a_process", "tpuvid.plugin.new._make_checkpoint",
         )  # fmt: skip
         with contextlib.ExitStack() as stack:
             for name in heavy:

@@ -11,7 +11,7 @@ from tpuvid.cli.main import run as tpuvid
 from tpuvid.compute.packs.pack import read_pack
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.checkpoint import Checkpoint
-from tpuvid.files.reading import read_json
+from tpuvid.files.readers import read_json
 from tpuvid.files.stage_files import EMBEDDINGS, FRAMES, LATENTS, load_conditioning, load_latents, read_config, read_stage_file
 from tpuvid.runs.kept.record import read_record
 from tpuvid.runs.kept.savepoints import Savepoints

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tpuvid_wan.encode
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from tpuvid.compute.tokenizing import KeptTokenizer, open_tokenizer
+from tpuvid.compute.tokenizer import KeptTokenizer, open_tokenizer
 from tpuvid.files.kept import Kept
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 

@@ -4,8 +4,6 @@ jax and torch come with it, so that a plugin.py doesn't import it.
 """
 
 from tpuvid.compute.bridge import group_statistics, in_strips, map_rows, rotate_heads, scan_rows, token_attention
-from tpuvid.compute.decoding import FRAMES, LATENTS, VaeDecoder, split_evenly
-from tpuvid.compute.encoding import Encoder, check_vocabulary
 from tpuvid.compute.guidance import guidance_scales, with_negative
 from tpuvid.compute.inputs import check_embeds, check_finite_embeds
 from tpuvid.compute.noise import make_generators, make_noise
@@ -16,12 +14,14 @@ from tpuvid.compute.scanned import Scan
 from tpuvid.compute.schedule import Schedule, tabulate
 from tpuvid.compute.step_caches import step_cache
 from tpuvid.compute.t5 import T5_RULES, T5TextEncoder
-from tpuvid.compute.tiling import Side, Tiling
-from tpuvid.compute.tokenizing import open_tokenizer
+from tpuvid.compute.text_encoder import Encoder, check_vocabulary
+from tpuvid.compute.tiles import Side, Tiling
+from tpuvid.compute.tokenizer import open_tokenizer
 from tpuvid.compute.traced import TracedModule, build
+from tpuvid.compute.vae_decoder import FRAMES, LATENTS, VaeDecoder, split_evenly
+from tpuvid.files.adapters import AdaptedWeights, Delta, LowRank, Offset
 from tpuvid.files.checkpoint import Checkpoint
 from tpuvid.files.lora import Lora
-from tpuvid.files.merging import AdaptedWeights, Delta, LowRank, Offset
 from tpuvid.files.weights import Weights
 
 __all__ = [

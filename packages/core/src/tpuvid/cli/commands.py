@@ -11,7 +11,7 @@ from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.models import imported
 from tpuvid.errors import TpuvidError
 from tpuvid.plugin.checks import OWN_COMMANDS
-from tpuvid.plugin.loading import said
+from tpuvid.plugin.loader import said
 from tpuvid.plugin.registry import registry
 
 

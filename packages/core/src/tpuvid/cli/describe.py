@@ -14,7 +14,7 @@ from tpuvid.compute.run_key import key_hash
 from tpuvid.errors import InputError
 from tpuvid.files.checkpoint import INDEX
 from tpuvid.files.mp4 import video_size
-from tpuvid.files.reading import read_json, readable_safetensors
+from tpuvid.files.readers import read_json, readable_safetensors
 from tpuvid.files.stage_files import CONFIG, read_stage_file
 from tpuvid.files.weights import weight_files
 from tpuvid.runs.kept.record import read_record

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from tpuvid.cli.console import Console
-from tpuvid.cli.saying import say_files, say_how
-from tpuvid.cli.stopping import stoppable
+from tpuvid.cli.messages import say_files, say_how
+from tpuvid.cli.signals import stoppable
 from tpuvid.contract.events import Event, Outcome, Stopped, VideoFailed, VideoMade
 from tpuvid.runs.asked.requests import Generation
 from tpuvid.runs.control import EXIT_INTERRUPTED, EXIT_TERMINATED

@@ -19,7 +19,7 @@ import click
 import tpuvid
 from tpuvid.cli.commands import Commands
 from tpuvid.cli.console import watched
-from tpuvid.cli.leaving import leave
+from tpuvid.cli.leave import leave
 from tpuvid.cli.options import (
     config_option,
     denoising_options,
@@ -195,11 +195,11 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
 @runtime_options
 def encode(model: str, output_dir: Path, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> None:
     """Stage 1: prompt → stage1_embeddings.safetensors."""
-    from tpuvid.cli.saying import say_how
+    from tpuvid.cli.messages import say_how
     from tpuvid.files.atomic import check_output
     from tpuvid.files.locks import locked
     from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, check_config, private, save_conditioning
-    from tpuvid.plugin.finding import resolve_model
+    from tpuvid.plugin.lookup import resolve_model
 
     spec, checkpoint = resolve_model(model)
     settings, options = split(given)
@@ -228,12 +228,12 @@ def encode(model: str, output_dir: Path, no_prompt_in_metadata: bool, overwrite:
 def denoise(model: str | None, input_dir: Path, output_dir: Path | None, savepoint_every: int | None, resume: bool,
             preview_every: int | None, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Stage 2: stage1_embeddings.safetensors → stage2_latents.safetensors."""
-    from tpuvid.cli.saying import say_how
-    from tpuvid.cli.stopping import exit_code, stoppable
+    from tpuvid.cli.messages import say_how
+    from tpuvid.cli.signals import exit_code, stoppable
     from tpuvid.files.atomic import check_output
     from tpuvid.files.locks import WORK_FOLDER, locked
     from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, LATENTS, check_config, load_conditioning, private, save_latents
-    from tpuvid.plugin.finding import check_origin
+    from tpuvid.plugin.lookup import check_origin
     from tpuvid.runs.control import Cancelled, Control
 
     output_dir = output_dir or input_dir
@@ -289,12 +289,12 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, savepoi
 def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_frames: bool, no_metadata: bool,
            no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> None:  # fmt: skip
     """Stage 3: stage2_latents.safetensors → output_video.mp4."""
-    from tpuvid.cli.saying import say_files, say_how
+    from tpuvid.cli.messages import say_files, say_how
     from tpuvid.contract.settings import check_sampling
     from tpuvid.contract.values import Latents
     from tpuvid.files.locks import locked
     from tpuvid.files.stage_files import CONFIG, LATENTS, load_latents, read_config
-    from tpuvid.plugin.finding import check_origin
+    from tpuvid.plugin.lookup import check_origin
     from tpuvid.runs.outputs import Outputs
 
     file = load_latents(input_dir / LATENTS)
@@ -340,7 +340,7 @@ def reproduce(video: Path, output: Path | None, model: str | None, mesh: str | N
     from tpuvid.files.locks import locked
     from tpuvid.runs.kept.record import printable
     from tpuvid.runs.outputs import Outputs
-    from tpuvid.runs.reproducing import Recorded, render
+    from tpuvid.runs.reproduction import Recorded, render
 
     recorded = Recorded.read(video, model=model, prompts=prompts)
     outputs = Outputs(
@@ -414,7 +414,7 @@ def _stage_model(
     given: str | None, file: Path, recorded: str | None, *, decoder: str | None = None
 ) -> tuple[str, ModelSpec, Checkpoint]:
     """The model that a stage runs with: what the user says, or else what made the stage file."""
-    from tpuvid.plugin.finding import resolve_model
+    from tpuvid.plugin.lookup import resolve_model
 
     if given is not None:
         return given, *resolve_model(given, decoder=decoder)

@@ -46,8 +46,8 @@ def compile_command(model: str, topology: str, output: Path, overwrite: bool, **
     Programs depend on the model, the size, guidance on or off, the cache and the devices; not on the prompt, the seed, the
     number of steps (from two on) or the scales.
     """
-    from tpuvid.plan.compiling import compile_pack
-    from tpuvid.plugin.finding import resolve_model
+    from tpuvid.plan.compilation import compile_pack
+    from tpuvid.plugin.lookup import resolve_model
 
     settings, options = split(given)
     spec, _ = resolve_model(model)
@@ -73,10 +73,10 @@ def plan_command(model: str, topology: str, max_frames: bool, no_search: bool, a
 
     libtpu compiles the programs that `generate` would run, on this machine; they are not run.
     """
-    from tpuvid.plan.planning import Planner
+    from tpuvid.plan.planner import Planner
     from tpuvid.plan.report import render
     from tpuvid.plan.topologies import LOCAL, check_topology
-    from tpuvid.plugin.finding import resolve_model
+    from tpuvid.plugin.lookup import resolve_model
 
     check_topology(topology)
     if max_frames and topology in LOCAL:
@@ -137,7 +137,7 @@ def tune_attention_command(
         raise InputError(f"give --model, or a whole shape: {', '.join(map(_flag, missing))} missing")
     check_tunable(topology)
     if model is not None:
-        from tpuvid.plugin.finding import resolve_model
+        from tpuvid.plugin.lookup import resolve_model
 
         resolve_model(model)[0].configure(**video)  # before a job is started
         shapes = attention_shapes(model, topology, {n: v for n, v in video.items() if v is not None}, mesh)

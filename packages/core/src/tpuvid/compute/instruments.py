@@ -13,10 +13,10 @@ from jax import Array
 
 from tpuvid.compute.moment import Moment
 from tpuvid.compute.noise import generator_states
-from tpuvid.compute.profiling import StepProfiler
 from tpuvid.compute.progress import current
 from tpuvid.compute.runtime import Runtime
 from tpuvid.compute.schedule import Schedule, estimate
+from tpuvid.compute.step_profiler import StepProfiler
 from tpuvid.contract.loop import Loop, LoopState, StepDone
 from tpuvid.contract.stepcache import ranges
 

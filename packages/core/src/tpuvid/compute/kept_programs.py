@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tpuvid.compute.opening import loader_of
 from tpuvid.compute.packs.pack import deserialized, serialized, signature
 from tpuvid.compute.run_key import source_hash
+from tpuvid.compute.stage_loader import loader_of
 from tpuvid.contract.stages import STAGES
 from tpuvid.files.kept import Entry, Kept
 from tpuvid.files.versions import LIBRARIES, installed_version

@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpuvid.compute.opening import loader_of
 from tpuvid.compute.packs.fit import VARIABLES
+from tpuvid.compute.stage_loader import loader_of
 from tpuvid.compute.step_caches import step_cache
 from tpuvid.contract.options import OPTIONS
 from tpuvid.contract.settings import PROGRAM_SETTINGS

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from tpuvid.compute.bridge import Params
-from tpuvid.compute.encoding import Encoder, check_vocabulary
 from tpuvid.compute.runtime import Runtime
+from tpuvid.compute.text_encoder import Encoder, check_vocabulary
 from tpuvid.contract.settings import GenerationConfig
 from tpuvid.files.checkpoint import Checkpoint
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpuvid.errors import InputError
 from tpuvid.files.hub import download
-from tpuvid.files.reading import read_json
+from tpuvid.files.readers import read_json
 from tpuvid.files.untrusted import check_code, check_config, check_links
 from tpuvid.files.weights import UnseenWeights, Weights, weight_files
 

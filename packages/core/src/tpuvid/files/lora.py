@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tpuvid.errors import InputError
 from tpuvid.files.digests import file_sha256
-from tpuvid.files.reading import readable_safetensors
+from tpuvid.files.readers import readable_safetensors
 
 
 @dataclass(frozen=True, slots=True)

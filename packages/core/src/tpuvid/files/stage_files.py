@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tpuvid.contract.digests import canonical, digest_of, raw_bytes, tensors_digest
-from tpuvid.contract.parsing import parse_settings
+from tpuvid.contract.parser import parse_settings
 from tpuvid.contract.settings import EMBEDDED, PRIVATE, GenerationConfig
 from tpuvid.contract.values import Conditioning, History, Latents
 from tpuvid.errors import InputError
 from tpuvid.files.atomic import atomic_path, write_json
 from tpuvid.files.digests import check_seal, sealed
-from tpuvid.files.reading import readable_safetensors
+from tpuvid.files.readers import readable_safetensors
 
 EMBEDDINGS = "stage1_embeddings.safetensors"
 LATENTS = "stage2_latents.safetensors"

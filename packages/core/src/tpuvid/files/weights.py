@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tpuvid.errors import InputError
-from tpuvid.files.reading import read_json, readable_safetensors
+from tpuvid.files.readers import read_json, readable_safetensors
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -25,8 +25,8 @@ from jax.sharding import Mesh, Sharding
 
 from tpuvid.compute.bridge import TRACING
 from tpuvid.compute.mesh import layout_of
-from tpuvid.compute.opening import open_stage
 from tpuvid.compute.runtime import Program, Programs, Runtime
+from tpuvid.compute.stage_loader import open_stage
 from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.loop import Loop
 from tpuvid.contract.models import ModelSpec

@@ -18,7 +18,7 @@ from tpuvid.plan.cost import predict
 from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, Loaded, configs_checkpoint, dry_generate
 from tpuvid.plan.schedules import schedule_cycles
 from tpuvid.plan.topologies import LOCAL, parse_topology
-from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.lookup import resolve_model
 
 
 def compile_stages(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def compile_stages(job: Mapping[str, Any]) -> dict[str, Any]:
 
     `job` also has "model", "settings" (of `GenerationConfig`), "options" (`Options.recorded`) and "dump", the folder that
     libtpu was told to leave schedules in (None: no times are asked for).
-    Returns what `tpuvid.plan.planning` makes a plan of, JSON-ready; raises `InputError` for what can't run there.
+    Returns what `tpuvid.plan.planner` makes a plan of, JSON-ready; raises `InputError` for what can't run there.
     """
     programs: list[tuple[DryProgram, dict[str, Any] | None]] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tpuvid.contract.wording import table
-from tpuvid.plan.planning import GIB, Plan, StagePlan
+from tpuvid.plan.planner import GIB, Plan, StagePlan
 from tpuvid.plan.topologies import LOCAL
 
 

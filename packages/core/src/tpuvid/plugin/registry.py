@@ -17,7 +17,7 @@ from tpuvid.contract.models import DecoderSpec, ModelSpec
 from tpuvid.contract.stepcache import StepCache
 from tpuvid.contract.wording import suggestion
 from tpuvid.errors import InputError
-from tpuvid.plugin.loading import Plugin, about, installed_points, loaded
+from tpuvid.plugin.loader import Plugin, about, installed_points, loaded
 
 PLUGINS_VARIABLE = "TPUVID_PLUGINS"
 CORE = "core"

@@ -16,7 +16,7 @@ import numpy as np
 
 from tpuvid.errors import InputError
 from tpuvid.files.mp4 import no_mp4
-from tpuvid.files.reading import readable_safetensors
+from tpuvid.files.readers import readable_safetensors
 from tpuvid.files.stage_files import FRAMES, LATENTS, load_latents
 
 SSIM_WINDOW = 11

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from tpuvid.compute.kept_programs import KeptPrograms, environment
-from tpuvid.compute.opening import loader_of, open_stage
 from tpuvid.compute.outline import code_of
 from tpuvid.compute.packs.pack import with_pack
 from tpuvid.compute.progress import current
 from tpuvid.compute.run_key import run_key, stages_key, traced_modules
 from tpuvid.compute.runtime import Runtime, enable_compilation_cache, plugin_tables
+from tpuvid.compute.stage_loader import loader_of, open_stage
 from tpuvid.contract.digests import tensors_digest
 from tpuvid.contract.models import ModelSpec
 from tpuvid.contract.options import Options
@@ -30,9 +30,9 @@ from tpuvid.files.digests import file_sha256
 from tpuvid.files.kept import Kept
 from tpuvid.files.lora import read_loras
 from tpuvid.files.versions import distribution_version
-from tpuvid.plugin.finding import check_origin, resolve_model
+from tpuvid.plugin.lookup import check_origin, resolve_model
 from tpuvid.runs.control import Cancelled, Control
-from tpuvid.runs.following import Follower
+from tpuvid.runs.follower import Follower
 from tpuvid.runs.kept.identity import RunIdentity
 from tpuvid.runs.kept.savepoints import Savepoints
 from tpuvid.runs.video import Video

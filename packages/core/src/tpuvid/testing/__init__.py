@@ -7,7 +7,7 @@ def test_conformance():
         assert sheet.passed, sheet.render()
 """
 
-from tpuvid.testing.checking import check
+from tpuvid.testing.runner import check
 from tpuvid.testing.sheet import Result, Sheet
 from tpuvid.testing.spread import spread
 

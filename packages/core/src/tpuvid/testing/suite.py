@@ -30,8 +30,8 @@ from tpuvid.files.checkpoint import ConfigsOnly
 from tpuvid.files.mp4 import video_size
 from tpuvid.files.stage_files import load_conditioning, load_latents, save_conditioning, save_latents
 from tpuvid.files.weights import Weights, weight_files
-from tpuvid.plugin.finding import resolve_model
-from tpuvid.plugin.loading import said
+from tpuvid.plugin.loader import said
+from tpuvid.plugin.lookup import resolve_model
 from tpuvid.plugin.registry import registry
 from tpuvid.runs.control import Cancelled, CancelToken, Control
 from tpuvid.runs.kept.record import read_record

@@ -42,8 +42,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Num
 
+from tpuvid.compute.kernels.attention_record import record_attention
 from tpuvid.compute.kernels.block_sizes import LANES, AttentionShape, Blocks, flash_blocks, round_up
-from tpuvid.compute.kernels.recording import record_attention
 from tpuvid.compute.kernels.window import BLOCKS, FORBIDDING, Band, Visit, key_columns, query_columns, visits
 
 TILE = 256

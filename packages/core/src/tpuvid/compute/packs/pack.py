@@ -112,7 +112,7 @@ def read_pack(path: str | Path, *, trusted: bool = False) -> Pack:
     """Read and check a pack; nothing in it is run. Raises `InputError` if it is missing, foreign or damaged in any part."""
     from safetensors import safe_open
 
-    from tpuvid.files.reading import readable_safetensors
+    from tpuvid.files.readers import readable_safetensors
 
     path = Path(path)
     if path.is_dir():
@@ -148,7 +148,7 @@ def _payload(path: Path, program: PackedProgram) -> memoryview:
     """The compressed bytes of one program, found to be those that were written."""
     from safetensors import safe_open
 
-    from tpuvid.files.reading import readable_safetensors
+    from tpuvid.files.readers import readable_safetensors
 
     with readable_safetensors(path), safe_open(path, framework="numpy") as file:
         data = memoryview(file.get_tensor(program.tensor)).cast("B")

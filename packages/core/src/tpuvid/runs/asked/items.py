@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tpuvid.contract.parsing import parse_settings
+from tpuvid.contract.parser import parse_settings
 from tpuvid.contract.settings import SETTINGS
 from tpuvid.contract.wording import suggestion
 from tpuvid.errors import InputError

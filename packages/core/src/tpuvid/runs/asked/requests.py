@@ -15,9 +15,9 @@ from tpuvid.contract.settings import GenerationConfig
 from tpuvid.errors import InputError
 from tpuvid.files.checkpoint import Checkpoint
 from tpuvid.files.lora import read_loras
-from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.lookup import resolve_model
 from tpuvid.runs.asked.items import Item, parse_sweep, read_prompts, several, swept
-from tpuvid.runs.asked.naming import names_of, said_of
+from tpuvid.runs.asked.names import names_of, said_of
 from tpuvid.runs.kept.identity import RunIdentity
 from tpuvid.runs.kept.work import Manifest, Work
 from tpuvid.runs.outputs import Outputs

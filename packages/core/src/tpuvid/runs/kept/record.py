@@ -71,7 +71,7 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises `InputError` where there is none, and where it is damaged.
     """
     from tpuvid.files.mp4 import read_metadata
-    from tpuvid.files.reading import read_json
+    from tpuvid.files.readers import read_json
 
     remedy = "take the .mp4 or the .json beside it, or fetch it again"
     if not path.is_file():

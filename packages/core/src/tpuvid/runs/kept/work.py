@@ -26,7 +26,7 @@ from tpuvid.errors import InputError
 from tpuvid.files.atomic import write_json
 from tpuvid.files.digests import check_seal, file_sha256, sealed
 from tpuvid.files.locks import WORK_FOLDER, remove_if_empty
-from tpuvid.files.reading import read_json
+from tpuvid.files.readers import read_json
 from tpuvid.files.stage_files import (
     EMBEDDINGS,
     LATENTS,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tpuvid.compute.opening import open_stage
 from tpuvid.compute.progress import current
+from tpuvid.compute.stage_loader import open_stage
 from tpuvid.contract.events import Progressed
 from tpuvid.contract.options import Options
 from tpuvid.contract.stages import STAGES
@@ -67,7 +67,7 @@ def compile_pack(
             "options": options.recorded(),
             "file": str(scratch / "pack"),
         }
-        jobs.start("compile", "tpuvid.plan.compiling:compile_job", argument, environment)
+        jobs.start("compile", "tpuvid.plan.compilation:compile_job", argument, environment)
         result = _follow(jobs)
         made = scratch / "pack"
         size = made.stat().st_size
@@ -114,7 +114,7 @@ def compile_job(argument: Mapping[str, Any]) -> dict[str, Any]:
         from tpuvid.compute.packs.pack import PackWriter
         from tpuvid.compute.run_key import run_key
         from tpuvid.plan.dryrun import PROMPT, DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
-        from tpuvid.plugin.finding import resolve_model
+        from tpuvid.plugin.lookup import resolve_model
 
         options, topology = Options(**argument["options"]), argument["topology"]
         devices = jax.devices() if topology is None else parse_topology(topology).jax_devices()

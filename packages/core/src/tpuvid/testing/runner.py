@@ -11,7 +11,7 @@ from tpuvid.contract.models import ModelSpec
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.scratch import scratch_folder
 from tpuvid.plan.jobs import Jobs
-from tpuvid.plugin.loading import Plugin
+from tpuvid.plugin.loader import Plugin
 from tpuvid.plugin.registry import CORE, registry
 from tpuvid.testing.sheet import Result, Sheet
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tpuvid.contract.models import ModelSpec
 from tpuvid.errors import InputError
 from tpuvid.files.checkpoint import INDEX, Checkpoint
-from tpuvid.files.reading import read_json
+from tpuvid.files.readers import read_json
 from tpuvid.files.untrusted import check_links
 from tpuvid.plugin.registry import registry
 

@@ -25,7 +25,7 @@ from tpuvid.compute.mesh import make_mesh
 from tpuvid.compute.parameters import load_parameters, match_parameters
 from tpuvid.compute.progress import current
 from tpuvid.compute.runtime import LEAST_EFFORT, Runtime, replicated
-from tpuvid.compute.tiling import Tiling
+from tpuvid.compute.tiles import Tiling
 from tpuvid.compute.traced import TracedModule, build
 from tpuvid.contract.layout import SP, MeshConfig
 from tpuvid.files.checkpoint import Checkpoint

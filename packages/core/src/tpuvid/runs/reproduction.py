@@ -14,7 +14,7 @@ from tpuvid.errors import InputError
 from tpuvid.files.checkpoint import Checkpoint
 from tpuvid.files.lora import read_loras
 from tpuvid.files.versions import versions
-from tpuvid.plugin.finding import resolve_model
+from tpuvid.plugin.lookup import resolve_model
 from tpuvid.plugin.registry import registry
 from tpuvid.runs.compare import Comparison, compare
 from tpuvid.runs.kept.record import read_record
