@@ -65,7 +65,12 @@ def seedless(monkeypatch, subject):
 def forgetful(monkeypatch, subject):
     """What comes out depends on what has run before, as with a state that a stage keeps."""
     calls, denoise = [], WanDenoiser.denoise
-    monkeypatch.setattr(WanDenoiser, "denoise", lambda *args: denoise(*args) + 0.01 * (calls.append(1) or len(calls)))
+
+    def forget(*args):
+        calls.append(1)
+        return {"latents": denoise(*args)["latents"] + 0.01 * len(calls)}
+
+    monkeypatch.setattr(WanDenoiser, "denoise", forget)
 
 
 def one_noise_for_all(monkeypatch, subject):
@@ -100,8 +105,8 @@ def too_bright(monkeypatch, subject):
 
 
 def a_frame_less(monkeypatch, subject):
-    decode = tpuvid_wan.decode.WanDecoder.decode
-    monkeypatch.setattr(tpuvid_wan.decode.WanDecoder, "decode", lambda *args: (frames[:, :-1] for frames in decode(*args)))
+    drawn = tpuvid_wan.decode.WanDecoder._frames
+    monkeypatch.setattr(tpuvid_wan.decode.WanDecoder, "_frames", lambda *args: (frames[:, :-1] for frames in drawn(*args)))
 
 
 def other_guidance(monkeypatch, subject):

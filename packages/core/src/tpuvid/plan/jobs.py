@@ -75,7 +75,8 @@ class Jobs:
         self, name: str, function: str, argument: Mapping[str, Any], environment: Mapping[str, str],
         cores: Iterable[int] | None = None,
     ) -> None:  # fmt: skip
-        """Run "module:function"(argument) with `argument` JSON-ready and `environment` on top of this process's.
+        """Run "module:function"(argument) with `argument` JSON-ready and `environment` on top of this process's. What a
+        generator yields are its events.
 
         `cores`: those that it may use; None: all.
         """
@@ -170,7 +171,12 @@ def _main(function: str, scratch: str) -> NoReturn:
     module, _, name = function.partition(":")
     try:
         with Progress(relay).watching():
-            report({"result": getattr(importlib.import_module(module), name)(argument)})
+            found = getattr(importlib.import_module(module), name)(argument)
+            if isinstance(found, Iterator):
+                for event in found:
+                    report(event)
+                found = None
+            report({"result": found})
     except TpuvidError as error:
         report({"error": str(error), "exit_code": error.exit_code})
     except Exception as error:

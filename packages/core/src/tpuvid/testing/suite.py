@@ -58,18 +58,18 @@ class NothingToCheck(Exception):
     pass
 
 
-def run(argument: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]) -> None:
-    """The job of `tpuvid.testing.check`: each result is reported as it comes."""
+def run(argument: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The job of `tpuvid.testing.check`: it yields each result as it comes."""
     enable_compilation_cache()
     specs = [registry().get(name) for name in argument["models"]]
     checkpoint = argument["checkpoint"]
     subject = Subject(specs, Path(checkpoint) if checkpoint else None, Path(argument["folder"]))
     going = True
     for check in SUITE:
-        report({"begins": _name(check)})
+        yield {"begins": _name(check)}
         result = _result(check, subject) if going else {"check": _name(check), "passed": None, "detail": "not run"}
         going = going and not (check in FIRST and result["passed"] is False)
-        report(result)
+        yield result
 
 
 def _result(check: Callable[[Subject], str], subject: Subject) -> dict[str, Any]:
