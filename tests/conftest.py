@@ -51,6 +51,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
+def pytest_collection_finish():
+    """Nothing that is imported is garbage: the collector, which frees each stage's weights, need not look at it again."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compilers_effort(request):
     """Programs are compiled with the least effort, but for modules that run them for long, which are marked `optimized`."""

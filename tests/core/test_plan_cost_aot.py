@@ -19,7 +19,7 @@ TOPOLOGY = parse_topology("v6e-8")
 LAYERS, TOKENS, WIDTH = 6, 8192, 4096
 
 
-def compile_scanned_matmuls(argument, report):
+def compile_scanned_matmuls(argument):
     """A job: x ← x · w_i for every layer, rows of w_i over four devices, so that each product ends in an all-reduce."""
     mesh = Mesh(np.array(TOPOLOGY.jax_devices()).reshape(2, 4), ("dp", "tp"))
 

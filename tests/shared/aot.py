@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpuvid.files.scratch import scratch_folder
-from tpuvid.plan.jobs import Jobs, Report
+from tpuvid.plan.jobs import Jobs
 from tpuvid.plan.topologies import parse_topology
 
 GATHER = re.compile(r"= \w+\[([\d,]+)\]\S* all-gather\(")
@@ -28,7 +28,7 @@ def compile_steps(model: str, topology: str = "v6e-8", **settings) -> dict:
     return events[-1]["result"]
 
 
-def _compile(job: Mapping[str, Any], report: Report) -> dict:
+def _compile(job: Mapping[str, Any]) -> dict:
     from tpuvid.plan.dryrun import DryProgram, DryRuntime, Ledger, configs_checkpoint, dry_generate
     from tpuvid.plugin.lookup import resolve_model
 

@@ -407,7 +407,9 @@ def _with_pack(options: Options) -> Options:
 
 def _load(model: str, options: Options) -> Pipeline:
     with current().phase("start"):  # jax and torch are imported here
-        return tpuvid.load(model, keep_programs=True, **options.given())
+        pipe = tpuvid.load(model, keep_programs=True, **options.given())
+    gc.freeze()  # what is imported is no garbage; freeing a stage looks for cycles in what comes after
+    return pipe
 
 
 def _stage_model(
