@@ -18,7 +18,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy -n 2
 
 # Two processes share the files of tests, each file to one, which makes its fixtures once; the slowest are named at the end.
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=1
