@@ -34,14 +34,14 @@ class Call(NamedTuple):
     what: str
     heads: int
     frames: int
-    """Of tokens."""
+    """The frames of tokens."""
     tokens_per_frame: int
     video_frames: int
-    """Of the video, in a frame of tokens."""
+    """The video's frames in a frame of tokens."""
     text: int
     dim: int
     bound_ms: float
-    """Of the matrix units, transposed: 96 cycles per 256×256 scores for D = 128; for D = 64 as the earlier study has it."""
+    """The cycles of the matrix units, transposed: 96 cycles per 256×256 scores for D = 128; for D = 64 as the earlier study has it."""
 
 
 CALLS = (

@@ -26,7 +26,7 @@ from tpuvid.plan.topologies import parse_topology
 
 TOPOLOGY = parse_topology("v6e-8")
 BLOCKS = (3328, 2816, 256)
-"""Of stock splash in the published runs: queries, keys, keys per computation."""
+"""The blocks of stock splash in the published runs: queries, keys, keys per computation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _denoising_step(published: Published, devices: list) -> Any:
 
 
 def prediction(name: str, folder: Path) -> Prediction:
-    """Of one published point; what was compiled for it lies in `folder` or comes there."""
+    """Predict one published point; what was compiled for it lies in `folder` or comes there."""
     hlo, about = folder / f"{name}.hlo", folder / f"{name}.json"
     if not about.exists():
         with scratch_folder() as scratch, Jobs(scratch) as jobs:

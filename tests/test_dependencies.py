@@ -74,7 +74,7 @@ def test_who_imports_whom(package, path):
 
 CORE = PACKAGES / "core" / "src" / "tpuvid"
 ORDER = ["errors", "contract", "files", "plugin", "compute", ("runs", "plan", "family"), "__init__", "testing", "cli"]
-"""Of core's folders and top modules: each imports from earlier ones only, those of one place not from each other."""
+"""Core's folders and top modules: each imports from earlier ones only, those of one place not from each other."""
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in ([names] if isinstance(names, str) else names)}
 HEAVY = {"jax", "jaxlib", "torch", "torchax", "diffusers", "transformers"}
 MODULES = {name_of(path): path for path in sorted(CORE.rglob("*.py"))}
@@ -146,6 +146,12 @@ def test_only_the_command_prints_and_exits():
     """The process of a job is one of its own: it ends as it has to."""
     found = {module: said for module, path in MODULES.items() if room(module) != "cli" and (said := said_by(path))}
     assert found == {"tpuvid.plan.jobs": ["os._exit"]}
+
+
+def test_docstrings_stand_alone():
+    """One that begins with "Of" answers a question that its reader can't see."""
+    for _, path in SOURCES:
+        assert '"""Of ' not in path.read_text(), path
 
 
 def test_no_module_changes_torch_or_jax_globally():

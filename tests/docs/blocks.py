@@ -148,7 +148,7 @@ def make_targets() -> set[str]:
 
 
 def flags() -> set[str]:
-    """Of all commands of tpuvid."""
+    """The flags of all commands of tpuvid."""
     return {name for _, command in commands() for p in command.params for name in p.opts} | {"--help", "--version"}
 
 

@@ -56,7 +56,7 @@ class Forked:
         self._process.kill()
 
     def lines(self) -> Iterator[str]:
-        """Of what it prints, as it prints them, until it ends."""
+        """The lines that it prints, as it prints them, until it ends."""
         with self._out.open() as file:
             while True:
                 ended = not self._process.is_alive()

@@ -23,7 +23,7 @@ def uv(*arguments, **options) -> str:
 
 
 def build_wheel(package: Path, scratch: Path, out: Path) -> Path:
-    """Of a copy, so that nothing but what git would ship can be picked up from around it."""
+    """Build from a copy, so that nothing but what git would ship can be picked up from around it."""
     copy = scratch / package.name
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "dist"))
     before = set(out.glob("*.whl"))

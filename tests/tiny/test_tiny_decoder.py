@@ -34,7 +34,7 @@ def preview():
 
 @pytest.fixture(scope="module")
 def latents(preview) -> Latents:
-    """Of the demo's clip."""
+    """The latents of the demo's clip."""
     return preview.denoise(preview.encode(PROMPT))
 
 

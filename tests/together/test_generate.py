@@ -368,7 +368,7 @@ def test_inspecting_a_video_says_how_it_was_made(clip, tmp_path, capsys):
 
 
 def test_decoding_holds_a_bounded_number_of_frames(tmp_path, monkeypatch):
-    """Of a video of 40 chunks, no more than a few are alive while it is written."""
+    """No more than a few of a video's 40 chunks are alive while it is written."""
     pipe = tpuvid.load("wan-tiny")
     seen, most = [], 0
 
@@ -523,7 +523,7 @@ def test_latents_for_which_there_is_no_room_keep_their_savepoints(tmp_path, monk
 
 @pytest.mark.parametrize("pad", range(0, 16))
 def test_a_header_of_any_length_is_read(tmp_path, pad):
-    """Of 640, 896, 1152 or 1408 bytes it begins as a pickle does."""
+    """One of 640, 896, 1152 or 1408 bytes begins as a pickle does."""
     from tpuvid.files.stage_files import write_tensors
 
     for length in range(400, 1500, 16):

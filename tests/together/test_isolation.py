@@ -186,7 +186,7 @@ def test_doctor_names_it_and_the_others_run(zoo):
 
 
 def test_damaged_metadata_is_a_row_too(zoo, tmp_path):
-    """Of a package that is half removed, or whose files are no text."""
+    """A package is half removed, or its files are no text."""
     zoo.install(BROKEN["raises"][0])
     (about := tmp_path / "tpuvid_zoo-1.0.dist-info").joinpath("METADATA").unlink()
     assert zoo.run("generate", "--model", "giraffe", "--prompt", "x").returncode == 2

@@ -16,7 +16,7 @@ from torture.children import run
 
 PROMPTS = ["a red circle growing on a black background", "a blue square growing on a white background", "a green triangle"]
 MOST_KILLS = 4
-"""Of one job, before it may end."""
+"""The kills of one job, before it may end."""
 
 
 @dataclass

@@ -52,7 +52,7 @@ TINY = Case(
     prompt="a red circle moving right on a black background",
     negative_prompt="",
 )
-"""Of another package: tests/tiny runs it."""
+"""The case of another package: tests/tiny runs it."""
 
 
 def measure(case: Case, folder: Path) -> Fidelity:
