@@ -41,7 +41,7 @@ class Call(NamedTuple):
     text: int
     dim: int
     bound_ms: float
-    """The cycles of the matrix units, transposed: 96 cycles per 256×256 scores for D = 128; for D = 64 as the earlier study has it."""
+    """The cycles of the matrix units, transposed: 96 per 256×256 scores for D = 128; for D = 64 as the earlier study has it."""
 
 
 CALLS = (

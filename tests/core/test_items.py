@@ -4,8 +4,9 @@ import io
 
 import pytest
 from tpuvid.errors import InputError
-from tpuvid.runs.asked.items import Item, parse_sweep, read_prompts, several, swept
+from tpuvid.runs.asked.items import Item, parse_sweep, several, swept
 from tpuvid.runs.asked.names import slug
+from tpuvid.runs.asked.prompts import read_prompts
 
 
 def prompts(tmp_path, name, text):

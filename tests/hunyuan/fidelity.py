@@ -100,7 +100,7 @@ def measure(case: Case, folder: Path) -> Fidelity:
 
     latents, frames = stock("latent"), stock("np")
     streams = {sign: stock_streams(reference, p) for sign, p in (("", case.prompt), ("negative_", case.negative_prompt))}
-    conditioning = pipe.encode(case.prompt, case.negative_prompt, max_sequence_length=config.max_sequence_length)
+    conditioning = pipe.encode_config(config, negative=True)  # of no prompt too, which `encode` refuses
     embeds = []
     for sign, expected in streams.items():
         for name, tensor in expected.items():

@@ -44,7 +44,8 @@ def compare_stages(
     """Each stage on the reference's input, and the whole from prompt to frames; `latents` and `frames` are the reference's."""
     found = pipe.denoise(conditioning, **{k: v for k, v in case.settings.items() if k != "max_sequence_length"})
     decoded = pipe.decode(Latents(model_id=pipe.spec.model_id, tensors={"latents": latents}, config=found.config)).frames
-    whole = pipe.generate(case.prompt, negative_prompt=case.negative_prompt, **case.settings).frames
+    config = pipe.resolve(pipe.spec.configure(prompt=case.prompt, negative_prompt=case.negative_prompt, **case.settings))
+    whole = pipe.decode(pipe.denoise_config(pipe.encode_config(config), config)).frames
     return Fidelity(
         embeds=embeds,
         latents=relative(found.latents, latents),

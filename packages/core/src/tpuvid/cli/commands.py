@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -15,8 +16,22 @@ from tpuvid.plugin.loader import said
 from tpuvid.plugin.registry import registry
 
 
+class Command(click.Command):
+    """A command whose flags are given once: of two values, nobody could say which is meant."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if not context.resilient_parsing:  # as it is for the completion of a line that isn't whole
+            _, _, order = self.make_parser(context).parse_args(args=list(args))
+            for option, times in Counter(order).items():
+                if times > 1 and isinstance(option, click.Option) and not option.multiple:
+                    raise click.UsageError(f"Option '{option.opts[0]}' is given {times} times; give it once.", context)
+        return super().parse_args(context, args)
+
+
 class Commands(click.Group):
     """A registered command never stands in the way of one of `tpuvid.cli.main`, nor a broken one of any other."""
+
+    command_class = Command
 
     @property
     def commands(self) -> MutableMapping[str, click.Command]:

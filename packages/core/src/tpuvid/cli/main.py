@@ -196,11 +196,13 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
 def encode(model: str, output_dir: Path, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> None:
     """Stage 1: prompt → stage1_embeddings.safetensors."""
     from tpuvid.cli.messages import say_how
+    from tpuvid.contract.settings import require_prompt
     from tpuvid.files.atomic import check_output
     from tpuvid.files.locks import locked
     from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, check_config, private, save_conditioning
     from tpuvid.plugin.lookup import resolve_model
 
+    require_prompt(given["prompt"])
     spec, checkpoint = resolve_model(model)
     settings, options = split(given)
     options = _with_pack(options)
@@ -400,8 +402,7 @@ def _with_pack(options: Options) -> Options:
     """--pack read, and found to be whole before anything heavy is imported."""
     from tpuvid.compute.packs.pack import with_pack
 
-    if options.trust_pack and options.pack is None:
-        raise InputError("--trust-pack: there is no pack to trust; add --pack FILE")
+    options.check()
     return with_pack(options)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from tpuvid.contract.options import OPTIONS, Options
+from tpuvid.contract.paths import path_of
 from tpuvid.contract.settings import SETTINGS
 from tpuvid.contract.stages import STAGES
 from tpuvid.contract.table import Setting
@@ -22,13 +23,12 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
     """Flags that a YAML file gives: they stand in for defaults, so that the command line wins."""
     if path is None:
         return
-    import yaml
+    from tpuvid.files.texts import read_yaml
 
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: is no readable YAML ({reason})") from None
+        values = read_yaml(path, path.read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read ({error})") from None
     if values is None:
         return
     if not isinstance(values, dict):
@@ -43,11 +43,14 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
         flag = str(key).replace("_", "-")
         if flag not in known:
             raise InputError(f"{path}: {key!r} is no flag of tpuvid; {suggestion(flag, sorted(known))}")
-        if isinstance(value, (dict, list)) or (isinstance(value, bool) and not known[flag].is_flag):
+        several = known[flag].multiple and isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if isinstance(value, (dict, list)) and not several:
             raise InputError(f"{path}: {key}={value!r}: needs one {known[flag].type.name}, as on the command line")
         if flag in own and value is not None:
-            text = value if isinstance(value, bool) else str(value)
-            defaults[own[flag].name] = text.split() if own[flag].multiple and isinstance(text, str) else text
+            name = own[flag].name
+            if name in defaults:
+                raise InputError(f"{path}: {key} is another name of what stands there already; say it once")
+            defaults[name] = value.split() if own[flag].multiple and isinstance(value, str) else value
     context.default_map = defaults
 
 
@@ -78,6 +81,7 @@ class _FilePath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         if "\0" in str(value):
             self.fail("holds a null byte, which no name of a file has", param, context)
+        value = str(path_of(value)) if str(value).startswith("~") else value
         try:
             os.stat(value)
         except OSError as error:

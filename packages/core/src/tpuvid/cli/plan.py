@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from tpuvid.cli.commands import Command
 from tpuvid.cli.options import (
     config_option,
     load_options,
@@ -30,7 +31,7 @@ from tpuvid.contract.wording import table
 from tpuvid.errors import InputError
 
 
-@click.command("compile")
+@click.command("compile", cls=Command)
 @config_option
 @model_option
 @topology_option
@@ -58,7 +59,7 @@ def compile_command(model: str, topology: str, output: Path, overwrite: bool, **
     click.echo(f"pack: {made.path} ({made.bytes / 1e6:.1f} MB)")
 
 
-@click.command("plan")
+@click.command("plan", cls=Command)
 @config_option
 @model_option
 @topology_option
@@ -108,7 +109,7 @@ def tune() -> None:
     """Find tile sizes of kernels for a TPU, on a machine without one."""
 
 
-@tune.command("attention")
+@tune.command("attention", cls=Command)
 @click.option("--model", help="The shapes of this model's denoising step. Or give one shape by the next four.")
 @size_options
 @load_options("mesh")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from tpuvid.cli.commands import Command
 from tpuvid.cli.options import path_type
 from tpuvid.plugin.new import FAMILIES, new_plugin, next_steps
 
@@ -16,7 +17,7 @@ def plugin() -> None:
     """Write a plugin: a package that adds a model."""
 
 
-@plugin.command()
+@plugin.command(cls=Command)
 @click.argument("name")
 @click.option(
     "--family", type=click.Choice(tuple(FAMILIES)), default="blank", show_default=True,
@@ -30,7 +31,7 @@ def new(name: str, family: str, output_dir: Path) -> None:
     click.echo(next_steps(folder))
 
 
-@plugin.command()
+@plugin.command(cls=Command)
 @click.argument("package", required=False)
 @click.option("--checkpoint", type=path_type, help="A small diffusers folder, in the place of the model's random one.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")

@@ -27,6 +27,7 @@ from tpuvid.compute.packs.pack import Pack, signature
 from tpuvid.compute.progress import current
 from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.options import OPTIONS, Options
+from tpuvid.contract.paths import path_of
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.atomic import check_folder
 from tpuvid.files.cache_folder import cache_folder
@@ -116,7 +117,7 @@ class Runtime:
         except ValueError as error:
             raise InputError(str(error)) from None
         if runtime.profile is not None:
-            folder = Path(runtime.profile)
+            folder = path_of(runtime.profile)
             runtime = replace(runtime, profile=folder)
             check_folder(folder)
         return runtime

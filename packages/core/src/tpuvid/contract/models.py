@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpuvid.contract.settings import OPTIONAL_SETTINGS, GenerationConfig, check_sampling
+from tpuvid.contract.settings import OPTIONAL_SETTINGS, GenerationConfig, check_sampling, cleaned
 from tpuvid.contract.sizes import SizeRules
 from tpuvid.contract.stepcache import StepCache, fill_cache_settings
 from tpuvid.contract.window_size import WindowSize
@@ -76,7 +76,7 @@ class ModelSpec:
 
     def configure(self, **settings: Any) -> GenerationConfig:
         """The model's defaults with `settings` (None: not given), checked; raises `InputError`."""
-        config = self.defaults.override(**settings)
+        config = self.defaults.override(**{name: cleaned(name, value) for name, value in settings.items()})
         for name, purpose in OPTIONAL_SETTINGS.items():
             if (value := getattr(config, name)) not in (None, False) and name not in self.takes:
                 raise InputError(f"{name}={value}: {self.model_id} has no {purpose}; leave it out")

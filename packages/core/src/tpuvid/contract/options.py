@@ -8,7 +8,7 @@ from typing import Any
 
 from tpuvid.contract.layout import MeshConfig
 from tpuvid.contract.stages import STAGES
-from tpuvid.contract.table import setting, table_of
+from tpuvid.contract.table import check_partners, setting, table_of
 
 ALL = tuple(STAGES)
 
@@ -20,7 +20,9 @@ class Options:
     lora_path: str | Path | None = setting(
         None, help="A LoRA (safetensors) to merge into the diffusion model.", enters=("denoise",)
     )
-    lora_scale: float = setting(1.0, show_default=True, enters=("denoise",))
+    lora_scale: float | None = setting(
+        None, help="How much of the LoRA. [default: 1.0]", enters=("denoise",), partner="lora_path"
+    )
     mesh: str | MeshConfig | None = setting(
         None, help="Layout of the denoiser like dp=2,tp=4. Default by devices, heads and widths.", reads=MeshConfig.of,
         enters=("denoise",), programs=True, recorded=True, portable=True,
@@ -58,13 +60,16 @@ class Options:
     """The folder for a profile of steady steps, to be opened in XProf or Perfetto."""
     pack: Any = setting(None, help="File of tpuvid compile: its programs need not be compiled.")
     """The file, or what `read_pack` has made of it; what it lacks is compiled, and the history says so."""
-    trust_pack: bool = setting(False, help="Run the machine code in --pack: say so if you made it or trust who did.")
+    trust_pack: bool = setting(
+        False, help="Run the machine code in --pack: say so if you made it or trust who did.", partner="pack"
+    )
     """The pack holds machine code; without this it is checked, and then refused."""
 
     def check(self) -> None:
         """Raise `InputError` for what no machine could run with."""
         for name, each in OPTIONS.items():
             each.check(getattr(self, name))
+        check_partners(OPTIONS, self)
 
     def given(self) -> dict[str, Any]:
         """The options as `tpuvid.load` takes them."""

@@ -11,7 +11,8 @@ from tpuvid.errors import InputError
 
 
 def boolean(text: str | bool) -> bool:
-    return {"True": True, "False": False}[str(text)]
+    """Read "true" or "false", in any case; raises `KeyError` for anything else."""
+    return {"true": True, "false": False}[str(text).lower()]
 
 
 _TODAY = {old: name for name, each in SETTINGS.items() for old in each.old_names}

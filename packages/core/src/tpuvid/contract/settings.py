@@ -119,6 +119,17 @@ PROGRAM_SETTINGS = {name: each.enters for name, each in SETTINGS.items() if each
 """The settings for whose values programs are made, with the stages whose they are."""
 
 
+def cleaned(name: str, value: Any) -> Any:
+    """The value of a setting as it is meant, whichever way it came: prompts without white space around them."""
+    return value.strip() if name in PRIVATE and isinstance(value, str) else value
+
+
+def require_prompt(prompt: Any) -> None:
+    """Raise `InputError` unless there is one."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"prompt={prompt!r}: needs words that say what the video shows")
+
+
 def check_sampling(config: GenerationConfig) -> None:
     """Raise `InputError` for a setting that no model could run with."""
     for name, each in SETTINGS.items():

@@ -4,7 +4,7 @@ derived from it. Imports neither jax nor torch."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
@@ -57,6 +57,8 @@ class Setting:
     """Whether the record of a video, by which it is made again, names this option."""
     portable: bool = False
     """Whether a run may go on with another value of this option."""
+    partner: str | None = None
+    """The setting without which it means nothing, and is refused."""
     examples: tuple[Any, ...] = ()
     """Two values with which a model that takes it makes other latents."""
 
@@ -104,6 +106,15 @@ def in_key(value: Any) -> Any:
 def setting(default: Any = MISSING, **about: Any) -> Any:
     """A field of a dataclass with what is said of it: `about` are the fields of `Setting`."""
     return field(default=default, metadata={"setting": Setting(default=default, **about)})
+
+
+def check_partners(table: Mapping[str, Setting], values: Any) -> None:
+    """Raise `InputError` for a value that is given to a setting whose partner has none."""
+    for name, each in table.items():
+        value = getattr(values, name)
+        if each.partner and value not in (None, False) and getattr(values, each.partner) is None:
+            flag, partner = each.flags[0], table[each.partner].flags[0]
+            raise InputError(f"{name}={value}: means nothing without {each.partner}; add {partner}, or leave out {flag}")
 
 
 def table_of(kind: type) -> dict[str, Setting]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from tpuvid.contract.paths import path_of
 from tpuvid.errors import InputError
 from tpuvid.files.digests import file_sha256
 from tpuvid.files.readers import readable_safetensors
@@ -34,11 +35,11 @@ class Lora:
         return _file_sha256(self.path, stat.st_size, stat.st_mtime_ns)
 
 
-def read_loras(path: str | Path | None, scale: float) -> tuple[Lora, ...]:
+def read_loras(path: str | Path | None, scale: float | None) -> tuple[Lora, ...]:
     """The LoRA that `tpuvid.load` is given, checked; raises `InputError`."""
     if path is None:
         return ()
-    lora = Lora(Path(path), scale)
+    lora = Lora(path_of(path), 1.0 if scale is None else scale)
     lora.check()
     return (lora,)
 

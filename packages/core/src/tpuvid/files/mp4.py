@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tpuvid.contract.paths import path_of
 from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.atomic import atomic_path
 
@@ -34,7 +35,7 @@ def save_mp4(
     The same frames and metadata give the same file, byte for byte. Sides must be even, as 4:2:0 chroma wants; every supported
     model's are.
     """
-    path = Path(path)
+    path = path_of(path)
     check_mp4_name(path)
     with atomic_path(path, overwrite=overwrite) as temporary:
         with Mp4Writer(temporary, fps=fps) as writer:

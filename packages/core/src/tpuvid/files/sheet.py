@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tpuvid.contract.paths import path_of
 from tpuvid.files.atomic import atomic_path
 from tpuvid.files.mp4 import to_uint8
 
@@ -61,7 +62,7 @@ class ContactSheet:
 
 def save_contact_sheet(frames: np.ndarray, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write the `ContactSheet` of frames [F, H, W, 3] in [0, 1]."""
-    path, sheet = Path(path), ContactSheet()
+    path, sheet = path_of(path), ContactSheet()
     sheet.add(frames)
     with atomic_path(path, overwrite=overwrite) as temporary:
         sheet.save(temporary)

@@ -25,6 +25,7 @@ import numpy as np
 
 from tpuvid.contract.digests import canonical, digest_of, raw_bytes, tensors_digest
 from tpuvid.contract.parser import parse_settings
+from tpuvid.contract.paths import path_of
 from tpuvid.contract.settings import EMBEDDED, PRIVATE, GenerationConfig
 from tpuvid.contract.values import Conditioning, History, Latents
 from tpuvid.errors import InputError
@@ -109,7 +110,7 @@ def read_stage_file(path: Path) -> StageFile:
     """Read a stage file of this or an earlier tool; raises `InputError` if it is missing, truncated, damaged or foreign."""
     from safetensors import safe_open
 
-    path = Path(path)
+    path = path_of(path)
     with readable_safetensors(path), safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}

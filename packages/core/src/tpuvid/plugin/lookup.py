@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpuvid.contract.models import ModelSpec
+from tpuvid.contract.paths import path_of
 from tpuvid.errors import InputError
 from tpuvid.files.checkpoint import INDEX, Checkpoint
 from tpuvid.files.readers import read_json
@@ -44,7 +45,7 @@ def _resolved(model: str) -> tuple[ModelSpec, Checkpoint]:
     if model in known.models:
         spec = known.models[model]
         return spec, _registered_checkpoint(spec.model_id, spec.checkpoint)
-    path = Path(model).expanduser()
+    path = path_of(model)
     try:
         path.exists()
     except (OSError, ValueError) as error:  # too long, or a null byte

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tpuvid.contract.paths import path_of
 from tpuvid.errors import InputError
 from tpuvid.files.mp4 import no_mp4
 from tpuvid.files.readers import readable_safetensors
@@ -71,7 +72,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     Raises:
         InputError: a missing, truncated or foreign file; two kinds; two shapes; values that are not finite or not in [0, 1].
     """
-    sources = _open(Path(a)), _open(Path(b))
+    sources = _open(path_of(a)), _open(path_of(b))
     kinds = [source.kind for source in sources]
     if kinds[0] != kinds[1]:
         raise InputError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpuvid.contract.paths import path_of
 from tpuvid.errors import InputError, TpuvidError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Control:
     def __post_init__(self) -> None:
         for name in ("savepoint_dir", "preview"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, Path(value))
+                object.__setattr__(self, name, path_of(value))
         for name in ("savepoint_every", "preview_every"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

@@ -21,7 +21,7 @@ from tpuvid.compute.stage_loader import loader_of, open_stage
 from tpuvid.contract.digests import tensors_digest
 from tpuvid.contract.models import ModelSpec
 from tpuvid.contract.options import Options
-from tpuvid.contract.settings import EMBEDDED, GenerationConfig
+from tpuvid.contract.settings import EMBEDDED, GenerationConfig, require_prompt
 from tpuvid.contract.stages import STAGES
 from tpuvid.contract.values import Conditioning, History, Latents, StepCallback, check_finite
 from tpuvid.errors import InputError, TpuvidError
@@ -90,6 +90,7 @@ class Pipeline:
         `control` cancels the run, keeps savepoints and shows previews. Raises `InputError` for settings that break the
         model's rules, before anything is loaded, and `Cancelled`.
         """
+        require_prompt(prompt)
         config = self.spec.configure(prompt=prompt, **settings).with_drawn_seed()
         self.verify()
         config = self.resolve(config)
@@ -102,6 +103,7 @@ class Pipeline:
 
     def encode(self, prompt: str, negative_prompt: str = "", *, max_sequence_length: int | None = None) -> Conditioning:
         """Stage 1: embed the prompt and the negative prompt."""
+        require_prompt(prompt)
         config = self.spec.configure(prompt=prompt, negative_prompt=negative_prompt, max_sequence_length=max_sequence_length)
         return self.encode_config(config, negative=True)
 

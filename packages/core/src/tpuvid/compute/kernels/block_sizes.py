@@ -102,7 +102,7 @@ def block_rows() -> Sequence[Row]:
     tables: list[str | Path] = [*filter(None, [os.environ.get(VARIABLE)]), *[TABLE] * TABLE.exists(), *_tables.get()]
     for table in tables:
         taken = {(r.chip, r.shape._replace(heads=0)) for r in found}
-        found += [r for r in _cached_rows(Path(table)) if (r.chip, r.shape._replace(heads=0)) not in taken]
+        found += [r for r in _cached_rows(Path(table).expanduser()) if (r.chip, r.shape._replace(heads=0)) not in taken]
     return found
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpuvid.compute.packs.fit import mismatch
+from tpuvid.contract.paths import path_of
 from tpuvid.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def read_pack(path: str | Path, *, trusted: bool = False) -> Pack:
 
     from tpuvid.files.readers import readable_safetensors
 
-    path = Path(path)
+    path = path_of(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a pack, as tpuvid compile writes it")
     with readable_safetensors(path), safe_open(path, framework="numpy") as file:

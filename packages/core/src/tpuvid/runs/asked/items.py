@@ -1,14 +1,11 @@
-"""What is to be made: prompts from a file with settings of their own, several videos each, sweeps over settings. Imports
-neither jax nor torch."""
+"""What is to be made: items with settings of their own, several videos of each, sweeps over settings. Imports neither jax nor
+torch."""
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from tpuvid.contract.wording import suggestion
 from tpuvid.errors import InputError
 
 ALIASES = {flag.lstrip("-"): name for name, each in SETTINGS.items() for flag in each.flags[1:]} | {"output_name": "output"}
-STDIN = "-"
 MOST_ITEMS = 100_000
 NAME = re.compile("[^\0-\x1f/\\\\\ud800-\udfff]{1,200}")
 RESERVED = ("batch", "batch.preview", "sweep", "index", "stage3_frames")
@@ -42,77 +38,8 @@ class Item:
         raise InputError(f"{self.where}: {error}" if self.where else str(error)) from None
 
 
-def read_prompts(path: str) -> list[Item]:
-    """Each line of a text file is a prompt; a CSV file has a heading with ``prompt`` and names of settings; each line of a
-    JSONL file is an object of the same names. ``output`` names the mp4. "-" reads text or JSONL from stdin.
-
-    Raises `InputError`, naming the line, for anything else.
-    """
-    name = "stdin" if path == STDIN else path
-    try:
-        text = sys.stdin.read() if path == STDIN else Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: can't be read ({error}); needs a text, CSV or JSONL file of prompts") from None
-    suffix = Path(path).suffix.lower()
-    if suffix == ".csv":
-        rows = _csv_rows(name, text)
-    elif suffix in (".jsonl", ".ndjson") or (path == STDIN and text.lstrip().startswith("{")):
-        rows = _json_rows(name, text)
-    else:
-        rows = ((f"{name}, line {n}", {"prompt": line.strip()}) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-    items = [_item(where, row) for where, row in itertools.islice(rows, MOST_ITEMS + 1)]
-    if not items:
-        raise InputError(f"{name}: holds no prompt; needs one per line")
-    if len(items) > MOST_ITEMS:
-        raise InputError(f"{name}: holds more than {MOST_ITEMS} prompts; split the file")
-    return items
-
-
-def _csv_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True, skipinitialspace=True)
-    try:
-        heading = reader.fieldnames or []
-        if len(set(heading)) < len(heading):
-            raise InputError(f"{name}, line 1: gives a setting twice")
-        for row in reader:
-            where = f"{name}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise InputError(f"{where}: has not as many cells as the heading; quote cells with commas in them")
-            yield where, {key: value for key, value in row.items() if value.strip()}
-    except csv.Error as error:
-        raise InputError(f"{name}, line {reader.line_num}: is no CSV ({error})") from None
-
-
-def _json_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: is no JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise InputError(f'{where}: is no JSON object; needs {{"prompt": "…", "seed": 1}}')
-        yield where, row
-
-
-def _item(where: str, row: Mapping[str, Any]) -> Item:
-    values = {_setting_name(where, key, (*SETTINGS, "output")): value for key, value in row.items() if value is not None}
-    if len(values) < sum(value is not None for value in row.values()):
-        raise InputError(f"{where}: gives a setting twice")
-    output = values.pop("output", None)
-    if not isinstance(values.get("prompt"), str) or not values["prompt"].strip():
-        raise InputError(f"{where}: has no prompt")
-    if output is not None and not (isinstance(output, str) and NAME.fullmatch(output) and not output.startswith(".")):
-        raise InputError(f"{where}: output={output!r}: needs the plain name of a file; the folder is --output-dir")
-    if output is not None and output.removesuffix(".mp4").lower() in RESERVED:
-        raise InputError(f"{where}: output={output!r}: is kept for another file of the folder; choose another name")
-    text = {name: value for name, value in values.items() if isinstance(value, str)}
-    return Item(values | parse_settings(text, where, "change the line"), where, output)
-
-
-def _setting_name(where: str, given: str, known: Sequence[str]) -> str:
+def setting_name(where: str, given: str, known: Sequence[str]) -> str:
+    """The setting that is called so, in whatever spelling; raises `InputError`."""
     name = str(given).strip().lstrip("-").replace("-", "_")
     name = ALIASES.get(name, name)
     if name not in known:
@@ -150,7 +77,7 @@ def parse_sweep(words: Sequence[str]) -> dict[str, list[Any]]:
         known = [setting for setting, about in SETTINGS.items() if not about.private]
         if not equals or not text:
             raise InputError(f"sweep {word!r}: needs a setting and its values, as in seed=0..7 or guidance_scale=4,5,6")
-        name = _setting_name(f"sweep {word!r}", name, known)
+        name = setting_name(f"sweep {word!r}", name, known)
         if name in axes:
             raise InputError(f"sweep {word!r}: {name} is given twice; give all its values at once")
         axes[name] = _values(word, name, text)

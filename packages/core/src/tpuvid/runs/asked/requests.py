@@ -11,13 +11,14 @@ from typing import Any
 from tpuvid.compute.run_key import settings_key
 from tpuvid.contract.models import ModelSpec
 from tpuvid.contract.options import Options
-from tpuvid.contract.settings import GenerationConfig
+from tpuvid.contract.settings import GenerationConfig, require_prompt
 from tpuvid.errors import InputError
 from tpuvid.files.checkpoint import Checkpoint
 from tpuvid.files.lora import read_loras
 from tpuvid.plugin.lookup import resolve_model
-from tpuvid.runs.asked.items import Item, parse_sweep, read_prompts, several, swept
+from tpuvid.runs.asked.items import Item, parse_sweep, several, swept
 from tpuvid.runs.asked.names import names_of, said_of
+from tpuvid.runs.asked.prompts import read_prompts
 from tpuvid.runs.kept.identity import RunIdentity
 from tpuvid.runs.kept.work import Manifest, Work
 from tpuvid.runs.outputs import Outputs
@@ -175,6 +176,8 @@ def plan_generation(
         raise InputError(f"give either --output={keeping.output} or --output-dir={keeping.output_dir}")
     axes = parse_sweep(sweep)
     spec, checkpoint = resolve_model(model, decoder=options.decoder)
+    if prompts is None:
+        require_prompt(prompt)
     items = [Item({"prompt": prompt})] if prompts is None else read_prompts(prompts)
     items = swept(several(items, num_videos, settings.get("seed", spec.defaults.seed)), axes)
     many = prompts is not None or len(items) > 1
