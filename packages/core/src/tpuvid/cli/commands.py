@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import click
 
+from tpuvid.cli.console import QUIET, VERBOSE, Console
 from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.models import imported
 from tpuvid.errors import TpuvidError
@@ -16,8 +17,28 @@ from tpuvid.plugin.loader import said
 from tpuvid.plugin.registry import registry
 
 
+def _set_level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def set_level(context: click.Context, _: click.Parameter, given: bool) -> None:
+        console = context.find_root().obj
+        if given and isinstance(console, Console):
+            console.level = level
+
+    return set_level
+
+
+def _level_options() -> list[click.Option]:
+    return [
+        click.Option(["-v", "--verbose"], is_flag=True, expose_value=False, callback=_set_level(VERBOSE), help="Say more."),
+        click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_set_level(QUIET), help="Say results only."),
+    ]
+
+
 class Command(click.Command):
-    """A command whose flags are given once: of two values, nobody could say which is meant."""
+    """A command that takes -v and -q, and whose other flags are given once: of two values, nobody could say which is meant."""
+
+    def __init__(self, *args: Any, **about: Any) -> None:
+        super().__init__(*args, **about)
+        self.params += _level_options()
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         if not context.resilient_parsing:  # as it is for the completion of a line that isn't whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 EXIT_SOME_FAILED = 3
 
 
-def carry_out(request: Generation, load: Callable[[], Pipeline]) -> int:
-    """Make the videos of `request`, and say what becomes of them; returns the exit code."""
-    teller = Teller(request)
+def carry_out(request: Generation, load: Callable[[], Pipeline], console: Console) -> int:
+    """Make the videos of `request`, and say what becomes of them; `console` shows the rest. Returns the exit code."""
+    teller = Teller(request, console)
     with stoppable() as cancel:
         outcome = Execution(request=request, load=load, emit=teller, cancel=cancel).run()
     if outcome.stopped:
@@ -37,7 +37,7 @@ class Teller:
     """Says what happens to a request."""
 
     request: Generation
-    console: Console = field(default_factory=Console)
+    console: Console
 
     def __call__(self, event: Event) -> None:
         match event:

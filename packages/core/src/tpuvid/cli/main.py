@@ -18,7 +18,7 @@ import click
 
 import tpuvid
 from tpuvid.cli.commands import Commands
-from tpuvid.cli.console import watched
+from tpuvid.cli.console import Console
 from tpuvid.cli.leave import leave
 from tpuvid.cli.options import (
     config_option,
@@ -42,7 +42,7 @@ from tpuvid.cli.options import (
     split,
     stage_model_option,
 )
-from tpuvid.compute.progress import current
+from tpuvid.compute.progress import Progress, current
 from tpuvid.contract.wording import table
 from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.plugin.checks import OWN
@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str] | None = None) -> int:
     try:
-        with watched():
-            code = cli.main(argv, prog_name="tpuvid", standalone_mode=False)
+        console = Console()
+        with Progress(console).watching():
+            code = cli.main(argv, prog_name="tpuvid", standalone_mode=False, obj=console)
         return code if isinstance(code, int) else 0  # of a plugin's command: anything
     except click.exceptions.NoArgsIsHelpError as help_request:
         click.echo(help_request.format_message())
@@ -179,7 +180,7 @@ def generate(model: str, prompt: str | None, prompts: str | None, num_videos: in
         options=options, keeping=keeping, batch_size=batch_size, savepoint_every=savepoint_every, resume=resume,
         preview_every=preview_every,
     )  # fmt: skip
-    return carry_out(generation, lambda: _load(model, options))
+    return carry_out(generation, lambda: _load(model, options), click.get_current_context().find_root().obj)
 
 
 @cli.command()

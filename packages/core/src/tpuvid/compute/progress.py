@@ -48,14 +48,22 @@ class Progress:
         self.emit(Reached(what=what, number=number, total=total))
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A part of the work with no known length: "load denoiser", "compile denoiser". A phase within it counts by itself."""
-        with self._timed(lambda seconds, failed: Progressed(what=name, seconds=seconds, failed=failed), name):
+    def phase(self, name: str, *, told: bool = True) -> Iterator[None]:
+        """A part of the work with no known length: "load denoiser", "compile denoiser". A phase within it counts by itself.
+
+        Not `told`: it is timed, and whoever watches sees what it is a part of.
+        """
+        with self._timed(lambda seconds, failed: Progressed(what=name, seconds=seconds, failed=failed) if told else None, name):
             yield
 
     @contextmanager
-    def steps(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """A part of the work in `total` steps, some of which may be `done`; call the result after each with those done."""
+    def steps(
+        self, name: str, total: int, done: int = 0, *, unit: str = "step", counted_as: str | None = None
+    ) -> Iterator[Callable[[int], None]]:
+        """A part of the work in `total` steps, some of which may be `done`; call the result after each with those done.
+
+        `counted_as`: the name under which its seconds are kept, where parts within it have its own.
+        """
         at = done
 
         def report(done: int) -> None:
@@ -64,16 +72,16 @@ class Progress:
             self.emit(event())
 
         def event(seconds: float | None = None, failed: bool = False) -> Progressed:
-            return Progressed(what=name, done=at, total=total, seconds=seconds, failed=failed)
+            return Progressed(what=name, done=at, total=total, unit=unit, seconds=seconds, failed=failed)
 
-        with self._timed(event, name):
+        with self._timed(event, counted_as or name):
             yield report
 
     @contextmanager
-    def _timed(self, event: Callable[[float | None, bool], Event], name: str) -> Iterator[None]:
+    def _timed(self, event: Callable[[float | None, bool], Event | None], name: str) -> Iterator[None]:
         outer, self._inner = self._inner, 0.0
         failed = True
-        self.emit(event(None, False))
+        self._tell(event(None, False))
         start = time.perf_counter()
         try:
             yield
@@ -83,7 +91,11 @@ class Progress:
             own = took - self._inner
             self.seconds[name] = self.seconds.get(name, 0.0) + own
             self._inner = outer + took
-            self.emit(event(own, failed))
+            self._tell(event(own, failed))
+
+    def _tell(self, event: Event | None) -> None:
+        if event is not None:
+            self.emit(event)
 
     def take(self) -> dict[str, Any]:
         """The notes and the seconds recorded since the last call."""

@@ -18,6 +18,8 @@ class Progressed:
     """The steps that are done; None: the part has no steps."""
     total: int | None = None
     """The steps of the part."""
+    unit: str = "step"
+    """What a step is called, in the singular."""
     seconds: float | None = None
     """What the part took, parts within it left out; None: it goes on."""
     failed: bool = False

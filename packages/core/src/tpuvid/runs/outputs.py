@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tpuvid.compute.progress import current
 from tpuvid.errors import TpuvidError
 from tpuvid.files.atomic import atomic_path, check_output
 from tpuvid.files.digests import file_sha256, sealed
@@ -75,6 +76,8 @@ class Outputs:
                 frames = None
                 if self.save_frames:
                     frames = writers.enter_context(FramesWriter(temporary["frames"], said_in_files(latents)))
+                told = current().steps("decode", latents.config.num_frames, unit="frame", counted_as="write")
+                report = writers.enter_context(told)
                 for chunk in pipe.decode_chunks(latents):
                     if unknown := sorted(set(chunk) - {"frames"}):
                         raise TpuvidError(f"the decoder makes {', '.join(unknown)} too, which no file here can hold")
@@ -83,6 +86,7 @@ class Outputs:
                     sheet.add(drawn[0])
                     if frames:
                         frames.write(drawn)
+                    report(video.frames)
                     on_chunk()
             shape = 1, video.frames, *drawn.shape[2:]
             config, history = pipe.decoded(latents, shape)

@@ -27,8 +27,8 @@ def read_prompts(path: str) -> list[Item]:
     """The prompts of a file, by the ending of its name.
 
     A line of ``.txt`` is a prompt; ``.csv`` and ``.tsv`` have a heading with ``prompt`` and names of settings; ``.jsonl`` has
-    an object of such names per line; ``.json`` and ``.yaml`` hold one of these, or a list of them or of prompts. ``output`` names
-    the mp4. "-" is stdin, read as what it looks like.
+    an object of such names per line; ``.json`` and ``.yaml`` hold one of these, or a list of them or of prompts. ``output``
+    names the mp4. "-" is stdin, read as what it looks like.
 
     Raises `InputError`, naming the place, for anything else.
     """
