@@ -73,7 +73,18 @@ def test_who_imports_whom(package, path):
 
 
 CORE = PACKAGES / "core" / "src" / "tpuvid"
-ORDER = ["errors", "contract", "files", "plugin", "compute", ("runs", "plan", "family"), "__init__", "testing", "cli"]
+ORDER = [
+    "errors",
+    "contract",
+    "files",
+    "plugin",
+    "compute",
+    ("runs", "plan", "family"),
+    "__init__",
+    "testing",
+    "cli",
+    "__main__",
+]
 """Core's folders and top modules: each imports from earlier ones only, those of one place not from each other."""
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in ([names] if isinstance(names, str) else names)}
 HEAVY = {"jax", "jaxlib", "torch", "torchax", "diffusers", "transformers"}

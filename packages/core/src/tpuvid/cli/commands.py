@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tpuvid.cli.console import QUIET, VERBOSE, Console
+from tpuvid.cli.words import meant
 from tpuvid.contract.commands import CommandSpec
 from tpuvid.contract.models import imported
 from tpuvid.errors import TpuvidError
@@ -42,7 +43,12 @@ class Command(click.Command):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         if not context.resilient_parsing:  # as it is for the completion of a line that isn't whole
-            _, _, order = self.make_parser(context).parse_args(args=list(args))
+            try:
+                _, _, order = self.make_parser(context).parse_args(args=list(args))
+            except click.NoSuchOption as error:
+                if hint := meant(error.option_name):
+                    raise click.UsageError(f"No such option '{error.option_name}'. {hint}", context) from None
+                raise
             for option, times in Counter(order).items():
                 if times > 1 and isinstance(option, click.Option) and not option.multiple:
                     raise click.UsageError(f"Option '{option.opts[0]}' is given {times} times; give it once.", context)

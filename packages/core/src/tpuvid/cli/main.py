@@ -149,7 +149,11 @@ def list_models(as_json: bool) -> None:
 @settings_of("encode")
 @denoising_options
 @click.option(
-    "--output", "-o", type=path_type, help="The mp4. Default: a name in --output-dir that says prompt, seed and time."
+    "--output",
+    "-o",
+    "--output-path",
+    type=path_type,
+    help="The mp4. Default: a name in --output-dir that says prompt, seed and time.",
 )
 @click.option("--output-dir", type=path_type, help="Folder for named files. [default: outputs]")
 @save_frames_option
@@ -331,7 +335,7 @@ def decode(model: str | None, input_dir: Path, output_dir: Path | None, save_fra
 
 @cli.command()
 @click.argument("video", type=path_type)
-@click.option("--output", "-o", type=path_type, help="The mp4. [default: the video's name with -reproduced]")
+@click.option("--output", "-o", "--output-path", type=path_type, help="The mp4. [default: the video's name with -reproduced]")
 @click.option("--model", help="In the place of the recorded one, for example where the same weights are.")
 @prompt_again_options
 @load_options("mesh")

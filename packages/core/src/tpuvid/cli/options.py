@@ -141,8 +141,8 @@ def _readable(each: Setting) -> Callable:
     return check
 
 
-model_option = click.option("--model", required=True, help="Registered id, local diffusers folder, or Hub id.")
-stage_model_option = click.option("--model", help="Default: the model that made the stage file.")
+model_option = click.option("--model", "--model-path", required=True, help="Registered id, local diffusers folder, or Hub id.")
+stage_model_option = click.option("--model", "--model-path", help="Default: the model that made the stage file.")
 topology_option = click.option(
     "--topology",
     required=True,

@@ -30,18 +30,20 @@ class GenerationConfig:
     )
     height: int = setting(help="Pixels.", enters=("denoise", "decode"), programs=True)
     width: int = setting(help="Pixels.", enters=("denoise", "decode"), programs=True)
-    num_frames: int = setting(old_names=("frames", "video_length"), enters=("denoise", "decode"), programs=True)
+    num_frames: int = setting(
+        also=("--frames",), old_names=("frames", "video_length"), enters=("denoise", "decode"), programs=True
+    )
     fps: int = setting(help="Frames per second of the mp4.", range=(1, 240), enters=("decode",), examples=(8, 24))
     num_inference_steps: int = setting(
         also=("--steps",), old_names=("steps",), help="Denoising steps.", range=(1, 1000), enters=("denoise",), calls=True
     )
     guidance_scale: float | None = setting(
-        help="Classifier-free guidance; 1.0 switches it off.", range=(0, LARGEST), enters=("denoise",), programs=True,
+        also=("--cfg-scale",), help="Classifier-free guidance; 1.0 switches it off.", range=(0, LARGEST), enters=("denoise",), programs=True,
         rule="needs a finite number ≥ 0; 1.0 switches guidance off",
     )  # fmt: skip
     """None takes the checkpoint's own."""
     flow_shift: float | None = setting(
-        None, help="Timestep shift; default by resolution or checkpoint.", range=(math.ulp(0.0), LARGEST),
+        None, also=("--shift",), help="Timestep shift; default by resolution or checkpoint.", range=(math.ulp(0.0), LARGEST),
         rule="needs a finite number > 0; leave it out for the model's own", old_names=("shift",), enters=("denoise",),
         takes="flow-matching schedule", examples=(2.0, 9.0),
     )  # fmt: skip

@@ -15,7 +15,8 @@ from tpuvid.contract.settings import SETTINGS
 from tpuvid.contract.wording import suggestion
 from tpuvid.errors import InputError
 
-ALIASES = {flag.lstrip("-"): name for name, each in SETTINGS.items() for flag in each.flags[1:]} | {"output_name": "output"}
+ALIASES = {other.lstrip("-").replace("-", "_"): name for name, each in SETTINGS.items() for other in each.also}
+ALIASES |= {"output_name": "output"}
 MOST_ITEMS = 100_000
 NAME = re.compile("[^\0-\x1f/\\\\\ud800-\udfff]{1,200}")
 RESERVED = ("batch", "batch.preview", "sweep", "index", "stage3_frames")
