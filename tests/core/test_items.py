@@ -37,6 +37,49 @@ def test_jsonl_gives_settings_with_their_types(tmp_path):
     assert item.settings == {"prompt": "a cat", "seed": 7, "height": 64, "flow_shift": 3.0}
 
 
+ROWS = [("a cat", {"seed": 7}), ("a dog", {})]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("p.tsv", "prompt\tseed\na cat\t7\na dog\t\n"),
+        ("p.json", '[{"prompt": "a cat", "seed": 7}, "a dog"]'),
+        ("p.yaml", "- prompt: a cat\n  seed: 07\n- a dog\n"),
+        ("p.yml", "- {prompt: a cat, seed: 7}\n- 'a dog '\n"),
+        ("p.ndjson", '{"prompt": " a cat", "seed": 7}\n{"prompt": "a dog"}'),
+    ],
+)
+def test_other_kinds_of_files_say_the_same(tmp_path, monkeypatch, name, text):
+    piped_too = "- {" not in text  # which might be text
+    for items in (prompts(tmp_path, name, text), *([piped(monkeypatch, text)] if piped_too else [])):
+        assert [(item.settings["prompt"], {k: v for k, v in item.settings.items() if k != "prompt"}) for item in items] == ROWS
+
+
+def piped(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    return read_prompts("-")
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "a cat", "seed": 7}', "prompt: a cat\nseed: 7"])
+def test_a_file_of_one(tmp_path, text):
+    (item,) = prompts(tmp_path, "p.json" if text[0] == "{" else "p.yaml", text)
+    assert item.settings == {"prompt": "a cat", "seed": 7}
+
+
+@pytest.mark.parametrize("text", ["[a cat] on a mat", "a prompt, with commas", "- a cat", "12:30"])
+def test_text_on_stdin_stays_text(monkeypatch, text):
+    assert [item.settings for item in piped(monkeypatch, text)] == [{"prompt": text}]
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\v", "\x85", "\f"])
+def test_only_the_end_of_a_line_ends_a_row(tmp_path, end):
+    (item,) = prompts(tmp_path, "p.csv", f"prompt,seed\r\na{end}cat,7\r\n")
+    assert item.settings == {"prompt": f"a{end}cat", "seed": 7}
+    (item,) = prompts(tmp_path, "p.txt", f"a{end}cat\n")
+    assert item.settings == {"prompt": f"a{end}cat"}
+
+
 @pytest.mark.parametrize("text, seed", [("a cat\na dog", None), ('{"prompt": "a cat", "seed": 1}\n{"prompt": "a dog"}', 1)])
 def test_stdin_is_text_or_jsonl(monkeypatch, text, seed):
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
@@ -62,6 +105,12 @@ def test_stdin_is_text_or_jsonl(monkeypatch, text, seed):
         ("p.jsonl", '["a"]\n', "line 1: is no JSON object"),
         ("p.jsonl", '{"prompt": ["a"]}\n', "line 1: has no prompt"),
         ("p.jsonl", "[" * 100_000, "line 1: is no JSON"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1, "seed": 2}', "line 1: gives 'seed' twice"),
+        ("p.yaml", "- prompt: a\n  prompt: b\n", "gives 'prompt' twice"),
+        ("p.json", '["a", 3]', "entry 2: is '3'; needs a prompt in quotes"),
+        ("p.json", '{"prompt": "a", "sed": 3}', "'sed' is no setting; did you mean seed?"),
+        ("p.docx", "a", "prompts come as .txt, .csv, .tsv"),
+        ("prompts", "a", "prompts come as .txt, .csv, .tsv"),
     ],
 )
 def test_lines_that_make_no_sense_are_named(tmp_path, name, text, says):

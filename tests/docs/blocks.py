@@ -30,7 +30,7 @@ from unittest.mock import patch
 import click
 import yaml
 from tpuvid.cli.main import cli
-from tpuvid.cli.options import split
+from tpuvid.contract.settings import SETTINGS
 from tpuvid.errors import TpuvidError
 from tpuvid.plan.topologies import LOCAL, parse_topology
 from tpuvid.plugin.registry import registry
@@ -168,7 +168,8 @@ def _check_tpuvid(arguments: list[str], where: str, *, refused: bool, registered
         if settings.get("topology") not in (None, *LOCAL):  # whether libtpu is installed or not
             parse_topology(settings["topology"])
         if registered and (model := settings.get("model")) and not refused:
-            registry().get(model).configure(**split(settings)[0])
+            asked_for = {name: value for name, value in settings.items() if name in SETTINGS and value is not None}
+            registry().get(model).configure(**asked_for)
     except (click.ClickException, TpuvidError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else error
         raise Wrong(f"{where}: tpuvid {shlex.join(arguments)}: {message}") from None

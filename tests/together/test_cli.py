@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ QUESTIONS = [
     (["generate", "--model", "wan-tiny", "--prompt", "x", "--fps", "abc"], 2, "'abc' is not a valid integer"),
     (["generate", "--model", "wan-tiny", "--prompt", "x", "--dtype", "int4"], 2, "bfloat16"),
     (["generate", "--model", "wan-tiny", "--prompt", "x", "-o", "clip.avi"], 2, "give a name that ends so"),
-    (["generate", "--model", "wan-tiny", "--prompt-file", "/nonexistent"], 2, "needs a text, CSV or JSONL file"),
+    (["generate", "--model", "wan-tiny", "--prompt-file", "/nonexistent"], 2, "needs a text file of prompts"),
     (["generate", "--model", "wan-tiny", "--prompt", "x", "-o", "a.mp4", "--output-dir", "b"], 2, "give either --output"),
     (["generate", "--model", "wan-tiny", "--prompt", "x", "-o", "x" * 300 + ".mp4"], 2, "choose a shorter one"),
     (["generate", "--model", "", "--prompt", "x"], 2, "model is empty"),
@@ -62,7 +63,7 @@ QUESTIONS = [
     (["compile", "--model", "wan-tiny", "--topology", "v9-8", "-o", "a.pack"], 2, "is no TPU slice"),
     (["compile", "--model", "wan-tiny", "--topology", "cpu", "--height", "33", "-o", "a.pack"], 2, "nearest: 32 and 48"),
     (["generate", "--model", "wan-tiny", "--prompt", "x", "--pack", "/nonexistent"], 2, "does not exist"),
-    (["generate", "--model", "wan-tiny", "--prompt", "x", "--trust-pack"], 2, "add --pack FILE"),
+    (["generate", "--model", "wan-tiny", "--prompt", "x", "--trust-pack"], 2, "add --pack, or leave out --trust-pack"),
     (["compare", "--help"], 0, "PSNR, SSIM"),
     (["tune", "attention", "--help"], 0, "--max-candidates"),
     (["tune", "attention", "--topology", "v6e-8"], 2, "give --model, or a whole shape"),
@@ -158,7 +159,10 @@ def test_yaml_gives_defaults_and_flags_win(tmp_path, capsys):
         ("- a", "holds a list"),
         ("a: [", "no readable YAML"),
         ("output: [x]", "output=['x']: needs one path"),
-        ("seed: true", "seed=True: needs one integer"),
+        ("model: a\nprompt: x\nseed: true", "'true' is not a valid integer"),
+        ("seed: 1\nseed: 2", "gives 'seed' twice; say it once"),
+        ("steps: 1\nnum_inference_steps: 2", "num_inference_steps is another name of what stands there already"),
+        ("prompt: &a [*a]", "a value that holds itself"),
         ("prompt: {a: b}", "needs one text"),
     ],
 )
@@ -173,6 +177,47 @@ def test_yaml_values_have_the_flags_types(tmp_path, capsys):
         for value in ("many", "1.9"):
             (tmp_path / "c.yaml").write_text(f"model: wan-tiny\nprompt: x\n{name}: {value}\n")
             assert f"'{value}' is not a valid integer" in fails(capsys, "generate", "--config", str(tmp_path / "c.yaml"))[1]
+
+
+def test_yaml_is_read_as_it_is_written(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("tpuvid.runs.asked.requests.plan_generation", lambda model, **asked: seen.update(asked) or 1 / 0)
+    text = (
+        "model: wan-tiny\nprompt: 12:30\nseed: 010\nnegative_prompt: no\noverwrite: true\nsweep: [fps=8,12]\noutput_dir: ~/x\n"
+    )
+    (tmp_path / "c.yaml").write_text(text)
+    assert run(["generate", "--config", str(tmp_path / "c.yaml")]) == 1
+    assert (seen["prompt"], seen["settings"]["seed"], seen["settings"]["negative_prompt"]) == ("12:30", 10, "no")
+    assert seen["sweep"] == ("fps=8,12",) and seen["keeping"].overwrite and seen["keeping"].output_dir == Path.home() / "x"
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["--seed", "1", "--seed", "2"], "Option '--seed' is given 2 times; give it once."),
+        (["--lora-path", "a", "--lora-path", "b"], "Option '--lora-path' is given 2 times"),
+        (["--steps", "1", "--num-inference-steps", "2"], "Option '--num-inference-steps' is given 2 times"),
+        (
+            ["--lora-scale", "0.5"],
+            "lora_scale=0.5: means nothing without lora_path; add --lora-path",
+        ),
+        (["--image", "a.png"], "No such option '--image'. There is none: tpuvid makes videos of text alone."),
+        (["--sample_steps", "4"], "No such option '--sample-steps'. Here it is --num-inference-steps."),
+        (["--frames", "80"], "num_frames=80"),
+        (["--cfg-scale", "-1"], "guidance_scale=-1.0"),
+        (["--shift", "0"], "flow_shift=0.0"),
+    ],
+)
+def test_what_is_said_twice_or_alone_or_otherwise(capsys, given, says):
+    code, err = fails(capsys, "generate", "--model-path", "wan-tiny", "--prompt", "x", *given)
+    assert code == 2 and says in err
+
+
+@pytest.mark.parametrize("prompt", ["", "  "])
+@pytest.mark.parametrize("command", ["generate", "encode"])
+def test_no_prompt_is_refused(capsys, command, prompt):
+    code, err = fails(capsys, command, "--model", "wan-tiny", "--prompt", prompt)
+    assert code == 2 and "needs words that say what the video shows" in err
 
 
 @pytest.mark.parametrize("name", ["savepoint", "checkpoint"])  # the old name too
@@ -251,7 +296,8 @@ def test_a_failure_while_running_is_one_line_and_1(monkeypatch, capsys, error, s
 
     monkeypatch.setattr("tpuvid.load", fail)
     code, err = fails(capsys, "generate", "--model", "wan-tiny", "--prompt", "x", "-o", "never.mp4")
-    assert code == 1 and says in err and err.count("\n") == 1
+    told, line = err.splitlines()
+    assert code == 1 and says in line and told == "start …"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +309,7 @@ def test_a_failure_while_running_is_one_line_and_1(monkeypatch, capsys, error, s
     ],
 )
 def test_what_these_devices_cannot_do_is_refused(tmp_path, capsys, option, message):
-    code, err = fails(capsys, "generate", "--model", "wan-tiny", "--prompt", "x", "-o", str(tmp_path / "a.mp4"), *option)
+    code, err = fails(capsys, "generate", "-q", "--model", "wan-tiny", "--prompt", "x", "-o", str(tmp_path / "a.mp4"), *option)
     assert code == 2 and message in err and err.count("\n") == 1
 
 

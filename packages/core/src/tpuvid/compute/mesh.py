@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpuvid.contract.layout import AXES, SP, MeshConfig
+from tpuvid.compute.kernels.placement import SP
+from tpuvid.contract.layout import AXES, MeshConfig
 from tpuvid.errors import InputError
 
 Rule = tuple[str, tuple[str | None, ...]]

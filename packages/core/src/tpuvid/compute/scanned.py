@@ -19,10 +19,9 @@ from torch import nn
 from torch.nn.utils import stateless
 
 from tpuvid.compute.bridge import Params, environment
-from tpuvid.compute.kernels.placement import TokenSplit, placement, tokens_split
+from tpuvid.compute.kernels.placement import SP, TokenSplit, placement, tokens_split
 from tpuvid.compute.kernels.tokens import padded_length
 from tpuvid.compute.mesh import FSDP, fsdp_axis, fsdp_spec
-from tpuvid.contract.layout import SP
 
 Carry = tuple[jax.Array, ...]
 """What passes from block to block of a scanned stack."""

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import nn
 
 from tpuvid.compute.inputs import check_latents
-from tpuvid.compute.kernels.placement import SpatialSplit, picture_split
+from tpuvid.compute.kernels.placement import SP, SpatialSplit, picture_split
 from tpuvid.compute.kernels.spatial import choose_split
 from tpuvid.compute.mesh import make_mesh
 from tpuvid.compute.parameters import load_parameters, match_parameters
@@ -27,7 +27,7 @@ from tpuvid.compute.progress import current
 from tpuvid.compute.runtime import LEAST_EFFORT, Runtime, replicated
 from tpuvid.compute.tiles import Tiling
 from tpuvid.compute.traced import TracedModule, build
-from tpuvid.contract.layout import SP, MeshConfig
+from tpuvid.contract.layout import MeshConfig
 from tpuvid.files.checkpoint import Checkpoint
 
 EFFORT = -0.5

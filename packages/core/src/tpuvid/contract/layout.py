@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from tpuvid.errors import InputError
 
-SP = "sp"
-AXES = ("dp", SP, "tp")
+AXES = ("dp", "sp", "tp")
 """``dp`` splits the batch (the two halves of classifier-free guidance), ``sp`` the tokens, ``tp`` heads and widths."""
 
 

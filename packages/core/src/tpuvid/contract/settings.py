@@ -38,7 +38,8 @@ class GenerationConfig:
         also=("--steps",), old_names=("steps",), help="Denoising steps.", range=(1, 1000), enters=("denoise",), calls=True
     )
     guidance_scale: float | None = setting(
-        also=("--cfg-scale",), help="Classifier-free guidance; 1.0 switches it off.", range=(0, LARGEST), enters=("denoise",), programs=True,
+        also=("--cfg-scale",), help="Classifier-free guidance; 1.0 switches it off.",
+        range=(0, LARGEST), enters=("denoise",), programs=True,
         rule="needs a finite number ≥ 0; 1.0 switches guidance off",
     )  # fmt: skip
     """None takes the checkpoint's own."""

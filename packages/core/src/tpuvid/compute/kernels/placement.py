@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 
 from tpuvid.compute.kernels.window import Window
 
+SP = "sp"
+"""The mesh axis that tokens, and strips of frames, are split over."""
 ATTENTION_BACKENDS = {
     "auto": "any platform",
     "xla": "any platform",

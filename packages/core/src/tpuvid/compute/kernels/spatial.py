@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from tpuvid.compute.kernels.placement import SpatialSplit, placement
-from tpuvid.contract.layout import SP
+from tpuvid.compute.kernels.placement import SP, SpatialSplit, placement
 
 
 def choose_split(height: int, width: int, devices: int) -> SpatialSplit | None:

@@ -18,9 +18,8 @@ from jaxtyping import Bool, Float
 
 from tpuvid.compute.kernels.attention import attention
 from tpuvid.compute.kernels.block_sizes import LANES
-from tpuvid.compute.kernels.placement import placement
+from tpuvid.compute.kernels.placement import SP, placement
 from tpuvid.compute.kernels.window import Band
-from tpuvid.contract.layout import SP
 
 VIDEO = "hidden_states"
 """The stream that windows are about: what diffusers' blocks call the tokens of a video, which stand frame by frame."""

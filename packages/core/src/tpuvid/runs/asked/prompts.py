@@ -13,7 +13,7 @@ from typing import Any
 
 from tpuvid.contract.parser import parse_settings
 from tpuvid.contract.paths import path_of
-from tpuvid.contract.settings import SETTINGS
+from tpuvid.contract.settings import SETTINGS, cleaned
 from tpuvid.errors import InputError
 from tpuvid.files.texts import read_yaml, unique_keys
 from tpuvid.runs.asked.items import MOST_ITEMS, NAME, RESERVED, Item, setting_name
@@ -138,7 +138,8 @@ def _item(where: str, row: Any) -> Item:
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: is {str(row)[:40]!r}; needs a prompt in quotes, or names of settings with their values")
-    values = {setting_name(where, key, (*SETTINGS, "output")): value for key, value in row.items() if value is not None}
+    named = ((setting_name(where, key, (*SETTINGS, "output")), value) for key, value in row.items() if value is not None)
+    values = {name: cleaned(name, value) for name, value in named}
     if len(values) < sum(value is not None for value in row.values()):
         raise InputError(f"{where}: gives a setting twice")
     output = values.pop("output", None)
