@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.files.colours import to_rgb
 from tpuvid.files.mp4 import save_mp4, to_uint8
 from tpuvid.files.sheet import save_contact_sheet
 
@@ -23,10 +24,39 @@ def test_mp4_plays_back_what_was_written(tmp_path):
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
         assert stream.average_rate == 12
-        decoded = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
+        decoded = np.stack([to_rgb(frame) for frame in container.decode(stream)])
     assert decoded.shape == frames.shape
     mse = np.mean((decoded / 255 - frames) ** 2)
     assert -10 * np.log10(mse) > 35
+
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (128, 128, 128), "skin": (224, 172, 105)}
+
+
+def of_one_colour(name, height, width):
+    return np.broadcast_to(np.array(COLOURS[name], np.float32) / 255, (2, height, width, 3))
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (720, 1280)])
+@pytest.mark.parametrize("name, luma", [("red", 63), ("green", 173), ("blue", 32), ("grey", 126), ("skin", 169)])
+def test_colours_are_bt709_and_say_so(tmp_path, name, luma, height, width):
+    """Whatever the size; in the pictures and in the container, also after the record was put into it."""
+    path = save_mp4(of_one_colour(name, height, width), tmp_path / "clip.mp4", fps=8, metadata={"prompt": name})
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.color_range, context.colorspace, context.color_primaries, context.color_trc) == (1, 1, 1, 1)
+        frame = next(container.decode(video=0))
+    assert int(frame.colorspace) == 1 and frame.to_ndarray()[height // 2, width // 2] == luma  # Y, by ITU-R BT.709-6
+    assert np.abs(to_rgb(frame).astype(int) - COLOURS[name]).max() <= 1
+    assert b"colrnclx" + bytes([0, 1, 0, 1, 0, 1, 0]) in path.read_bytes(), "BT.709 three times, limited range"
+
+
+@pytest.mark.parametrize("height, matrix", [(64, "ITU601"), (720, "ITU709")])
+def test_what_says_nothing_of_its_colours_is_read_as_players_do(height, matrix):
+    red = av.VideoFrame.from_ndarray(np.full((height, 64, 3), (255, 0, 0), np.uint8), format="rgb24")
+    silent = red.reformat(format="yuv420p", dst_colorspace=matrix, src_color_range="JPEG", dst_color_range="MPEG")
+    silent.colorspace, silent.color_range = 2, 0
+    assert np.abs(to_rgb(silent)[height // 2, 32].astype(int) - (255, 0, 0)).max() <= 2
 
 
 def test_mp4_starts_before_it_is_fetched_whole(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from shared.pipes import kept
 from tpuvid.cli.main import run
+from tpuvid.files.colours import to_rgb
 from tpuvid_tiny.grammar import Scene
 from tpuvid_tiny.score import read_clip
 
@@ -20,7 +21,7 @@ def test_the_mp4_shows_the_prompt(scene, tmp_path, capsys, monkeypatch):
     assert run(["generate", "--model", "wan-tiny", "--prompt", scene.caption(), "-o", str(tmp_path / "clip.mp4")]) == 0
     assert f"video: {tmp_path / 'clip.mp4'}" in capsys.readouterr().out
     with av.open(str(tmp_path / "clip.mp4")) as container:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        frames = np.stack([to_rgb(frame) for frame in container.decode(video=0)])
     assert frames.shape == (17, 64, 64, 3)
     reading = read_clip(frames.astype(np.float32) / 255)
     assert (reading.colour, reading.shape, reading.motion, reading.background) == (

@@ -182,9 +182,8 @@ def test_yaml_values_have_the_flags_types(tmp_path, capsys):
 def test_yaml_is_read_as_it_is_written(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr("tpuvid.runs.asked.requests.plan_generation", lambda model, **asked: seen.update(asked) or 1 / 0)
-    text = (
-        "model: wan-tiny\nprompt: 12:30\nseed: 010\nnegative_prompt: no\noverwrite: true\nsweep: [fps=8,12]\noutput_dir: ~/x\n"
-    )
+    text = 'model: wan-tiny\nprompt: 12:30\nseed: 010\nnegative_prompt: no\noverwrite: true\nsweep: ["fps=8,12"]\n'
+    text += "output_dir: ~/x\n"
     (tmp_path / "c.yaml").write_text(text)
     assert run(["generate", "--config", str(tmp_path / "c.yaml")]) == 1
     assert (seen["prompt"], seen["settings"]["seed"], seen["settings"]["negative_prompt"]) == ("12:30", 10, "no")

@@ -13,6 +13,7 @@ import numpy as np
 
 from tpuvid.contract.paths import path_of
 from tpuvid.errors import InputError, TpuvidError
+from tpuvid.files import colours
 from tpuvid.files.atomic import atomic_path
 
 # x264's macroblock tree gives other files for the same frames: 14 different ones in 150 runs, with mbtree=0 one (PyAV 18.1)
@@ -70,19 +71,18 @@ class Mp4Writer:
             self._container = av.open(str(self.path), "w", format="mp4", options=FASTSTART)
             self._stream = self._container.add_stream("libx264", rate=self.fps, options=X264)
             self._stream.pix_fmt = "yuv420p"
+            colours.declare(self._stream)
         return self
 
     def write(self, frames: np.ndarray) -> None:
         """Write the next frames: [n, H, W, 3] in [0, 1]."""
-        import av
-
         if not self.frames:
             self._stream.height, self._stream.width = frames.shape[1:3]
         with _encoder_errors(self.path):
             for frame in map(to_uint8, frames):
                 self._digest.update(np.ascontiguousarray(frame).data)
                 self.frames += 1
-                for packet in self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                for packet in self._stream.encode(colours.from_rgb(frame)):
                     self._container.mux(packet)
 
     def __exit__(self, kind: type | None, *_: object) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from tpuvid.contract.paths import path_of
 from tpuvid.errors import InputError
+from tpuvid.files.colours import to_rgb
 from tpuvid.files.mp4 import no_mp4
 from tpuvid.files.readers import readable_safetensors
 from tpuvid.files.stage_files import FRAMES, LATENTS, load_latents
@@ -241,7 +242,7 @@ def _mp4(path: Path) -> Iterator[np.ndarray]:
         with av.open(str(path)) as container:
             streams, frame = container.streams.video, None
             for frame in container.decode(streams[0]) if streams else ():
-                yield frame.to_ndarray(format="rgb24")
+                yield to_rgb(frame)
             if frame is None:
                 raise InputError(f"{path}: holds no pictures; it is truncated or no video: make or fetch it again")
     except av.error.FFmpegError as error:
