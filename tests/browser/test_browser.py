@@ -19,8 +19,8 @@ FLAGS = (
     "--disable-component-update", "--autoplay-policy=no-user-gesture-required", "--force-color-profile=srgb",
     "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
 )  # fmt: skip
-"""Shaders turn pictures into pixels, as they do wherever there is a GPU. Without (--disable-gpu) Chromium does it by libyuv, whose
-coefficients of BT.709 are cut at 2.0: it shows pure blue as 243, whoever has made the video."""
+"""Shaders turn pictures into pixels, as they do wherever there is a GPU. Without (--disable-gpu) Chromium does it by libyuv,
+whose coefficients of BT.709 are cut at 2.0: it shows pure blue as 243, whoever has made the video."""
 PAGE = """<!doctype html><script>
 async function pixel(name) {
   const video = document.createElement('video');
