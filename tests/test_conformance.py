@@ -8,7 +8,7 @@ from tpuvid import testing
     "package",
     [
         "tpuvid-wan",
-        "tpuvid-tiny",
+        pytest.param("tpuvid-tiny", marks=pytest.mark.slow),
         pytest.param("tpuvid-cogvideox", marks=pytest.mark.slow),
         pytest.param("tpuvid-hunyuan", marks=pytest.mark.slow),
     ],

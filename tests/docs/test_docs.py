@@ -68,7 +68,11 @@ def test_whatever_a_page_says_can_be_typed(page):
                     check_command(command, block.where, registered=False)
 
 
-@pytest.mark.parametrize("page", RUN)
+SLOW = {"docs/packs.md", "docs/planning.md"}
+"""Pages whose commands tests/together/test_packs.py and test_plan.py run too."""
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in RUN])
 def test_what_a_page_says_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tpuvid.load", kept)
