@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 import signal
 import time
 import weakref
@@ -27,11 +28,13 @@ from tpuvid.runs.outputs import Outputs
 from tpuvid.runs.pipeline import Pipeline
 
 RED, BLUE = "a red circle growing on a black background", "a blue square growing on a white background"
-QUICK = ["--steps", "2", "--num-frames", "5"]
+QUICK = {"--steps": "2", "--num-frames": "5"}
 
 
 def generate(*arguments):
-    return run(["generate", "--model", "wan-tiny", *QUICK, *map(str, arguments)])
+    words = list(map(str, arguments))
+    quick = [word for flag, value in QUICK.items() if flag not in words for word in (flag, value)]
+    return run(["generate", "--model", "wan-tiny", *quick, *words])
 
 
 def names(folder, suffix=".mp4"):
@@ -352,19 +355,33 @@ def test_a_strangers_record_is_checked_like_flags(clip, tmp_path, capsys):
         ({"guidance_scale": 10**400}, "guidance_scale=1000"),
     ):
         (tmp_path / "clip.json").write_text(json.dumps(sealed(record | change)))
-        code = run(["reproduce", str(tmp_path / "clip.json")])
+        code = run(["reproduce", "-q", str(tmp_path / "clip.json")])
         error = capsys.readouterr().err
         assert code == 2 and says in error and error.count("\n") == 1, (change, error)
 
 
 def test_inspecting_a_video_says_how_it_was_made(clip, tmp_path, capsys):
     assert run(["inspect", str(clip)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{clip}: video" and len(lines) == 5 and lines[0] == f"  prompt: {RED}"
+    assert lines[1] == "  model: wan-tiny, 64x64, 5 frames at 8 per second" and lines[2].endswith(
+        "4 steps, guidance 4.0, seed 42"
+    )
+    assert " UTC, on 1 × cpu, in " in lines[3]
+    assert lines[4].startswith(f"  again: tpuvid generate --model wan-tiny --prompt '{RED}' --negative-prompt blurry")
+    assert "--cache deepcache --cache-start-step 1" in lines[4] and "--height" not in lines[4]
+    _, _, *again = shlex.split(lines[4])
+    assert run([*again, "-q", "-o", str(tmp_path / "again.mp4")]) == 0
+    assert read_record(tmp_path / "again.mp4")["latents_sha256"] == read_record(clip)["latents_sha256"]
+    assert run(["inspect", "-v", str(clip)]) == 0
     out = capsys.readouterr().out
     assert "clip.mp4: video, 64x64, 5 frames at 8 per second" in out and f"prompt = {RED}" in out and "jax = " in out
     plain = save_mp4(np.zeros((3, 16, 16, 3), np.float32), tmp_path / "plain.mp4", fps=8)
     assert run(["inspect", str(plain)]) == 0 and "holds no record" in capsys.readouterr().out
     (tmp_path / "no.mp4").write_bytes(b"no")
     assert run(["inspect", str(tmp_path / "no.mp4")]) == 2
+    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:-100])
+    assert run(["inspect", str(tmp_path / "cut.mp4")]) == 1 and "cut.mp4: is truncated" in capsys.readouterr().err
 
 
 def test_decoding_holds_a_bounded_number_of_frames(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ TENSOR = b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
 def test_a_prepared_checkpoint_is_refused(folder, tmp_path, capsys, forbid_weights, damage, says):
     damage(folder)
     forbid_weights()
-    code = run(["generate", "--model", str(folder), "--prompt", "x", "-o", str(tmp_path / "x.mp4")])
+    code = run(["generate", "-q", "--model", str(folder), "--prompt", "x", "-o", str(tmp_path / "x.mp4")])
     err = capsys.readouterr().err
     assert code == 2 and says in err and err.count("\n") == 1, err
     assert not (tmp_path / "x.mp4").exists()

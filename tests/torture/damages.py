@@ -174,4 +174,4 @@ def _inspect(path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
         codes = tpuvid(["inspect", str(path)]), tpuvid(["compare", str(path), str(path)])
     check_silence(err.getvalue())
-    assert set(codes) <= {0, 2}, (codes, err.getvalue())
+    assert codes[0] in (0, 1, 2) and codes[1] in (0, 2), (codes, err.getvalue())  # 1: a video that is cut short

@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tpuvid.cli.video_story import story
 from tpuvid.compute.packs.pack import HEADER, read_pack
 from tpuvid.compute.run_key import key_hash
-from tpuvid.errors import InputError
+from tpuvid.errors import InputError, TpuvidError
 from tpuvid.files.checkpoint import INDEX
-from tpuvid.files.mp4 import video_size
+from tpuvid.files.mp4 import is_cut_short, video_size
 from tpuvid.files.readers import read_json, readable_safetensors
 from tpuvid.files.stage_files import CONFIG, read_stage_file
 from tpuvid.files.weights import weight_files
@@ -77,6 +78,8 @@ def _content(path: Path, metadata: Mapping[str, Any]) -> str:
 
 
 def _video(path: Path) -> dict[str, Any]:
+    if is_cut_short(path):
+        raise TpuvidError(f"{path}: is truncated: it ends before the video does; copy or fetch it again, or make it again")
     about = {"kind": "video", "path": str(path), **video_size(path)}
     try:
         return about | {"settings": read_record(path)}
@@ -160,8 +163,8 @@ def _listed(key: str, value: Any, indent: str = "  ") -> list[str]:
     return [f"{indent}{key}", *(line for k, v in value.items() for line in _listed(k, v, indent + "  "))]
 
 
-def render(about: dict[str, Any]) -> str:
-    """`describe`'s result for people."""
+def render(about: dict[str, Any], *, all_of_it: bool = False) -> str:
+    """`describe`'s result for people; of a video `story` alone, unless `all_of_it` is wanted."""
     lines = [f"{about['path']}: {about['kind']}"]
     if about["kind"] == "checkpoint":
         lines[0] += f" of {about['pipeline']}"
@@ -178,6 +181,8 @@ def render(about: dict[str, Any]) -> str:
         for program in about["programs"]:
             lines.append(f"  {program['stage']}: {program['name']}: {program['bytes'] / 1e6:.1f} MB: {program['arguments']}")
         lines += [f"  {name} = {value}" for name, value in about["key"].items() if name not in ("configs", "device_order")]
+    if about["kind"] == "video" and about["settings"] and not all_of_it:
+        return "\n".join([f"{about['path']}: video", *(f"  {line}" for line in story(about))])
     if about["kind"] == "video":
         lines[0] += f", {about['width']}x{about['height']}, {about['frames']} frames at {about['fps']:g} per second"
         lines += [f"  {about['error']}"] if "error" in about else []
@@ -186,5 +191,5 @@ def render(about: dict[str, Any]) -> str:
     for key, value in (about.get("metadata") or about.get("settings") or {}).items():
         lines += _listed(key, value)
     for file in about.get("files", []):
-        lines += ["", render(file)]
+        lines += ["", render(file, all_of_it=all_of_it)]
     return "\n".join(lines)

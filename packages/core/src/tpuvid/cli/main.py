@@ -18,7 +18,7 @@ import click
 
 import tpuvid
 from tpuvid.cli.commands import Commands
-from tpuvid.cli.console import Console
+from tpuvid.cli.console import VERBOSE, Console
 from tpuvid.cli.leave import leave
 from tpuvid.cli.options import (
     config_option,
@@ -369,12 +369,15 @@ def reproduce(video: Path, output: Path | None, model: str | None, mesh: str | N
 @click.argument("path", type=path_type)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect_command(path: Path, as_json: bool) -> None:
-    """How an mp4 was made; what a stage file, a folder of them, a pack or a checkpoint holds: tensors, settings, programs."""
+    """How an mp4 was made (all of its record with -v); what a stage file, a folder of them, a pack or a checkpoint holds.
+
+    Those have tensors, settings, programs.
+    """
     from tpuvid.cli.describe import describe, render
     from tpuvid.runs.kept.record import printable
 
-    about = describe(path)
-    click.echo(json.dumps(about, indent=2) if as_json else printable(render(about)))
+    about, console = describe(path), click.get_current_context().find_root().obj
+    click.echo(json.dumps(about, indent=2) if as_json else printable(render(about, all_of_it=console.level >= VERBOSE)))
 
 
 @cli.command("compare")

@@ -162,6 +162,25 @@ def video_size(path: Path) -> dict[str, Any]:
         raise no_mp4(path, error) from None
 
 
+def is_cut_short(path: Path) -> bool:
+    """Whether an mp4 ends before its last box does (ISO/IEC 14496-12): it was copied or fetched in part."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        at = 0
+        while at < size:
+            file.seek(at)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:  # the size stands in the eight bytes after the name
+                length = int.from_bytes(head[8:], "big")
+            if length == 0:  # to the end of the file
+                return False
+            if length < 8 or not head[4:8].isascii():
+                return False  # something else is wrong with it, or it is no mp4
+            at += length
+    return at > size
+
+
 def no_mp4(path: Path, error: Exception) -> InputError:
     """What to raise where `error` says that `path` can't be read."""
     reason = getattr(error, "strerror", None) or error

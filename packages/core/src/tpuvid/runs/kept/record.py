@@ -10,12 +10,14 @@ Flat, JSON-ready: ``model_id``, every setting of `GenerationConfig`, and
     history      by stage: devices and layout, step cache, seconds
     latents_sha256, frames_sha256    of float32 [1, C, f, h, w], and of uint8 [F, H, W, 3] before they are compressed
     request      a hash of all that was asked for
+    created      when, in UTC
     record_version, checksum         of all this
     video_sha256                     of the mp4: in the JSON file alone
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +62,7 @@ def make_record(
         "latents_sha256": latents.sha256(),
         "frames_sha256": frames_sha256,
         "request": request,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "record_version": RECORD_VERSION,
     }
     return sealed(record)
