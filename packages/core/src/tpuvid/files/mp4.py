@@ -175,7 +175,7 @@ def is_cut_short(path: Path) -> bool:
                 length = int.from_bytes(head[8:], "big")
             if length == 0:  # to the end of the file
                 return False
-            if length < 8 or not head[4:8].isascii():
+            if length < 8 or (at == 0 and head[4:8] != b"ftyp"):
                 return False  # something else is wrong with it, or it is no mp4
             at += length
     return at > size
