@@ -89,7 +89,10 @@ class Checkpoint:
         """
         if self.folder is None:
             return None
-        stats = ((path, path.stat()) for path in sorted(self.folder.glob("*/*")) if path.suffix in FINGERPRINTED)
+        try:
+            stats = [(path, path.stat()) for path in sorted(self.folder.glob("*/*")) if path.suffix in FINGERPRINTED]
+        except FileNotFoundError as error:  # what was listed is gone
+            raise InputError(f"{self.folder}: changes while it is read ({error}); give a folder that stays as it is") from None
         return _fingerprint(self.folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
     def others_record(self) -> dict[str, str]:
