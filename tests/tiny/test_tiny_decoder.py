@@ -137,6 +137,17 @@ def test_tiles(preview):
     assert np.abs(whole - tiled)[:, :, :192].max() <= 1e-5 < np.abs(whole - tiled).max()
 
 
+def test_the_packages_map_is_there_at_once(latents, tmp_path, monkeypatch):
+    """Nothing is fitted: neither the VAE that encodes nor the cache is touched. Each latent frame has a picture."""
+    monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("tpuvid.runs.preview._fitted", lambda *_: pytest.fail("it was fitted"))
+    whole = tpuvid.load("wan-tiny")
+    found = Preview.of(whole.spec, whole.checkpoint, whole._open("decode"), tmp_path / "run.png")
+    drawn = found.pictures(latents.latents[0])
+    assert drawn.shape == (5, 8, 8, 3) and np.isfinite(drawn).all() and drawn.std() > 0.05
+    assert found.weights.shape == (2, 17, 3) and not (tmp_path / "cache" / "preview").exists()
+
+
 def test_pictures_of_a_run_still_come(preview, latents, tmp_path, monkeypatch):
     """`--preview` fits its map with the VAE that encodes, whichever decodes."""
     monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))

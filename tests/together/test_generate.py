@@ -484,7 +484,6 @@ def test_resuming_what_is_done_finds_it_by_its_content(tmp_path, capsys):
 
 def test_files_of_others_stay(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TPUVID_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tpuvid.runs.preview.CLIPS", 2)  # nobody looks at the colours
     (tmp_path / "p.txt").write_text(f"{RED}\n")
     for name in ("preview.png", "batch.preview.png", "clip.preview.png"):
         (tmp_path / name).write_text("mine")

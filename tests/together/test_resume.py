@@ -271,6 +271,7 @@ def test_previews_are_pictures_of_what_is_coming(pipe, conditioning, tmp_path, m
 
 def test_a_preview_is_an_animated_png(pipe, conditioning, tmp_path, monkeypatch):
     few_clips(monkeypatch, tmp_path)
+    monkeypatch.setattr(pipe, "spec", replace(pipe.spec, preview=None))  # of a model whose package brings no map
     before = pipe.denoise(conditioning, **SMALL).latents
     control = Control(preview=tmp_path / "p.png")
     assert np.array_equal(pipe.denoise(conditioning, control=control, **SMALL).latents, before)

@@ -10,6 +10,7 @@ WAN_TINY = dataclasses.replace(
     WAN_1_3B,
     model_id="wan-tiny",
     checkpoint="tpuvid_tiny:checkpoint",
+    preview="tpuvid_tiny:preview.json",
     parameters="3.9M",
     conformance=None,
     signature={"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32, "in_channels": 16},

@@ -33,10 +33,14 @@ COMMON: dict[str, Any] = dict(
 )
 SAMPLING: dict[str, Any] = dict(num_frames=81, fps=16, num_inference_steps=50, guidance_scale=5.0)
 
+PREVIEW = "tpuvid_wan:configs/preview-wan2.1.json"
+"""The map of latents as the VAE decodes them, by ComfyUI's factors for normalised ones (comfy/latent_formats.py at 040a324)."""
+
 WAN_14B = ModelSpec(
     model_id="wan2.1-t2v-14b",
     checkpoint="Wan-AI/Wan2.1-T2V-14B-Diffusers",
     configs="tpuvid_wan:configs/wan2.1-t2v-14b",
+    preview=PREVIEW,
     parameters="14.3B",
     signature={"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16},
     defaults=GenerationConfig(height=720, width=1280, **SAMPLING),
@@ -47,6 +51,7 @@ WAN_1_3B = ModelSpec(
     model_id="wan2.1-t2v-1.3b",
     checkpoint="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     configs="tpuvid_wan:configs/wan2.1-t2v-1.3b",
+    preview=PREVIEW,
     parameters="1.4B",
     signature={"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16},
     defaults=GenerationConfig(height=480, width=832, **SAMPLING),

@@ -65,6 +65,9 @@ class ModelSpec:
     """Each "module:callable", called with (Checkpoint, Runtime) when its stage first runs; gives a `Stage`."""
     api_version: int
     """The `API_VERSION` that the package was written for, as a number: it must not follow what is installed."""
+    preview: str | None = None
+    """A file inside a Python package ("package:file.json") with the map of ``--preview`` from latents to colours: see
+    `tpuvid.runs.preview`. None: it is fitted with the checkpoint's own VAE when it is first asked for."""
     conformance: Conformance | None = None
     """None: `tpuvid plugin check` runs the model's own checkpoint, where that is a folder inside a package."""
     twin: str | None = None

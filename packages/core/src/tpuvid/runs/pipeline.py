@@ -216,9 +216,7 @@ class Pipeline:
         if control.preview:
             from tpuvid.runs.preview import Preview
 
-            self.checkpoint.require(("vae",))  # also where another decoder runs
-            with current().phase("fit preview"):
-                preview = Preview.fit(self.checkpoint, self._open("decode"), Path(control.preview))
+            preview = Preview.of(self.spec, self.checkpoint, self._open("decode"), Path(control.preview))
         return Follower(control, configs[0].num_inference_steps, on_step, savepoints, preview)
 
     def decode(self, latents: Latents) -> Video:

@@ -1,6 +1,8 @@
-"""Cheap pictures of latents: a linear map from a latent to the colour of its pixels, fitted from the checkpoint's own VAE.
+"""Cheap pictures of latents: a linear map from a latent to the colour of its pixels, which a model's package brings, or which
+is fitted from the checkpoint's own VAE.
 
-The first latent frame stands for one frame of the video and the others for several, so that they have a map each.
+The first latent frame stands for one frame of the video and the others for several, so that they have a map each: in JSON,
+"weights" [2, C + 1, 3], of each channel of what the VAE decodes, and of one.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from tpuvid.compute.progress import current
 from tpuvid.contract.digests import digest_of
-from tpuvid.contract.models import imported
+from tpuvid.contract.models import ModelSpec, imported
 from tpuvid.errors import InputError
 from tpuvid.files.atomic import atomic_path, write_json
 from tpuvid.files.cache_folder import cache_folder
@@ -48,13 +52,22 @@ class Preview:
     _next: Callable[[], np.ndarray] | None = None
 
     @classmethod
+    def of(cls, spec: ModelSpec, checkpoint: Checkpoint, decoder: Any, path: Path) -> Preview:
+        """By the map that the package of a registered model brings; else fitted. Raises `InputError` as `fit` does."""
+        if spec.preview is None or spec.twin is not None:
+            return cls.fit(checkpoint, decoder, path)
+        package, _, file = spec.preview.partition(":")
+        return cls(decoder, _kept(Path(str(files(package))) / file), path)
+
+    @classmethod
     def fit(cls, checkpoint: Checkpoint, decoder: Any, path: Path) -> Preview:
         """Raises `InputError` for a model whose decoder has neither `denormalise` nor `stock_vae`, as `VaeDecoder` has."""
         if not hasattr(decoder, "denormalise") or getattr(decoder, "stock_vae", None) is None:
             raise InputError(f"preview: {checkpoint.model_id} has no previews; leave it out")
+        checkpoint.require(("vae",))  # also where another decoder runs
         folder = checkpoint.component("vae")
-        files = [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in weight_files(folder)]
-        kept = cache_folder("preview") / f"{digest_of([str(folder), files])[:16]}.json"
+        shards = [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in weight_files(folder)]
+        kept = cache_folder("preview") / f"{digest_of([str(folder), shards])[:16]}.json"
         return cls(decoder, _kept(kept) if kept.exists() else _fitted(imported(decoder.stock_vae), folder, kept), path)
 
     def show_soon(self, latents: Callable[[], np.ndarray]) -> None:
@@ -106,7 +119,13 @@ def _kept(path: Path) -> np.ndarray:
 
 def _fitted(stock_vae: Any, folder: Path, kept: Path) -> np.ndarray:
     """The weights, fitted by least squares to what the VAE makes of clips."""
-    vae = stock_vae.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    with current().phase("fit preview"):
+        weights = _of_clips(stock_vae.from_pretrained(folder, use_safetensors=True, local_files_only=True))
+    write_json(kept, {"weights": weights.tolist()}, overwrite=True)
+    return weights.astype(np.float32)
+
+
+def _of_clips(vae: Any) -> np.ndarray:
     known: tuple[list, list] = [], []
     colours: tuple[list, list] = [], []
     for clip in _clips():
@@ -117,9 +136,7 @@ def _fitted(stock_vae: Any, folder: Path, kept: Path) -> np.ndarray:
         for i, (x, y) in enumerate(((latents[:, :1], pixels[:, :1]), (latents[:, 1:], later))):
             known[i].append(x.reshape(channels, -1).T)
             colours[i].append(y.reshape(3, -1).T)
-    weights = np.stack([_least_squares(np.concatenate(x), np.concatenate(y)) for x, y in zip(known, colours, strict=True)])
-    write_json(kept, {"weights": weights.tolist()}, overwrite=True)
-    return weights.astype(np.float32)
+    return np.stack([_least_squares(np.concatenate(x), np.concatenate(y)) for x, y in zip(known, colours, strict=True)])
 
 
 def _least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
