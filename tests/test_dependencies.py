@@ -1,6 +1,7 @@
 """Who may import whom: read from the source, so that no import path is missed."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,28 +19,51 @@ MAY_IMPORT = {"tiny": {"tpuvid_wan"}}
 SOURCES = [(package, path) for package in LIBRARIES for path in sorted((PACKAGES / package / "src").rglob("*.py"))]
 
 
-def imports(path: Path, *, top_level_only: bool = False, names: bool = False) -> set[str]:
-    """Every module that a file imports, dotted; those under `if TYPE_CHECKING` don't count. With `names`, also what it imports
-    from each: it may be a module."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        n
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for n in ast.walk(node)
-    }
-    nodes = tree.body if top_level_only else ast.walk(tree)
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Every module that a file imports, dotted, whatever the way; those under `if TYPE_CHECKING` don't count.
+
+    `top_level_only`: what is imported with the file, in classes, `if` and `try` too.
+    """
     found = set()
-    for node in nodes:
-        if node in skipped:
-            continue
+    for node in _running(ast.parse(path.read_text()), top_level_only):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            inside = {f"{node.module}.{alias.name}" for alias in node.names} if names else set()
-            modules = inside & MODULES.keys() if names else set()
-            found |= modules if len(modules) == len(node.names) else modules | {node.module or ""}
+            module = ".".join(filter(None, [_package(path, node.level), node.module])) if node.level else node.module or ""
+            named = {f"{module}.{alias.name}" for alias in node.names} & OURS
+            found |= named if len(named) == len(node.names) else named | {module}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "__import__",
+            "import_module",
+            "importlib.import_module",
+        ):
+            found |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
     return found
+
+
+def _running(node: ast.AST, top_level_only: bool) -> Iterator[ast.AST]:
+    """The nodes below `node` whose code runs, functions' too or not."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if top_level_only and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield child
+        yield from _running(child, top_level_only)
+
+
+def _dotted(path: Path) -> str:
+    parts = path.parts[path.parts.index("src") + 1 :] if "src" in path.parts else path.parts[-1:]
+    return ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+
+
+def _package(path: Path, level: int) -> str:
+    """What "." (or "..", …) means in a file."""
+    names = _dotted(path).split(".") + (["__init__"] if path.name == "__init__.py" else [])
+    return ".".join(names[:-level])
+
+
+OURS = {_dotted(path) for _, path in SOURCES} | {_dotted(path.parent / "__init__.py") for _, path in SOURCES}
 
 
 def name_of(path: Path) -> str:
@@ -49,6 +73,30 @@ def name_of(path: Path) -> str:
 
 def roots(modules: set[str]) -> set[str]:
     return {module.split(".")[0] for module in modules}
+
+
+def test_no_way_of_importing_is_missed(tmp_path):
+    source = """
+from ..runs import control
+from .. import cli
+from tpuvid import compute
+import tpuvid.plan.jobs as jobs
+if TYPE_CHECKING:
+    import diffusers
+try:
+    import jax
+except ImportError:
+    pass
+class A:
+    import torch
+def late():
+    import transformers
+__import__("tpuvid.plan")
+"""
+    (tmp_path / "src" / "tpuvid" / "files").mkdir(parents=True)
+    (path := tmp_path / "src" / "tpuvid" / "files" / "sources.py").write_text(source)
+    early = {"tpuvid.runs.control", "tpuvid.cli", "tpuvid.compute", "tpuvid.plan.jobs", "jax", "torch", "tpuvid.plan"}
+    assert imports(path, top_level_only=True) == early and imports(path) == early | {"transformers"}
 
 
 def test_every_package_is_looked_at():
@@ -98,7 +146,7 @@ def room(module: str) -> str:
 
 def inner(path: Path, *, top_level_only: bool = False) -> set[str]:
     """The modules of core that a file imports."""
-    return {name for name in imports(path, top_level_only=top_level_only, names=True) if name in MODULES}
+    return {name for name in imports(path, top_level_only=top_level_only) if name in MODULES}
 
 
 def test_core_has_no_other_rooms():
@@ -144,7 +192,8 @@ def test_model_packages_use_the_two_faces():
     faces = {"tpuvid", "tpuvid.contract", "tpuvid.errors", "tpuvid.family", "tpuvid.testing"}
     for package, path in SOURCES:
         if package != "core":
-            assert not {m for m in imports(path) if m.split(".")[0] == "tpuvid"} - faces, path
+            found = {m for m in imports(path) if m.split(".")[0] == "tpuvid"} - {"tpuvid.testing.spread"}  # its function too
+            assert not found - faces, path
 
 
 def said_by(path: Path) -> list[str]:

@@ -61,6 +61,14 @@ def test_conditioning_round_trip(tmp_path):
     }
 
 
+@pytest.mark.parametrize("text", ["None", "12:30", "true"])
+def test_a_prompt_that_looks_like_something_else_stays_text(tmp_path, text):
+    tensors = {"prompt_embeds": np.zeros((1, 2, 3), np.float32)}
+    saved = Conditioning(model_id="m", prompt=text, negative_prompt=text, max_sequence_length=2, tensors=tensors)
+    found = load_conditioning(save_conditioning(tmp_path, saved, overwrite=False))
+    assert (found.prompt, found.negative_prompt) == (text, text)
+
+
 def test_latents_round_trip_with_every_setting(tmp_path):
     random = np.random.default_rng(0)
     tensors = {"latents": random.normal(size=(1, 4, 2, 3, 3)), "audio_latents": random.normal(size=(1, 8, 5))}
@@ -245,3 +253,9 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path):
 def test_a_place_where_not_even_root_can_write_is_refused_first():
     with pytest.raises(InputError, match="/proc is not writable"):
         check_output(Path("/proc/clip.mp4"), overwrite=False)
+
+
+def test_a_link_that_leads_nowhere_is_there_too(tmp_path):
+    (link := tmp_path / "d.mp4").symlink_to(tmp_path / "nowhere" / "z.mp4")
+    with pytest.raises(InputError, match="d.mp4: already exists; choose another name or pass --overwrite"):
+        check_output(link, overwrite=False)

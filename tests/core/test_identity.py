@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 
 import pytest
+from tpuvid.compute.runtime import Runtime
 from tpuvid.contract import GenerationConfig
 from tpuvid.contract.options import OPTIONS, Options
 from tpuvid.contract.settings import EMBEDDED, SETTINGS
@@ -59,3 +60,13 @@ def test_every_recorded_option_is_in_the_keys_of_the_stages_it_enters(name):
     kinds = {kind for kind, stages in OPTIONS_OF.items() if set(stages) & set(OPTIONS[name].enters)}
     found = differing(replace(RUN, options=replace(Options(), **{name: value})))
     assert found == (set() if OPTIONS[name].portable else kinds)
+
+
+def test_a_runtime_keeps_every_option():
+    """What a run is known by is what it was asked for; only what was left open is filled in."""
+    given = {"decoder": "taehv", "vae_tiling": True, "lora_path": "a", "lora_scale": 0.5, "warmup_steps": 1, "mesh": "dp=1"}
+    asked = Runtime.create(Options(**given, attention_backend="xla", text_encoder_device="cpu", dtype="bfloat16")).asked()
+    for name in OPTIONS:
+        expected = given.get(name, {"attention_backend": "xla", "text_encoder_device": "cpu", "dtype": "bfloat16"}.get(name))
+        found = asked.mesh and str(asked.mesh) if name == "mesh" else getattr(asked, name)
+        assert found == (expected if expected is not None else OPTIONS[name].default), name

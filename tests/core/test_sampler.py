@@ -13,8 +13,9 @@ from torch import nn
 from tpuvid.compute.mesh import make_mesh
 from tpuvid.compute.progress import Progress
 from tpuvid.compute.step_caches import DeepCache, Uncached
-from tpuvid.compute.step_profiler import PROFILED_STEPS, steady_steps
+from tpuvid.compute.step_profiler import PROFILED_STEPS, new_folder, steady_steps
 from tpuvid.contract import Loop, MeshConfig
+from tpuvid.errors import TpuvidError
 from tpuvid.family import (
     Runtime,
     Sampler,
@@ -199,3 +200,11 @@ def test_steady_steps():
     assert steady_steps([True]) == range(0, 1)
     assert steady_steps([True, True]) == range(1, 2)
     assert steady_steps(DeepCache().full_steps(50)) == range(15, 20), "a full step, three cached ones, the next full one"
+
+
+def test_profiles_of_a_folder_end_somewhere(tmp_path, monkeypatch):
+    """Also where the system says "there already" of what isn't."""
+    monkeypatch.setattr("tpuvid.compute.step_profiler.MOST_PROFILES", 2)
+    assert [new_folder(tmp_path).name for _ in range(2)] == ["1", "2"]
+    with pytest.raises(TpuvidError, match="choose another"):
+        new_folder(tmp_path)

@@ -317,3 +317,19 @@ def test_names_of_our_commands_are_known_to_those_who_check_plugins():
     from tpuvid.plugin.checks import OWN_COMMANDS
 
     assert sorted(cli.commands) == list(OWN_COMMANDS)
+
+
+def test_a_folder_of_profiles_takes_another(tmp_path):
+    from tpuvid.cli.options import _usable_folder
+
+    (tmp_path / "prof" / "1").mkdir(parents=True)
+    assert _usable_folder(None, None, tmp_path / "prof") == tmp_path / "prof"
+    assert _usable_folder(None, None, tmp_path / "new") == tmp_path / "new" and not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file, not a folder"):
+        _usable_folder(None, None, tmp_path / "file")
+
+
+@pytest.mark.parametrize("line", [["-q", "list-models"], ["list-models", "--quiet"], ["-v", "list-models", "-q"]])
+def test_how_much_is_said_is_said_anywhere(line, capsys):
+    assert run(line) == 0 and "wan-tiny" in capsys.readouterr().out

@@ -1,8 +1,11 @@
 """A request carried out without a terminal, as a server does it: everything that happens is an event, the end an `Outcome`."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
+import tpuvid
 from shared.pipes import kept
 from tpuvid import CancelToken
 from tpuvid.contract.events import Noticed, Progressed, Reached, Stopped, VideoFailed, VideoMade
@@ -79,3 +82,31 @@ def test_a_stop_is_an_outcome_that_says_how_far_it_came(execute):
     outcome, events = execute("a red circle")
     assert outcome.made == 1 and kinds(events, VideoMade)[0].record["history"]["denoise"]["resumed"] == "after step 2"
     assert not kinds(events, Noticed)
+
+
+def test_a_run_that_failed_leaves_nothing_in_the_next_record():
+    pipe = kept("wan-tiny")
+
+    def stop(done, total):
+        if done == 2:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        pipe.generate("a red circle", window_size="frames=1", on_step=stop, **SMALL)
+    history = pipe.generate("a red circle", **SMALL).history
+    assert not any("window" in about for about in history.values()) and "denoise" not in history["encode"]["seconds"]
+
+
+def test_pipelines_in_threads_open_and_trace_at_once():
+    """Other sizes in each, none of which was traced before; stages are opened meanwhile."""
+    sizes = [32, 48, 80]
+
+    def make(height):
+        return tpuvid.load("wan-tiny").generate("a red circle", **SMALL | {"height": height, "num_inference_steps": 2}).frames
+
+    with ThreadPoolExecutor(4) as threads:
+        opened = threads.submit(lambda: [tpuvid.load("wan-tiny").verify() for _ in range(4)])
+        found = list(threads.map(make, sizes))
+        opened.result(timeout=300)
+    for height, frames in zip(sizes, found, strict=True):
+        assert frames.shape == (1, 5, height, 64, 3) and np.array_equal(frames, make(height))

@@ -60,6 +60,10 @@ class Commands(click.Group):
 
     command_class = Command
 
+    def __init__(self, *args: Any, **about: Any) -> None:
+        super().__init__(*args, **about)
+        self.params += _level_options()
+
     @property
     def commands(self) -> MutableMapping[str, click.Command]:
         """tpuvid-core's commands, whichever way they come; those of other packages are imported by `get_command` alone."""

@@ -62,9 +62,12 @@ def _flags(command: click.Command) -> dict[str, click.Option]:
 
 def _usable_folder(context: click.Context, _: click.Parameter, folder: Path | None) -> Path | None:
     if folder is not None:
-        from tpuvid.files.atomic import check_output
+        from tpuvid.files.atomic import check_folder, check_output
 
-        check_output(folder / "1", overwrite=True)  # made when there is something to put into it
+        if folder.is_dir():
+            check_folder(folder)
+        else:
+            check_output(folder / "1", overwrite=True)  # made when there is something to put into it
     return folder
 
 

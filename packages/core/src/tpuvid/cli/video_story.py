@@ -20,7 +20,7 @@ def story(about: Mapping[str, Any]) -> list[str]:
         f"model: {record.get('model_id')}, {size}",
         f"made with: {record.get('num_inference_steps')} steps, guidance {guidance}, seed {record.get('seed')}",
         f"made: {_made(record)}",
-        f"again: {command(record)}",
+        f"again: {command(record)}" + ("" if "prompt" in record else "  (with --prompt: the record leaves it out)"),
     ]
 
 

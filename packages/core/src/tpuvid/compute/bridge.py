@@ -7,7 +7,6 @@ for the whole process, and the module itself is changed: threads do it one after
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +22,9 @@ from torch._ops import OpOverloadPacket, _OpNamespace
 from tpuvid.compute import kernels, operators
 from tpuvid.compute.kernels.placement import placement
 from tpuvid.compute.kernels.tokens import Stream
+from tpuvid.compute.lock import TRACING
 
 Params = dict[str, jax.Array]
-TRACING = threading.RLock()
-"""Held by whoever builds or traces a module. Compiling, loading weights and running programs need it not."""
 
 
 class _Missing:

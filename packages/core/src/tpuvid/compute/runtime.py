@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpuvid.compute.bridge import TRACING
 from tpuvid.compute.chips import CHIPS
 from tpuvid.compute.kept_programs import KeptPrograms
 from tpuvid.compute.kernels import placed_on
 from tpuvid.compute.kernels.block_sizes import block_rows, read_rows, tables_in_use
 from tpuvid.compute.kernels.placement import WINDOWED_BACKENDS
+from tpuvid.compute.lock import TRACING
 from tpuvid.compute.mesh import Rule, default_mesh_config, make_mesh, split_sizes
 from tpuvid.compute.packs.pack import Pack, signature
 from tpuvid.compute.progress import current
@@ -96,6 +96,8 @@ class Runtime:
     vae_tiling: bool = False
     pack: Pack | None = None
     """Programs that need not be compiled; checked by whoever knows what is to run."""
+    options: Options = field(default_factory=Options)
+    """What it was made with."""
     kept: KeptPrograms = field(default_factory=KeptPrograms)
     """What earlier processes have traced and compiled for one stage."""
 
@@ -109,7 +111,7 @@ class Runtime:
         options.check()
         own = {f.name: getattr(options, f.name) for f in fields(cls) if f.name in OPTIONS}
         own |= {"dtype": DTYPES[options.dtype or default_dtype()], "mesh_config": options.layout}
-        runtime = cls(**own | given)
+        runtime = cls(**own | given, options=options)
         with runtime.scope(make_mesh(runtime.mesh_config or MeshConfig(), runtime.devices)):  # fails for what can't be had
             runtime.encoder_mesh([1])
         try:
@@ -125,7 +127,7 @@ class Runtime:
     def asked(self) -> Options:
         """The options that it was made with, and the dtype that it chose."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in OPTIONS}
-        return Options(**own | {"dtype": self.dtype.name, "mesh": self.mesh_config})
+        return replace(self.options, **own | {"dtype": self.dtype.name, "mesh": self.mesh_config})
 
     def check(self, config: GenerationConfig) -> None:
         """Raise `InputError` for settings that can't run with these options."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tpuvid.compute.lock import TRACING
 from tpuvid.contract.models import ModelSpec, imported
 from tpuvid.contract.stages import STAGES
 from tpuvid.errors import TpuvidError
@@ -21,10 +22,11 @@ def loader_of(spec: ModelSpec, stage: str) -> str:
 def open_stage(spec: ModelSpec, stage: str, checkpoint: Checkpoint, runtime: Runtime) -> Any:
     """Import and call what makes `stage` ("encode", "denoise" or "decode"); no weights are loaded."""
     loader = loader_of(spec, stage)
-    try:
-        made_by = imported(loader)
-    except (ImportError, AttributeError) as error:
-        raise TpuvidError(
-            f"{spec.model_id}: {loader} can't be imported ({error}); mend its package, or install it again"
-        ) from error
-    return made_by(checkpoint, runtime)
+    with TRACING:  # libraries that import their parts when they are asked for aren't safe in threads either
+        try:
+            made_by = imported(loader)
+        except (ImportError, AttributeError) as error:
+            raise TpuvidError(
+                f"{spec.model_id}: {loader} can't be imported ({error}); mend its package, or install it again"
+            ) from error
+        return made_by(checkpoint, runtime)

@@ -10,7 +10,9 @@ from typing import Self
 import jax
 
 from tpuvid.compute.progress import current
+from tpuvid.errors import TpuvidError
 
+MOST_PROFILES = 10_000
 PROFILED_STEPS = 5
 """Enough to see that steps are alike; traces of many steps are too large to open."""
 
@@ -61,12 +63,11 @@ class StepProfiler:
 
 def new_folder(parent: Path) -> Path:
     """The first of ``parent/1``, ``parent/2``, … that does not exist yet, made."""
-    number = 1
-    while True:
+    for number in range(1, MOST_PROFILES + 1):
         folder = parent / str(number)
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            number += 1
-        else:
-            return folder
+            continue
+        return folder
+    raise TpuvidError(f"{parent}: holds {MOST_PROFILES} profiles, or is no folder any more; choose another")

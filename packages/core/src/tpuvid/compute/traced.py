@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -19,7 +18,8 @@ from torch import nn
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
-from tpuvid.compute.bridge import TRACING, Params, tracing
+from tpuvid.compute.bridge import Params, tracing
+from tpuvid.compute.lock import TRACING
 from tpuvid.compute.outline import Config, Outline, code_of, config_of, words_of
 from tpuvid.compute.scanned import Scan, ScannedBlocks, Tap
 from tpuvid.files.kept import Entry, Kept
@@ -59,23 +59,26 @@ class TracedModule:
         """
         self._make = (lambda: module) if isinstance(module, nn.Module) else module
         self._scan, self._keep_in_fp32, self._fsdp = dict(scan or {}), keep_in_fp32, False
+        self._module: nn.Module | None = None
         self._stacks: dict[str, ScannedBlocks] = {}
         """The scanned stacks, by the prefix of their parameters' names."""
         self._key = [_name_of(self._make), key, repr(self._scan)]
         self._outlines = kept or Kept()
         self.outline = Outline.of_entry(self._outlines.get("outline", self._key, self._described))
 
-    @cached_property
+    @property
     def module(self) -> nn.Module:
         """The module, built: parameters have no values."""
-        with TRACING:
-            module = self._make()
-            for name, how in self._scan.items():
-                blocks = ScannedBlocks(getattr(module, name), how)
-                setattr(module, name, blocks)
-                blocks.fsdp = self._fsdp
-                self._stacks[f"{name}.layer."] = blocks
-            return module
+        with TRACING:  # and under no other lock, as `cached_property` would have it
+            if self._module is None:
+                module = self._make()
+                for name, how in self._scan.items():
+                    blocks = ScannedBlocks(getattr(module, name), how)
+                    setattr(module, name, blocks)
+                    blocks.fsdp = self._fsdp
+                    self._stacks[f"{name}.layer."] = blocks
+                self._module = module
+            return self._module
 
     def _described(self) -> Entry:
         module = self.module

@@ -23,7 +23,9 @@ def parse_settings(raw: Mapping[str, Any], source: Path | str, remedy: str = "ma
     settings = {}
     for key, value in raw.items():
         name = _TODAY.get(key, key)
-        if name not in SETTINGS or value is None or value == "None" or (name != key and name in raw):
+        if name not in SETTINGS or value is None or (name != key and name in raw):
+            continue
+        if value == "None" and SETTINGS[name].may_be_none:
             continue
         kind = boolean if SETTINGS[name].kind is bool else SETTINGS[name].kind
         try:

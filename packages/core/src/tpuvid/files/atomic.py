@@ -61,7 +61,7 @@ def publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise `InputError` if `path` can't be written as asked: to be called before the work whose result goes there."""
     try:
-        exists, is_folder = path.exists(), path.is_dir()
+        exists, is_folder = os.path.lexists(path), path.is_dir()  # a link that leads nowhere is there too
     except OSError as error:
         raise InputError(f"{str(path)[:80]}…: is no usable file name ({error.strerror}); choose a shorter one") from None
     if is_folder:

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from tpuvid.compute.bridge import TRACING
+from tpuvid.compute.lock import TRACING
 from tpuvid.compute.mesh import layout_of
 from tpuvid.compute.runtime import Program, Programs, Runtime
 from tpuvid.compute.stage_loader import open_stage

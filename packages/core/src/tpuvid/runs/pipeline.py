@@ -111,7 +111,7 @@ class Pipeline:
         """Stage 1 for a checked config; the negative prompt is embedded where guidance needs it, or as `negative` says."""
         self.check_pack(config, "encode")
         negative = config.do_classifier_free_guidance if negative is None else negative
-        with self._stage("encode") as encoder:
+        with self._stage("encode") as encoder, current().phase("encode"):
             tensors = encoder.encode(config, negative=negative)
         conditioning = Conditioning(
             model_id=self.spec.model_id,
@@ -209,7 +209,7 @@ class Pipeline:
         configs: Sequence[GenerationConfig],
         tensors: Mapping[str, np.ndarray],
     ) -> Follower:
-        """Carries out `control`; what a checkpoint is good for is this very run."""
+        """Carries out `control`; what a savepoint is good for is this very run."""
         run = replace(self.identity(), configs=tuple(configs), conditioning=tensors_digest(tensors)).view("denoising")
         savepoints = Savepoints(Path(control.savepoint_dir), run) if control.savepoint_dir else None
         preview = None
@@ -342,6 +342,9 @@ class Pipeline:
             self._loaded.add(name)
         try:
             yield stage
+        except BaseException:
+            current().take()  # so that the next video's record says nothing of this one
+            raise
         finally:
             if not self.keep_loaded:
                 self._forget(name)

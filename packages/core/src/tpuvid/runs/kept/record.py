@@ -56,7 +56,7 @@ def make_record(
         "fingerprint": latents.fingerprint,
         "loras": denoised.get("loras", []),
         "others": pipe.checkpoint.others_record(),
-        "options": pipe.runtime.asked().recorded() | {"decoder": pipe.spec.decoder},
+        "options": pipe.runtime.asked().recorded(),
         "versions": versions(*registry().packages_of(pipe.spec)),
         "history": history,
         "latents_sha256": latents.sha256(),
