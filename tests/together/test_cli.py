@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tpuvid.cli.main import run
+from tpuvid.errors import InputError
 from tpuvid.plugin.registry import registry
 
 LIGHT = ("jax", "torch", "torchax", "diffusers", "transformers")
