@@ -20,9 +20,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -n 2
 
-# Three processes share the files of tests (one of them often waits for a child), each file to one, which makes its fixtures
-# once; the slowest are named at the end.
-PYTEST := python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=1
+# Two processes share the files of tests, each file to one, which makes its fixtures once; the slowest are named at the end.
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=1
 
 # What a change is checked with: everything but what repeats in kind. With PACKAGE=wan, its tests and core's alone, in an
 # environment (.venv-wan) that has what it needs and nothing else of ours.

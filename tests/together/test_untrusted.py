@@ -203,3 +203,11 @@ def test_nothing_unpickles_or_runs_what_it_is_given():
 def test_weights_are_read_of_whole_files_only(tmp_path):
     save_file({"w": np.zeros(4, np.float32)}, tmp_path / "a.safetensors")
     assert dict(Weights([tmp_path / "a.safetensors"])) == {"w": (4,)}
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_walked_through(tmp_path, capsys, monkeypatch):
+    """It may be a whole disk."""
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("it was walked through"))
+    assert run(["encode", "--model", str(tmp_path), "--prompt", "x", "--output-dir", str(tmp_path / "out")]) == 2
+    assert "model_index.json" in capsys.readouterr().err

@@ -81,7 +81,11 @@ def check_links(root: Path, folder: Path) -> None:
     """
     root = root.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    for path in [folder, *folder.rglob("*")]:
+    try:
+        paths = [folder, *folder.rglob("*")]
+    except FileNotFoundError as error:  # what was listed is gone
+        raise InputError(f"{folder}: changes while it is read ({error}); give a folder that stays as it is") from None
+    for path in paths:
         try:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError) as error:

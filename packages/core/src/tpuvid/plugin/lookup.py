@@ -56,7 +56,8 @@ def _resolved(model: str) -> tuple[ModelSpec, Checkpoint]:
         if not path.is_dir():
             problem = "is a file" if path.exists() else "does not exist"
             raise InputError(f"model {model!r} {problem}; give a diffusers folder (with {INDEX}) or a model id")
-        check_links(path, path)
+        if (path / INDEX).is_file():  # else it is no checkpoint, and may be a whole disk
+            check_links(path, path)
         return _identify(Checkpoint(str(path.resolve()), folder=path.resolve()))
     if HUB_ID.fullmatch(model):
         for spec in known.models.values():
