@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from importlib.resources import files
@@ -56,7 +57,7 @@ def _resolved(model: str) -> tuple[ModelSpec, Checkpoint]:
         if not path.is_dir():
             problem = "is a file" if path.exists() else "does not exist"
             raise InputError(f"model {model!r} {problem}; give a diffusers folder (with {INDEX}) or a model id")
-        if (path / INDEX).is_file():  # else it is no checkpoint, and may be a whole disk
+        if os.path.lexists(path / INDEX):  # else it is no checkpoint, and may be a whole disk
             check_links(path, path)
         return _identify(Checkpoint(str(path.resolve()), folder=path.resolve()))
     if HUB_ID.fullmatch(model):
