@@ -23,10 +23,10 @@ def _from_yaml(context: click.Context, _: click.Parameter, path: Path | None) ->
     """Flags that a YAML file gives: they stand in for defaults, so that the command line wins."""
     if path is None:
         return
-    from tpuvid.files.texts import read_yaml
+    from tpuvid.files.texts import read_yaml_text
 
     try:
-        values = read_yaml(path, path.read_text("utf-8-sig"))
+        values = read_yaml_text(path, path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read ({error})") from None
     if values is None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 BT709 = 1
 """In H.264's tables, and so in FFmpeg's, the number of BT.709 among matrices, primaries and transfer functions."""
-UNSPECIFIED = 2
 LIMITED, FULL = 1, 2
 HD_LINES = 720
 """Pictures with fewer are taken for BT.601 where the file says nothing."""

@@ -3,14 +3,15 @@ that no model has. Imports neither jax nor torch."""
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tpuvid.errors import InputError
+from tpuvid.files.texts import read_json_text
 
+AGAIN = "download it again, from where you trust it"
 MOST_JSON = 16 * 2**20
 """The most bytes of a config or an index; tokenizers are transformers' to read."""
 MOST_HEADER = 32 * 2**20
@@ -24,26 +25,17 @@ PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"
 
 def parse_json(path: Path, text: str | bytes) -> Any:
     """Raises `InputError` for what is no JSON, and for an object that gives a key twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{path}: gives {twice[:80]!r} twice; download it again, from where you trust it")
-        return found
-
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return read_json_text(path, text, AGAIN)
     except RecursionError:
-        raise InputError(f"{path}: is nested too deep to be a config; download it again, from where you trust it") from None
+        raise InputError(f"{path}: is nested too deep to be a config; {AGAIN}") from None
 
 
 def check_size(path: Path, most: int = MOST_JSON) -> None:
     """Raise `InputError` for a file that is too large to be read as a whole."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
-        raise InputError(f"{path}: is no plain file; download it again, from where you trust it")
+        raise InputError(f"{path}: is no plain file; {AGAIN}")
     if (size := about.st_size) > most:
         raise InputError(
             f"{path}: has {size:,} bytes, and {most:,} are the most that are read of such a file; download it again"
@@ -91,7 +83,7 @@ def check_links(root: Path, folder: Path) -> None:
         except (OSError, RuntimeError) as error:
             raise InputError(f"{path}: leads nowhere ({error}); download it again") from None
         if not (target.is_file() or target.is_dir()):
-            raise InputError(f"{path}: is neither a file nor a folder; download it again, from where you trust it")
+            raise InputError(f"{path}: is neither a file nor a folder; {AGAIN}")
         if not any(target.is_relative_to(place) for place in allowed):
             raise InputError(f"{path}: is a link out of the checkpoint (to {target}); put the file itself there")
 

@@ -15,7 +15,7 @@ from tpuvid.contract.parser import parse_settings
 from tpuvid.contract.paths import path_of
 from tpuvid.contract.settings import SETTINGS, cleaned
 from tpuvid.errors import InputError
-from tpuvid.files.texts import read_yaml, unique_keys
+from tpuvid.files.texts import read_json_text, read_yaml_text
 from tpuvid.runs.asked.items import MOST_ITEMS, NAME, RESERVED, Item, setting_name
 
 STDIN = "-"
@@ -109,12 +109,12 @@ def _json_whole(name: str, text: str) -> Rows:
 
 
 def _yaml(name: str, text: str) -> Rows:
-    return _several(name, read_yaml(name, text))
+    return _several(name, read_yaml_text(name, text))
 
 
 def _json(where: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: unique_keys(where, pairs))
+        return read_json_text(where, text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is no JSON ({error})") from None
 
