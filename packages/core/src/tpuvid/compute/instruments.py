@@ -4,7 +4,7 @@ go on from."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +22,10 @@ from tpuvid.contract.stepcache import ranges
 
 ToLatents = Callable[[np.ndarray], np.ndarray]
 """Makes latents [B, C, f, h, w] of a sample."""
-Done = Callable[[Moment, Array], None]
-"""Told of a step's moment and of the state after it, once that is computed."""
 
 
 class Instruments:
-    """The instruments of one run. Its steps are `is_full`, or else take from a cache what it has `kept`."""
+    """The instruments of one run. Steps that are not `is_full` take from a cache what a full one has left there."""
 
     def __init__(
         self,
@@ -44,6 +42,8 @@ class Instruments:
         self._generators, self._to_latents, self._is_full, self._begun = generators, to_latents, is_full, begun
         self._profiler = StepProfiler(runtime.profile, is_full)
         self._resumable: Callable[[], LoopState] | None = None
+        """Gives what the run goes on from, of the last step that can be gone on from."""
+        self._before: Array | None = None
 
     @contextmanager
     def running(self) -> Iterator[range]:
@@ -56,26 +56,28 @@ class Instruments:
         if self._begun:
             progress.note("resumed", f"after step {self._begun}")
 
-    @contextmanager
-    def step(self, number: int, state: Array) -> Iterator[Done]:
-        """Around one step that begins with `state`, which the step may overwrite."""
-        follows, before = self._loop.after_step, None
-        if follows and self._is_full[number] and not all(self._is_full):  # the next step may be a cached one
+    def before(self, number: int, state: Array) -> None:
+        """Before a step that begins with `state`, which the step may overwrite."""
+        may_be_followed_by_cached = self._is_full[number] and not all(self._is_full)
+        if self._loop.after_step and may_be_followed_by_cached:
             self._resumable = self._kept(number, jnp.copy(state))
-        if self._loop.estimates_after(number + 1):
-            before = jnp.copy(state)
-        found: list[tuple[Moment, Array]] = []
-        with self._profiler.step(number):
-            yield lambda moment, after: found.append((moment, after))
-        ((moment, after),) = found
+        self._before = jnp.copy(state) if self._loop.estimates_after(number + 1) else None
+
+    def profiled(self, number: int) -> AbstractContextManager[None]:
+        """Around the device's work on a step."""
+        return self._profiler.step(number)
+
+    def after(self, number: int, moment: Moment, state: Array) -> None:
+        """Told of a step's moment and of the `state` after it, once that is computed."""
         done, total = number + 1, len(self._is_full)
         self._report(done)
-        if not follows:
+        if self._loop.after_step is None:
             return
         if done == total or self._is_full[done]:
-            self._resumable = self._kept(done, after)
+            self._resumable = self._kept(done, state)
         assert self._resumable is not None, "the first step is a full one"
-        follows(StepDone(done, total, state=self._resumable, estimate=self._estimate(number, before, moment, after)))
+        seen = self._estimate(number, self._before, moment, state)
+        self._loop.after_step(StepDone(done, total, state=self._resumable, estimate=seen))
 
     def _kept(self, step: int, state: Array) -> Callable[[], LoopState]:
         """What a run goes on from before `step`; fetched when it is asked for."""

@@ -76,15 +76,17 @@ class Sampler:
         kept: Any = None
         with instruments.running() as steps:
             for step in steps:
-                with instruments.step(step, state) as done:
-                    moment = draw_moment(schedule, scales, noise.shape, generators, step)
+                instruments.before(step, state)
+                moment = draw_moment(schedule, scales, noise.shape, generators, step)
+                with instruments.profiled(step):
                     if is_full[step]:
                         kept = None  # makes room for what this step keeps
                         state, kept = full(params, state, inputs, moment)
                     else:
                         assert cached is not None, "only a cache that keeps something leaves out steps"
                         state = cached(params, state, kept, inputs, moment)
-                    done(moment, jax.block_until_ready(state))
+                    jax.block_until_ready(state)
+                instruments.after(step, moment, state)
         if cached:
             note_cache(cache.name, is_full)
         return to_latents(self.runtime.fetch(state[0]))
