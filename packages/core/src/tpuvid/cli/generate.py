@@ -10,10 +10,9 @@ import click
 
 from tpuvid.cli.console import Console
 from tpuvid.cli.messages import say_files, say_how
-from tpuvid.cli.signals import stoppable
+from tpuvid.cli.signals import exit_code, stoppable
 from tpuvid.contract.events import Event, Outcome, Stopped, VideoFailed, VideoMade
 from tpuvid.runs.asked.requests import Generation
-from tpuvid.runs.control import EXIT_INTERRUPTED, EXIT_TERMINATED
 from tpuvid.runs.execution import Execution
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class Teller:
     def stopped(self, at: Stopped) -> int:
         where = "interrupted" if at.done is None else f"stopped after step {at.done} of {at.total}"
         click.echo(f"tpuvid: {where}; {self.request.how_to_go_on if at.kept else 'nothing is kept'}", err=True)
-        return EXIT_TERMINATED if at.terminated else EXIT_INTERRUPTED
+        return exit_code(at.terminated)
 
     def ended(self, outcome: Outcome) -> int:
         if not self.request.many:

@@ -42,12 +42,13 @@ from tpuvid.cli.options import (
     split,
     stage_model_option,
 )
+from tpuvid.cli.signals import exit_code
 from tpuvid.compute.progress import Progress, current
 from tpuvid.contract.wording import table
 from tpuvid.errors import DEBUG_VARIABLE, InputError, TpuvidError, unexpected
 from tpuvid.plugin.checks import OWN
 from tpuvid.plugin.registry import registry
-from tpuvid.runs.control import EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
+from tpuvid.runs.control import Terminated
 
 if TYPE_CHECKING:
     from tpuvid.contract.models import ModelSpec
@@ -78,7 +79,7 @@ def run(argv: list[str] | None = None) -> int:
         usage = f" (see {context.command_path} --help)" if (context := getattr(error, "ctx", None)) else ""
         return _fail(error.format_message().replace("\n", " ") + usage, error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
-        return _fail("interrupted", EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED)
+        return _fail("interrupted", exit_code(isinstance(error, Terminated)))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing is left to say
         return 1
@@ -236,12 +237,12 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, savepoi
             preview_every: int | None, no_prompt_in_metadata: bool, overwrite: bool, **given: Any) -> int:  # fmt: skip
     """Stage 2: stage1_embeddings.safetensors → stage2_latents.safetensors."""
     from tpuvid.cli.messages import say_how
-    from tpuvid.cli.signals import exit_code, stoppable
+    from tpuvid.cli.signals import stoppable
     from tpuvid.files.atomic import check_output
     from tpuvid.files.locks import WORK_FOLDER, locked
     from tpuvid.files.stage_files import CONFIG, EMBEDDINGS, LATENTS, check_config, load_conditioning, private, save_latents
     from tpuvid.plugin.lookup import check_origin
-    from tpuvid.runs.control import Cancelled, Control
+    from tpuvid.runs.control import Cancelled, Control, was_terminated
 
     output_dir = output_dir or input_dir
     conditioning = load_conditioning(input_dir / EMBEDDINGS)
@@ -274,7 +275,7 @@ def denoise(model: str | None, input_dir: Path, output_dir: Path | None, savepoi
             except Cancelled as error:
                 seed = f"--seed {error.seed} " if settings.get("seed") == -1 else ""
                 click.echo(f"tpuvid: {error}; the same command with {seed}--resume goes on", err=True)
-                return exit_code(cancel, error)
+                return exit_code(was_terminated(cancel, error))
     click.echo(f"latents: {output_dir / LATENTS}")
     click.echo(f"seed: {latents.config.seed}")
     say_how(latents.history, "denoise")
@@ -417,7 +418,8 @@ def _with_pack(options: Options) -> Options:
 def _load(model: str, options: Options) -> Pipeline:
     with current().phase("start"):  # jax and torch are imported here
         pipe = tpuvid.load(model, keep_programs=True, **options.given())
-    gc.freeze()  # what is imported is no garbage; freeing a stage looks for cycles in what comes after
+    if not gc.get_freeze_count():  # what is imported is no garbage: freeing a stage looks for cycles in what comes after
+        gc.freeze()
     return pipe
 
 

@@ -59,8 +59,7 @@ def _unless_stopped(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def exit_code(token: CancelToken, error: BaseException | None = None) -> int:
-    terminated = token.reason == signal.SIGTERM or isinstance(error, Terminated)
+def exit_code(terminated: bool) -> int:
     return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
 
 

@@ -65,6 +65,11 @@ class CancelToken:
             self.in_loop = False
 
 
+def was_terminated(token: CancelToken, error: BaseException) -> bool:
+    """Whether it was SIGTERM that stopped a run, rather than Ctrl-C or a program."""
+    return token.reason == signal.SIGTERM or isinstance(error, Terminated)
+
+
 def raise_if_stopped(token: CancelToken) -> None:
     """Raise if the run was stopped; called between two parts of the work."""
     if token.cancelled:

@@ -4,7 +4,6 @@ has become of the request is an `Outcome`."""
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from tpuvid.files.atomic import check_output
 from tpuvid.files.locks import locked
 from tpuvid.runs.asked.requests import Generation, Wanted
 from tpuvid.runs.asked.sweep import INDEX_PAGE, SHEET, Cell, write_pages
-from tpuvid.runs.control import Cancelled, CancelToken, Control, Terminated
+from tpuvid.runs.control import Cancelled, CancelToken, Control, was_terminated
 from tpuvid.runs.kept.record import is_written_as
 from tpuvid.runs.kept.work import BATCH, Manifest, Work
 from tpuvid.runs.outputs import Written
@@ -128,8 +127,7 @@ class Execution:
     def _stopped(self, error: BaseException, work: Work | None) -> Stopped:
         done, total = (error.done, error.total) if isinstance(error, Cancelled) else (None, None)
         kept = work is not None and (self.request.many or work.holds_latents())
-        terminated = self.cancel.reason == signal.SIGTERM or isinstance(error, Terminated)
-        return Stopped(done=done, total=total, kept=kept, terminated=terminated)
+        return Stopped(done=done, total=total, kept=kept, terminated=was_terminated(self.cancel, error))
 
     def _control(self, work: Work, missing: Sequence[Wanted]) -> Control:
         return Control(
