@@ -87,6 +87,7 @@ def _acquire(lock: Path, path: Path) -> FileLock:
     from filelock import FileLock, Timeout
 
     held = FileLock(lock, blocking=False, fallback_to_soft=False, on_acquired=_sign)
+    reason = "others remove it all the time"
     for _ in range(TRIES):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)  # filelock would also make what a dangling link names
@@ -100,9 +101,10 @@ def _acquire(lock: Path, path: Path) -> FileLock:
         except (FileNotFoundError, FileExistsError) as error:  # another process has removed the folder in between
             if lock.parent.is_file():
                 raise InputError(f"{lock.parent}: is a file, and a folder is needed; choose another place") from error
+            reason = error.strerror or reason
         except OSError as error:
             raise InputError(f"{lock}: can't be made or locked ({error.strerror}); choose another place") from None
-    raise InputError(f"{lock.parent}: can't be made, or others remove it all the time; choose another place")
+    raise InputError(f"{path}: {lock.parent} can't be made beside it ({reason}); choose another place")
 
 
 def _sign(handle: int) -> None:
