@@ -58,9 +58,10 @@ def test_every_part_begins_and_ends_also_in_an_error():
 
 EVENTS = (
     Reached(what="denoising", number=2, total=4),
+    Reached(what="decoding", number=1, total=1),
     Noticed(text="a batch of 2 failed"),
-    Progressed(what="open denoiser"),
-    Progressed(what="open denoiser", seconds=0.25),
+    Progressed(what="open denoiser", detail=True),
+    Progressed(what="open denoiser", seconds=0.25, detail=True),
     Progressed(what="load denoiser"),
     Progressed(what="load denoiser", seconds=1.25),
     Progressed(what="compile denoiser"),

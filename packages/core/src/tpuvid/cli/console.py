@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
-DETAILS = ("open", "write profile")
-"""What the names of phases begin with that are shown with -v only."""
 LINES_EVERY = 30.0
 """Seconds after which a plain line says where a part has got to; a tenth of its steps is another reason."""
 
@@ -40,18 +38,21 @@ class Console:
 
     def _show(self, event: Event) -> None:
         match event:
+            case Reached(total=1):
+                pass  # what it is a part of says as much
             case Reached():
                 self._line(f"{event.what} {event.number} of {event.total}")
             case Progressed(total=int()) if self._terminal:
                 self._draw(event)
             case Progressed(total=int()):
                 self._count(event)
-            case Progressed() if self.level < VERBOSE and event.what.startswith(DETAILS):
+            case Progressed(detail=True) if self.level < VERBOSE:
                 pass
             case Progressed() if self._bar is not None:
                 self._bar.set_postfix_str(event.what if event.seconds is None else "")
             case Progressed(failed=True):
-                self._line("" if self._terminal else None)  # what is said next starts its own line
+                if self._terminal:
+                    self._line("")  # what is said next starts its own line
             case Progressed(seconds=None):
                 hint = " (can take minutes the first time; kept for later runs)" if event.what.startswith("compile") else ""
                 self._line(f"{event.what}{hint} …", end="" if self._terminal else "\n")
@@ -81,13 +82,12 @@ class Console:
             self._part, self._begun, self._said, self._first, self._last = at.what, now, now, done, done
             self._line(f"{at.what}: {total} {at.unit}s" + (f", of which {done} are done" if done else ""))
             return
-        if done * 10 // total > self._last * 10 // total or now - self._said >= LINES_EVERY:
+        if done > self._last and (done * 10 // total > self._last * 10 // total or now - self._said >= LINES_EVERY):
             each = (now - self._begun) / (done - self._first)
             left = f", {each * (total - done):.0f} s left" if done < total else ""
             self._line(f"{at.what}: {done} of {total} {at.unit}s, {each:.2g} s/{at.unit}{left}")
             self._said, self._last = now, done
 
-    def _line(self, text: str | None, end: str = "\n") -> None:
-        if text is not None:
-            sys.stderr.write(text + end)
-            sys.stderr.flush()
+    def _line(self, text: str, end: str = "\n") -> None:
+        sys.stderr.write(text + end)
+        sys.stderr.flush()

@@ -48,12 +48,16 @@ class Progress:
         self.emit(Reached(what=what, number=number, total=total))
 
     @contextmanager
-    def phase(self, name: str, *, told: bool = True) -> Iterator[None]:
+    def phase(self, name: str, *, detail: bool = False) -> Iterator[None]:
         """A part of the work with no known length: "load denoiser", "compile denoiser". A phase within it counts by itself.
 
-        Not `told`: it is timed, and whoever watches sees what it is a part of.
+        `detail`: what most who watch need not see: they see what it is a part of.
         """
-        with self._timed(lambda seconds, failed: Progressed(what=name, seconds=seconds, failed=failed) if told else None, name):
+
+        def event(seconds: float | None, failed: bool) -> Progressed:
+            return Progressed(what=name, seconds=seconds, failed=failed, detail=detail)
+
+        with self._timed(event, name):
             yield
 
     @contextmanager
@@ -78,10 +82,10 @@ class Progress:
             yield report
 
     @contextmanager
-    def _timed(self, event: Callable[[float | None, bool], Event | None], name: str) -> Iterator[None]:
+    def _timed(self, event: Callable[[float | None, bool], Event], name: str) -> Iterator[None]:
         outer, self._inner = self._inner, 0.0
         failed = True
-        self._tell(event(None, False))
+        self.emit(event(None, False))
         start = time.perf_counter()
         try:
             yield
@@ -91,11 +95,7 @@ class Progress:
             own = took - self._inner
             self.seconds[name] = self.seconds.get(name, 0.0) + own
             self._inner = outer + took
-            self._tell(event(own, failed))
-
-    def _tell(self, event: Event | None) -> None:
-        if event is not None:
-            self.emit(event)
+            self.emit(event(own, failed))
 
     def take(self) -> dict[str, Any]:
         """The notes and the seconds recorded since the last call."""

@@ -56,7 +56,7 @@ class StepProfiler:
             self._running.close()
 
     def _stop(self, run: Path) -> None:
-        with current().phase("write profile"):
+        with current().phase("write profile", detail=True):
             jax.profiler.stop_trace()
         (self.written,) = (run / "plugins" / "profile").iterdir()
 

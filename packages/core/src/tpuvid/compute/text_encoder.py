@@ -63,7 +63,7 @@ class Encoder:
             for name in ("input_ids", "attention_mask")
         ]
         run = self.programs.get(self.component.replace("_", " "), embed, self.params, *inputs)
-        with current().phase("encode", told=False):
+        with current().phase("encode", detail=True):
             return self.runtime.fetch(run(self.params, *inputs))
 
 

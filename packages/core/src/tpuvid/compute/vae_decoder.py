@@ -164,7 +164,7 @@ class VaeDecoder(ABC):
         return self._to_host(memories) if self.tiling else memories
 
     def _to_host(self, arrays: Any) -> Any:
-        with current().phase("decode", told=False):
+        with current().phase("decode", detail=True):
             return self.runtime.fetch(arrays)
 
     def to_frames(self, pixels: Float[Array, "B 3 n H W"]) -> Float[Array, "B n H W 3"]:

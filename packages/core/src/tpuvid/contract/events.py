@@ -24,6 +24,8 @@ class Progressed:
     """What the part took, parts within it left out; None: it goes on."""
     failed: bool = False
     """Whether it has ended because of an error."""
+    detail: bool = False
+    """Whether it is for those alone who want to know more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

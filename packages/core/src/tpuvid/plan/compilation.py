@@ -146,7 +146,7 @@ def compile_job(argument: Mapping[str, Any]) -> dict[str, Any]:
     )
     configs = configs_checkpoint(spec, checkpoint, ledger.array)
     config = spec.configure(prompt=PROMPT, **argument["settings"])
-    with progress.phase("open stages"):
+    with progress.phase("open stages", detail=True):
         stages = {name: open_stage(spec, name, configs, runtime) for name in STAGES}
         config = stages["denoise"].resolve(config)
         key = run_key(spec, stages, config, runtime)

@@ -76,17 +76,19 @@ class Outputs:
                 frames = None
                 if self.save_frames:
                     frames = writers.enter_context(FramesWriter(temporary["frames"], said_in_files(latents)))
-                told = current().steps("decode", latents.config.num_frames, unit="frame", counted_as="write")
-                report = writers.enter_context(told)
+                report, asked = None, latents.config.num_frames
                 for chunk in pipe.decode_chunks(latents):
                     if unknown := sorted(set(chunk) - {"frames"}):
                         raise TpuvidError(f"the decoder makes {', '.join(unknown)} too, which no file here can hold")
                     drawn = chunk["frames"]
+                    if report is None:  # the decoder is loaded, and most of it compiled
+                        steps = current().steps("decode", asked, min(drawn.shape[1], asked), unit="frame", counted_as="write")
+                        report = writers.enter_context(steps)
                     video.write(drawn[0])
                     sheet.add(drawn[0])
                     if frames:
                         frames.write(drawn)
-                    report(video.frames)
+                    report(min(video.frames, asked))  # some VAEs make a few more
                     on_chunk()
             shape = 1, video.frames, *drawn.shape[2:]
             config, history = pipe.decoded(latents, shape)

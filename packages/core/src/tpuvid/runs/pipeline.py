@@ -305,7 +305,7 @@ class Pipeline:
         """The stage `name`, made from its configs and found to fit its weights, which are not loaded yet."""
         if name not in self._opened:
             self.checkpoint.require(self.spec.components[name])
-            with current().phase(f"open {STAGES[name]}"):
+            with current().phase(f"open {STAGES[name]}", detail=True):
                 try:
                     runtime = replace(self.runtime, kept=self.runtime.kept.of_a_stage())
                     stage = open_stage(self.spec, name, self.checkpoint, runtime)
